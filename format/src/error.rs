@@ -1,0 +1,238 @@
+//! The one public error of the project: a small stable [`Kind`] for control flow, what was tried,
+//! on which object, what to do next, and the cause.
+//!
+//! Invariant: every error that reaches a user names an object. A message reads
+//! `cannot <tried> <object>: <reason>; <hint>`.
+
+use std::borrow::Cow;
+use std::error::Error as StdError;
+use std::fmt;
+
+/// What class of failure this is. Callers branch on this and on nothing else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// The host reported an I/O error.
+    Io,
+    /// Stored content contradicts itself: bad checksum, impossible value, truncated structure.
+    Corrupt,
+    /// Valid, but from a newer version, or using a feature this build does not understand.
+    Unsupported,
+    /// The named object does not exist.
+    NotFound,
+    /// The named object exists already.
+    Exists,
+    /// Another process or another operation holds the object.
+    Busy,
+    /// Other objects depend on this one.
+    InUse,
+    /// The host has no space left; nothing was lost, the operation may be repeated.
+    NoSpace,
+    /// The request itself makes no sense (offset past the end, bad name, bad size).
+    Invalid,
+    /// The object may not be written.
+    ReadOnly,
+    /// A parent segment is not in the store.
+    ParentMissing,
+    /// A parent segment is there, but is not the one that was recorded.
+    ParentChanged,
+    /// The object failed earlier (for example a failed sync) and refuses work until it is reopened.
+    Failed,
+    /// The in-memory tail of a disk is gone although its client may still be alive.
+    TailLost,
+    /// The user or a signal stopped the operation.
+    Cancelled,
+}
+
+impl Kind {
+    /// The stable name used in JSON output, logs and documentation.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Io => "io",
+            Kind::Corrupt => "corrupt",
+            Kind::Unsupported => "unsupported",
+            Kind::NotFound => "not-found",
+            Kind::Exists => "exists",
+            Kind::Busy => "busy",
+            Kind::InUse => "in-use",
+            Kind::NoSpace => "no-space",
+            Kind::Invalid => "invalid",
+            Kind::ReadOnly => "read-only",
+            Kind::ParentMissing => "parent-missing",
+            Kind::ParentChanged => "parent-changed",
+            Kind::Failed => "failed",
+            Kind::TailLost => "tail-lost",
+            Kind::Cancelled => "cancelled",
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Inner {
+    kind: Kind,
+    reason: Cow<'static, str>,
+    tried: Option<Cow<'static, str>>,
+    object: Option<String>,
+    hint: Option<Cow<'static, str>>,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+/// An error: kind, reason, and (added on the way up) what was tried, on which object, what to do.
+#[derive(Debug)]
+pub struct Error(Box<Inner>);
+
+/// Result with the project's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// A new error of `kind`; `reason` is a clause without capital and full stop.
+    pub fn new(kind: Kind, reason: impl Into<Cow<'static, str>>) -> Self {
+        Error(Box::new(Inner {
+            kind,
+            reason: reason.into(),
+            tried: None,
+            object: None,
+            hint: None,
+            source: None,
+        }))
+    }
+
+    /// Shorthand for [`Kind::Corrupt`].
+    pub fn corrupt(reason: impl Into<Cow<'static, str>>) -> Self {
+        Self::new(Kind::Corrupt, reason)
+    }
+
+    /// Shorthand for [`Kind::Invalid`].
+    pub fn invalid(reason: impl Into<Cow<'static, str>>) -> Self {
+        Self::new(Kind::Invalid, reason)
+    }
+
+    /// Says what was tried ("write", "open"). The innermost statement wins.
+    #[must_use]
+    pub fn tried(mut self, tried: impl Into<Cow<'static, str>>) -> Self {
+        self.0.tried.get_or_insert_with(|| tried.into());
+        self
+    }
+
+    /// Names the object ("disk vm1", "segment 4f…"). The innermost statement wins.
+    #[must_use]
+    pub fn on(mut self, object: impl Into<String>) -> Self {
+        self.0.object.get_or_insert_with(|| object.into());
+        self
+    }
+
+    /// Says what the reader can do next. The innermost statement wins.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<Cow<'static, str>>) -> Self {
+        self.0.hint.get_or_insert_with(|| hint.into());
+        self
+    }
+
+    /// Attaches the cause.
+    #[must_use]
+    pub fn caused_by(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        self.0.source = Some(source.into());
+        self
+    }
+
+    /// The class of failure.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.0.kind
+    }
+
+    /// The reason clause alone.
+    #[must_use]
+    pub fn reason(&self) -> &str {
+        &self.0.reason
+    }
+
+    /// The object the failed operation was about, if it was said.
+    #[must_use]
+    pub fn object(&self) -> Option<&str> {
+        self.0.object.as_deref()
+    }
+
+    /// What to do next, if it was said.
+    #[must_use]
+    pub fn next_step(&self) -> Option<&str> {
+        self.0.hint.as_deref()
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.0.tried, &self.0.object) {
+            (Some(tried), Some(object)) => write!(f, "cannot {tried} {object}: ")?,
+            (Some(tried), None) => write!(f, "cannot {tried}: ")?,
+            (None, Some(object)) => write!(f, "{object}: ")?,
+            (None, None) => {}
+        }
+        write!(f, "{}", self.0.reason)?;
+        if let Some(source) = &self.0.source {
+            write!(f, " ({source})")?;
+        }
+        if let Some(hint) = &self.0.hint {
+            write!(f, "; {hint}")?;
+        }
+        Ok(())
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.0.source.as_ref().map(|s| s.as_ref() as _)
+    }
+}
+
+impl From<std::io::Error> for Error {
+    fn from(e: std::io::Error) -> Self {
+        use std::io::ErrorKind as E;
+        let (kind, reason) = match e.kind() {
+            E::StorageFull | E::QuotaExceeded | E::FileTooLarge => {
+                (Kind::NoSpace, "no space left on the host file system")
+            }
+            E::NotFound => (Kind::NotFound, "no such file"),
+            E::AlreadyExists => (Kind::Exists, "exists already"),
+            E::ReadOnlyFilesystem => (Kind::ReadOnly, "the file system is read-only"),
+            E::PermissionDenied => (Kind::ReadOnly, "permission denied"),
+            E::IsADirectory => (Kind::Invalid, "is a directory, not a file"),
+            E::NotADirectory => (Kind::Invalid, "is a file, not a directory"),
+            E::UnexpectedEof => (Kind::Corrupt, "the file ends early"),
+            _ => (Kind::Io, "the host reported an I/O error"),
+        };
+        Error::new(kind, reason).caused_by(e)
+    }
+}
+
+/// Adds context to the error of a result.
+pub trait Context<T> {
+    /// [`Error::tried`] and [`Error::on`] in one.
+    ///
+    /// # Errors
+    /// The same error, with context.
+    fn context(self, tried: &'static str, object: impl FnOnce() -> String) -> Result<T>;
+}
+
+impl<T, E: Into<Error>> Context<T> for Result<T, E> {
+    fn context(self, tried: &'static str, object: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|e| e.into().tried(tried).on(object()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn message_names_object_reason_and_next_step() {
+        let e = Error::corrupt("checksum mismatch").tried("open").on("disk a").hint("run check");
+        assert_eq!(e.to_string(), "cannot open disk a: checksum mismatch; run check");
+    }
+
+    #[test]
+    fn innermost_context_wins() {
+        let e = Error::invalid("x").on("inner").on("outer");
+        assert_eq!(e.object(), Some("inner"));
+    }
+}
