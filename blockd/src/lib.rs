@@ -1,3 +1,5 @@
 //! Delta disks: the store, the disk engine and the catalogue.
 
+pub mod disk;
+pub mod segment;
 pub mod store;

@@ -7,7 +7,7 @@
 //!   an extent in a segment belongs to one extent of the virtual disk.
 //! - Reserved bits are zero; a word with reserved bits set is corrupt, not "newer".
 
-use crate::limits::{BLOCKS_PER_EXTENT, SEGMENT_EXTENTS_MAX};
+use crate::limits::{BLOCKS_PER_EXTENT, EXTENT_BLOCKS, SEGMENT_EXTENTS_MAX};
 use crate::units::{BlockId, ExtentId, SegmentIdx, index};
 use crate::{Error, Result};
 
@@ -160,7 +160,7 @@ impl BlockState {
 }
 
 /// The sixteen block states of a mixed extent.
-pub type Vector = [BlockState; BLOCKS_PER_EXTENT as usize];
+pub type Vector = [BlockState; EXTENT_BLOCKS];
 
 /// The shortest entry that says the same as `vector`: uniform, zero or hole where all blocks agree,
 /// else mixed with slot 0.

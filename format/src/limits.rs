@@ -12,6 +12,8 @@ pub const EXTENT: u64 = 64 * 1024;
 pub const PAGE: usize = 4096;
 /// Blocks per extent, and pages per extent.
 pub const BLOCKS_PER_EXTENT: u64 = EXTENT / BLOCK;
+/// The same as a length in memory.
+pub const EXTENT_BLOCKS: usize = 16;
 
 /// Entries of a leaf page; each entry maps one extent of the virtual disk.
 pub const LEAF_ENTRIES: usize = 512;
@@ -22,7 +24,7 @@ pub const INNER_FANOUT: usize = 128;
 /// Inner levels above the leaves: 4 GiB, 512 GiB and 64 TiB per page.
 pub const INNER_LEVELS: usize = 3;
 /// Bytes of a block vector: one 8-byte entry for each block of a mixed extent.
-pub const VECTOR_BYTES: usize = BLOCKS_PER_EXTENT as usize * 8;
+pub const VECTOR_BYTES: usize = EXTENT_BLOCKS * 8;
 /// Block vectors in a vector page.
 pub const VECTORS_PER_PAGE: usize = PAGE / VECTOR_BYTES;
 /// Pages of the longest vector run of a leaf (every extent mixed).
@@ -58,9 +60,10 @@ pub const NAME_MAX: usize = 128;
 const _: () = {
     assert!(usize::BITS == 64);
     assert!(PAGE as u64 == BLOCK);
+    assert!(EXTENT_BLOCKS as u64 == BLOCKS_PER_EXTENT && INNER_LEVELS == 3);
     assert!(LEAF_ENTRIES * 8 == PAGE);
     assert!(VECTOR_PAGES_MAX as u64 <= BLOCKS_PER_EXTENT, "a vector run fits in one extent");
-    assert!((INNER_FANOUT as u64).pow(INNER_LEVELS as u32) == LEAVES_MAX);
+    assert!((INNER_FANOUT as u64).pow(3) == LEAVES_MAX);
     assert!(SEGMENTS_MAX < 1 << 14);
     assert!(SUPERBLOCK_OFFSETS[3] + BLOCK <= HEADER_EXTENTS * EXTENT);
 };

@@ -12,7 +12,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::entry::{BlockState, Entry, Vector};
 use crate::limits::{
-    BLOCKS_PER_EXTENT, INNER_FANOUT, LEAF_ENTRIES, PAGE, SEGMENT_EXTENTS_MAX, VECTOR_BYTES,
+    BLOCKS_PER_EXTENT, EXTENT_BLOCKS, INNER_FANOUT, LEAF_ENTRIES, PAGE, SEGMENT_EXTENTS_MAX, VECTOR_BYTES,
     VECTOR_PAGES_MAX, VECTORS_PER_PAGE,
 };
 use crate::units::{Generation, PageNo, SegmentIdx, crc, index};
@@ -245,7 +245,7 @@ fn decode_vectors(at: &PageRef, bytes: &[u8]) -> Result<Vec<Vector>> {
     }
     let mut vectors = Vec::with_capacity(usize::from(run.count) * VECTORS_PER_PAGE);
     for chunk in bytes.chunks_exact(VECTOR_BYTES) {
-        let mut vector = [BlockState::Hole; BLOCKS_PER_EXTENT as usize];
+        let mut vector = [BlockState::Hole; EXTENT_BLOCKS];
         for (i, (state, bytes)) in vector.iter_mut().zip(chunk.chunks_exact(8)).enumerate() {
             let word = U64::read_from_bytes(bytes).expect("chunk has eight bytes");
             *state = BlockState::from_word(word.get())?;

@@ -1,0 +1,206 @@
+//! Checkpoints: the changed part of the map goes to new pages, and the superblock flips to it.
+//!
+//! Order, and the crash it defends against:
+//! 1. the new head is the cursor of the last commit: replay from there must meet every record that a
+//!    leaf copied later may lack — records may be applied twice, never left out;
+//! 2. leaves are copied and written to unused pages: a power cut leaves the old map whole;
+//! 3. a commit: its first sync makes the new pages, and the data that the copied leaves name, durable;
+//!    its journal pages make every record that a copied leaf may already contain durable — else
+//!    replay would go back in time for some blocks and not for others;
+//! 4. the superblock flips to the new pages, and is synced;
+//! 5. pages replaced by the checkpoint before are free now; those replaced by this one wait for the
+//!    next, because the second pair of superblock copies is made durable only there.
+//!
+//! Test: `crash_points` (orders swapped: `crash_points::swapped_orders_are_caught`).
+
+use std::collections::BTreeSet;
+
+use format::limits::{EXTENT, PAGE};
+use format::node::{LeafBytes, NodePtr};
+use format::superblock::Superblock;
+use format::tree::Tree;
+use format::units::{ExtentId, Generation, LeafNo, PageNo, index};
+use format::{Error, Result};
+
+use super::map::Encoded;
+use super::{Checkpoint, Core, Disk};
+use crate::segment;
+use crate::store::WriteOp;
+use crate::store::buf::AlignedBuf;
+
+/// What a checkpoint has in hand before its pages are durable.
+#[derive(Default)]
+struct Draft {
+    tree: Tree,
+    writes: Vec<(PageNo, AlignedBuf)>,
+    taken: Vec<(PageNo, u8)>,
+    replaced: Vec<(PageNo, u8)>,
+}
+
+impl Disk {
+    /// Writes the changed part of the map and moves the journal's head up to now.
+    ///
+    /// # Errors
+    /// `NoSpace` (nothing is lost; try again), or `Failed` when a sync or the superblock failed.
+    pub fn checkpoint(&self) -> Result<()> {
+        self.check_writable()?;
+        self.run_checkpoint(|_| ())?;
+        self.reclaim()
+    }
+
+    /// A checkpoint whose superblock gets further changes, all in one flip.
+    pub(super) fn run_checkpoint(&self, change: impl FnOnce(&mut Superblock)) -> Result<()> {
+        self.check_alive()?;
+        let mut state = self.checkpoint.lock();
+        let head = self.commit.lock().cursor;
+        let dirty = std::mem::take(&mut self.core.lock().dirty);
+        let drafted = self.draft(&state, &dirty).and_then(|draft| {
+            let written = self.write_draft(&draft).and_then(|()| self.commit_once());
+            written.inspect_err(|_| self.drop_pages(&draft.taken)).map(|()| draft)
+        });
+        let draft = drafted.inspect_err(|_| self.core.lock().dirty.extend(dirty))?;
+        let mut sb = state.superblock.clone();
+        sb.generation = sb.generation.next();
+        sb.root = draft.tree.root();
+        sb.journal = head;
+        sb.extents_end = self.core.lock().space.end();
+        change(&mut sb);
+        self.flip(&mut state, sb)?;
+        {
+            let mut commit = self.commit.lock();
+            let ring = self.journal_pages;
+            commit.used_pages = (commit.cursor.position + ring - head.position) % ring;
+        }
+        state.tree = draft.tree;
+        let free = std::mem::replace(&mut state.graveyard, draft.replaced);
+        self.drop_pages(&free);
+        Ok(())
+    }
+
+    /// Flips the superblock; a failure leaves an unknown state on disk and ends this opening.
+    pub(super) fn flip(&self, state: &mut Checkpoint, sb: Superblock) -> Result<()> {
+        segment::flip(self.file.as_ref(), &sb).map_err(|e| self.fail(e.tried("publish")))?;
+        state.superblock = sb;
+        Ok(())
+    }
+
+    fn draft(&self, state: &Checkpoint, dirty: &BTreeSet<LeafNo>) -> Result<Draft> {
+        let mut draft = Draft { tree: state.tree.clone(), ..Draft::default() };
+        let outcome = self.fill_draft(&mut draft, state.superblock.generation.next(), dirty);
+        if outcome.is_err() {
+            self.drop_pages(&draft.taken);
+        }
+        outcome.map(|()| draft)
+    }
+
+    fn fill_draft(
+        &self,
+        draft: &mut Draft,
+        generation: Generation,
+        dirty: &BTreeSet<LeafNo>,
+    ) -> Result<()> {
+        for leaf in dirty {
+            let mut core = self.core.lock();
+            let Some(encoded) = self.map.encode(*leaf) else { continue };
+            let ptr = match encoded {
+                Encoded::Whole(ptr) => ptr,
+                Encoded::Leaf(bytes) => self.place_leaf(&mut core, draft, bytes, generation)?,
+            };
+            drop(core);
+            let unreadable = |_| Error::corrupt("the map page above a changed leaf is damaged");
+            let old = draft.tree.leaf(*leaf).map_err(unreadable)?;
+            if let NodePtr::Page(at) = old
+                && at.segment == self.map.own()
+            {
+                draft.replaced.push((at.page, 1));
+                draft.replaced.extend(at.vectors.map(|v| (v.page, v.count)));
+            }
+            draft.tree.set_leaf(*leaf, ptr).map_err(unreadable)?;
+        }
+        let mut core = self.core.lock();
+        let taken = &mut draft.taken;
+        let written = draft.tree.write_dirty(self.map.own(), generation, &mut || {
+            let page = self.take_pages(&mut core, 1)?;
+            taken.push((page, 1));
+            Ok(page)
+        })?;
+        let pages = written.pages.iter().map(|(page, b)| (*page, AlignedBuf::from_slice(b)));
+        draft.writes.extend(pages);
+        draft.replaced.extend(written.replaced.into_iter().map(|page| (page, 1)));
+        Ok(())
+    }
+
+    fn place_leaf(
+        &self,
+        core: &mut Core,
+        draft: &mut Draft,
+        bytes: LeafBytes,
+        generation: Generation,
+    ) -> Result<NodePtr> {
+        let page = self.take_pages(core, 1)?;
+        draft.taken.push((page, 1));
+        let count = bytes.vector_pages();
+        let mut vectors = None;
+        if count > 0 {
+            let run = self.take_pages(core, count)?;
+            draft.taken.push((run, count));
+            draft.writes.push((run, AlignedBuf::from_slice(&bytes.vectors)));
+            vectors = Some(run);
+        }
+        draft.writes.push((page, AlignedBuf::from_slice(bytes.page.as_slice())));
+        Ok(NodePtr::Page(bytes.pointer(self.map.own(), page, vectors, generation)))
+    }
+
+    fn take_pages(&self, core: &mut Core, count: u8) -> Result<PageNo> {
+        let page = core.space.take_pages(count)?;
+        self.grow(core, page.extent().0 + 1).inspect_err(|_| {
+            if let Some(extent) = core.space.give_back_pages(page, count.into()) {
+                core.space.give_back(extent);
+            }
+        })?;
+        Ok(page)
+    }
+
+    fn write_draft(&self, draft: &Draft) -> Result<()> {
+        let ops: Vec<WriteOp<'_>> = draft
+            .writes
+            .iter()
+            .map(|(page, buf)| WriteOp { offset: page.file_offset(), buf })
+            .collect();
+        self.file.write_many(&ops)
+    }
+
+    /// Pages that nothing durable names are free; an extent without pages goes the way of all space.
+    fn drop_pages(&self, pages: &[(PageNo, u8)]) {
+        let mut core = self.core.lock();
+        for (page, count) in pages {
+            if let Some(extent) = core.space.give_back_pages(*page, (*count).into()) {
+                self.retire(&mut core, extent);
+            }
+        }
+    }
+
+    /// Writes a checksummed array into fresh extents; the caller syncs and then names it.
+    pub(super) fn write_array(&self, content: &[u8]) -> Result<format::array::ArrayRef> {
+        let pages = format::array::pages_for(content.len() as u64);
+        if pages == 0 {
+            return Ok(format::array::ArrayRef::default());
+        }
+        let first = {
+            let mut core = self.core.lock();
+            let run = core.space.take_run(format::space::extents_for_pages(pages))?;
+            if let Err(e) = self.grow(&mut core, run.first.0 + run.count) {
+                (0..run.count).for_each(|i| core.space.give_back(run.first.plus(i)));
+                return Err(e);
+            }
+            run.first
+        };
+        let (bytes, at) = format::array::encode(content, first.first_page());
+        for (i, chunk) in bytes.chunks(index(EXTENT) * 16).enumerate() {
+            let offset = first.file_offset() + (i * index(EXTENT) * 16) as u64;
+            self.file.write_at(offset, &AlignedBuf::from_slice(chunk))?;
+        }
+        debug_assert!(bytes.len() % PAGE == 0 && at.page.extent() >= ExtentId(0));
+        Ok(at)
+    }
+}

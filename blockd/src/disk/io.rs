@@ -1,0 +1,268 @@
+//! Reads and writes.
+//!
+//! A write goes one of two ways. If every block it touches lies in the own segment, its bytes are
+//! written in place and that is all. Else each virtual extent is claimed, its bytes are written to
+//! the extent's target, and the blocks are published: record, then map entry.
+//!
+//! Order, and the crash it defends against: data before record. A record that a process kill leaves
+//! in the tail must not name a block whose data never arrived; a power cut is covered by the flush,
+//! which syncs the data before it writes the journal. Test: `crash_points`, `two_crash_domains`.
+
+use format::entry::BlockState;
+use format::journal::Record;
+use format::limits::{BLOCK, EXTENT};
+use format::units::{ExtentId, GuestBlock, GuestExtent, index};
+use format::{Context, Error, Result};
+
+use super::claims::{Claim, mask};
+use super::map::Piece;
+use super::{Disk, blocks_of};
+use crate::store::WriteOp;
+use crate::store::buf::AlignedBuf;
+
+/// Extents that one publication covers: bounds claims and bounce memory (4 MiB).
+const BATCH: u64 = 64;
+
+/// One virtual extent of a first write.
+struct Part<'a> {
+    claim: Claim,
+    target: ExtentId,
+    /// First block and number of blocks.
+    block: GuestBlock,
+    count: usize,
+    /// Where the bytes go in the file.
+    offset: u64,
+    bytes: Bytes<'a>,
+}
+
+enum Bytes<'a> {
+    Caller(&'a [u8]),
+    Own(AlignedBuf),
+}
+
+impl Disk {
+    /// Reads `buf.len()` bytes from `offset`; both are multiples of 512. Takes no lock.
+    ///
+    /// # Errors
+    /// `Invalid` outside the disk, `Corrupt` in a damaged range, or what the host reports.
+    pub fn read(&self, lane: usize, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.check_range(offset, buf.len() as u64)?;
+        let _inside = self.gate.enter(lane);
+        self.read_unchecked(offset, buf).context("read", || self.object())
+    }
+
+    fn read_unchecked(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let end = offset + buf.len() as u64;
+        let (first, count) = blocks_of(offset, buf.len() as u64);
+        self.map.resolve(first, count, &mut |piece| {
+            let (from, to) = clip(&piece, offset, end);
+            let part = &mut buf[index(from - offset)..index(to - offset)];
+            match piece.state {
+                BlockState::Hole | BlockState::Zero => part.fill(0),
+                BlockState::Data { segment, block } => {
+                    let row = self.row(segment.get())?;
+                    let at = row.base.file_offset() + block.file_offset();
+                    row.file.read_at(at + (from - piece.block.offset().0), part)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn row(&self, index: u16) -> Result<&super::load::RowFile> {
+        let row = self.rows.get(usize::from(index)).and_then(Option::as_ref);
+        row.ok_or_else(|| Error::corrupt(format!("the segment of row {index} is missing")))
+    }
+
+    /// Writes `buf` at `offset`; both are multiples of 512. When it returns, the write is complete: a
+    /// read sees it, a flush makes it durable.
+    ///
+    /// # Errors
+    /// `Invalid` outside the disk, `NoSpace` (nothing changed that was not being written),
+    /// `ReadOnly`, `Failed`, `Corrupt` in a damaged range, or what the host reports.
+    pub fn write(&self, lane: usize, offset: u64, buf: &[u8]) -> Result<()> {
+        self.check_writable()?;
+        self.check_range(offset, buf.len() as u64)?;
+        let _inside = self.gate.enter(lane);
+        self.write_unchecked(lane, offset, buf).context("write", || self.object())
+    }
+
+    /// As [`Disk::write`], without the checks and inside the gate.
+    pub(super) fn write_unchecked(&self, lane: usize, offset: u64, buf: &[u8]) -> Result<()> {
+        if self.overwrite(offset, buf)? {
+            return Ok(());
+        }
+        let end = offset + buf.len() as u64;
+        let mut at = offset;
+        while at < end {
+            let stop = ((at / EXTENT + BATCH) * EXTENT).min(end);
+            self.first_write(lane, at, &buf[index(at - offset)..index(stop - offset)])?;
+            at = stop;
+        }
+        Ok(())
+    }
+
+    /// Writes in place; false when some block does not lie in the own segment (what was written by
+    /// then is written again by the first write).
+    fn overwrite(&self, offset: u64, buf: &[u8]) -> Result<bool> {
+        let end = offset + buf.len() as u64;
+        let (first, count) = blocks_of(offset, buf.len() as u64);
+        let mut own = true;
+        self.map.resolve(first, count, &mut |piece| {
+            match piece.state {
+                BlockState::Data { segment, block } if own && segment == self.map.own() => {
+                    let (from, to) = clip(&piece, offset, end);
+                    let at = block.file_offset() + (from - piece.block.offset().0);
+                    self.file.write_at(at, &buf[index(from - offset)..index(to - offset)])?;
+                }
+                _ => own = false,
+            }
+            Ok(())
+        })?;
+        Ok(own)
+    }
+
+    fn first_write(&self, lane: usize, offset: u64, buf: &[u8]) -> Result<()> {
+        let mut parts: Vec<Part<'_>> = Vec::new();
+        let outcome = self.prepare(lane, offset, buf, &mut parts).and_then(|()| {
+            let ops: Vec<WriteOp<'_>> = parts
+                .iter()
+                .map(|p| WriteOp { offset: p.offset, buf: p.bytes.get() })
+                .collect();
+            match ops[..] {
+                [op] => self.file.write_at(op.offset, op.buf),
+                _ => self.file.write_many(&ops),
+            }
+        });
+        self.publish(parts, outcome)
+    }
+
+    /// Claims every virtual extent of the range, in ascending order (so that two writers never wait
+    /// for each other in a circle), and lays out what to write.
+    fn prepare<'a>(
+        &self,
+        lane: usize,
+        offset: u64,
+        buf: &'a [u8],
+        parts: &mut Vec<Part<'a>>,
+    ) -> Result<()> {
+        let end = offset + buf.len() as u64;
+        let mut at = offset;
+        while at < end {
+            let extent = GuestExtent(at / EXTENT);
+            let stop = ((extent.0 + 1) * EXTENT).min(end);
+            let (block, count) = blocks_of(at, stop - at);
+            let claim = self.claims.claim(extent, mask(block.in_extent(), index(count)));
+            // From here on the claim is in `parts`, whatever happens, so that it is released.
+            parts.push(Part {
+                claim,
+                target: ExtentId(0),
+                block,
+                count: index(count),
+                offset: 0,
+                bytes: Bytes::Caller(&[]),
+            });
+            let part = parts.last_mut().expect("just pushed");
+            part.target = self.target(lane, &part.claim)?;
+            let slice = &buf[index(at - offset)..index(stop - offset)];
+            let (file_offset, bytes) = self.lay_out(part.target, at, slice)?;
+            part.offset = file_offset;
+            part.bytes = bytes;
+            at = stop;
+        }
+        Ok(())
+    }
+
+    fn target(&self, lane: usize, claim: &Claim) -> Result<ExtentId> {
+        let owned = || self.map.own_extent(claim.extent);
+        if let Some(target) = self.claims.target(claim, owned, None)? {
+            return Ok(target);
+        }
+        let fresh = self.take_extent(lane)?;
+        let target = self.claims.target(claim, owned, Some(fresh))?.expect("there was a fresh one");
+        if target != fresh {
+            self.core.lock().space.give_back(fresh);
+        }
+        Ok(target)
+    }
+
+    /// Where in the file a guest range of one extent goes, and with which bytes: a partial block that
+    /// is not own yet is completed with its present content (read-modify-write).
+    fn lay_out<'a>(
+        &self,
+        target: ExtentId,
+        offset: u64,
+        buf: &'a [u8],
+    ) -> Result<(u64, Bytes<'a>)> {
+        let end = offset + buf.len() as u64;
+        let base = target.file_offset();
+        let foreign = |byte: u64| -> Result<bool> {
+            let state = self.map.block(GuestBlock(byte / BLOCK))?;
+            let own = self.map.own();
+            Ok(!matches!(state, BlockState::Data { segment, .. } if segment == own))
+        };
+        let mut from = offset;
+        if !offset.is_multiple_of(BLOCK) && foreign(offset)? {
+            from = offset / BLOCK * BLOCK;
+        }
+        let mut to = end;
+        if !end.is_multiple_of(BLOCK) && foreign(end)? {
+            to = end.next_multiple_of(BLOCK);
+        }
+        if (from, to) == (offset, end) {
+            return Ok((base + offset % EXTENT, Bytes::Caller(buf)));
+        }
+        let mut own = AlignedBuf::zeroed(index(to - from));
+        let len = own.len() as u64;
+        if from < offset {
+            self.read_unchecked(from, &mut own[..index(BLOCK.min(len))])?;
+        }
+        if to > end {
+            self.read_unchecked(to - BLOCK, &mut own[index(len - BLOCK)..])?;
+        }
+        own[index(offset - from)..index(end - from)].copy_from_slice(buf);
+        Ok((base + from % EXTENT, Bytes::Own(own)))
+    }
+
+    /// Publishes the parts if `written` is good, and releases their claims in any case.
+    fn publish(&self, parts: Vec<Part<'_>>, written: Result<()>) -> Result<()> {
+        let outcome = written.and_then(|()| self.make_room(parts.len() as u64));
+        let mut core = match outcome {
+            Ok(core) => core,
+            Err(e) => {
+                let mut core = self.core.lock();
+                parts.into_iter().for_each(|p| self.release(&mut core, p.claim));
+                return Err(e);
+            }
+        };
+        let mut outcome = Ok(());
+        for p in parts {
+            let record = Record::Map {
+                block: p.block,
+                count: p.count as u64,
+                target: p.target.block(p.block.in_extent()),
+            };
+            // Record before entry: a reader that saw the entry has seen data that a kill must keep.
+            core.tail.append(&record);
+            core.dirty.insert(p.block.extent().leaf());
+            outcome = outcome.and(self.map.set_own(p.block, p.count, p.target).map(|_| ()));
+            self.release(&mut core, p.claim);
+        }
+        outcome
+    }
+}
+
+impl Bytes<'_> {
+    fn get(&self) -> &[u8] {
+        match self {
+            Bytes::Caller(b) => b,
+            Bytes::Own(b) => b,
+        }
+    }
+}
+
+/// The part of `offset..end` that a piece covers, in bytes of the virtual disk.
+fn clip(piece: &Piece, offset: u64, end: u64) -> (u64, u64) {
+    let first = piece.block.offset().0;
+    (first.max(offset), (first + piece.count * BLOCK).min(end))
+}

@@ -1,0 +1,272 @@
+//! The disk engine: one active segment under one merged map.
+//!
+//! What holds at all times:
+//! - An overwrite of an own block is one data write; nothing else happens.
+//! - A first write is published — record in the tail, then entry in the map — only after its data was
+//!   written, and completes only after it is published.
+//! - A flush makes durable what completed before it was called, or fails; a failed sync is final and
+//!   the disk refuses further work until it is opened anew.
+//! - Space is used again only when nothing durable names it, nobody can still touch it, and its punch
+//!   is done.
+//!
+//! Lock order: `checkpoint`, `commit`, lease, `core`, claim shard. Readers and overwrites take none.
+//!
+//! The crash argument of every step is in `docs/format.md` §9; `tests/tests/crash_points.rs`
+//! enumerates the crash points.
+
+pub mod check;
+mod checkpoint;
+pub mod claims;
+mod commit;
+pub mod create;
+pub mod gate;
+mod io;
+pub mod load;
+pub mod map;
+mod open;
+pub mod problem;
+mod resize;
+pub mod seal;
+mod space;
+pub mod tail;
+mod zero;
+
+use std::collections::{BTreeSet, VecDeque};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use format::limits::SECTOR;
+use format::space::{ExtentRun, SpaceMap};
+use format::superblock::{JournalHead, Superblock};
+use format::table::SegmentTable;
+use format::tree::Tree;
+use format::units::{ExtentId, GuestBlock, GuestExtent, LeafNo, PageNo};
+use format::{Error, Kind, Result};
+use parking_lot::{Condvar, Mutex};
+use uuid::Uuid;
+
+use claims::Claims;
+use gate::IoGate;
+use load::RowFile;
+use map::Map;
+use problem::Problem;
+use tail::Tail;
+
+use crate::store::File;
+
+/// How to open a disk.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Queues that will call in; each gets its own lease and gate counters.
+    pub lanes: usize,
+    /// Folder (on tmpfs) where tails live; a tail found there is always replayed.
+    pub tail_dir: Option<PathBuf>,
+    /// Keep a tail in `tail_dir`: completed writes then survive the death of this process. For
+    /// clients that outlive the process; a command line's only client dies with it.
+    pub live: bool,
+    /// Open although a tail is missing that should be there: completed but unflushed writes of the
+    /// session before are then lost.
+    pub accept_lost_tail: bool,
+    /// Boot of the host.
+    pub boot: Uuid,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            lanes: 1,
+            tail_dir: None,
+            live: false,
+            accept_lost_tail: false,
+            boot: Uuid::nil(),
+        }
+    }
+}
+
+/// What publishing changes: held shortly, never during I/O on data.
+struct Core {
+    tail: Tail,
+    dirty: BTreeSet<LeafNo>,
+    space: SpaceMap,
+    /// Extents whose records are durable, waiting for requests of an epoch to leave.
+    limbo: VecDeque<(u64, ExtentId)>,
+    /// Zeroed blocks of extents that stay: their host space can go.
+    punches: Vec<BlockPunch>,
+    /// Extents that the file is long enough for.
+    grown: u64,
+}
+
+/// Blocks of one extent whose host space can be given back.
+#[derive(Debug, Clone, Copy)]
+struct BlockPunch {
+    extent: GuestExtent,
+    target: ExtentId,
+    first: usize,
+    count: usize,
+}
+
+/// The journal and the state of group commit.
+struct Commit {
+    cursor: JournalHead,
+    /// Ring pages between the head in the superblock and the cursor.
+    used_pages: u64,
+}
+
+/// Tickets of group commit: a caller is served by a commit that began after it came.
+#[derive(Default)]
+struct Tickets {
+    running: bool,
+    started: u64,
+    finished: u64,
+    outcome: Option<(u64, Kind, String)>,
+}
+
+/// What a checkpoint changes.
+struct Checkpoint {
+    superblock: Superblock,
+    tree: Tree,
+    /// Pages that the last checkpoint replaced: free once the next one is durable.
+    graveyard: Vec<(PageNo, u8)>,
+}
+
+/// A disk, open.
+pub struct Disk {
+    file: Arc<dyn File>,
+    rows: Vec<Option<RowFile>>,
+    table: SegmentTable,
+    segment: Uuid,
+    name: String,
+    journal_pages: u64,
+    data_start: ExtentId,
+    size: AtomicU64,
+    map: Map,
+    gate: IoGate,
+    claims: Claims,
+    leases: Box<[Mutex<ExtentRun>]>,
+    core: Mutex<Core>,
+    commit: Mutex<Commit>,
+    tickets: Mutex<Tickets>,
+    ticket_done: Condvar,
+    checkpoint: Mutex<Checkpoint>,
+    writable: bool,
+    failed: AtomicBool,
+    failure: Mutex<Option<String>>,
+    /// What was wrong at open and did not prevent it.
+    pub problems: Vec<Problem>,
+}
+
+/// Facts about an open disk.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// Its superblock as of the last checkpoint.
+    pub superblock: Superblock,
+    /// The segments its map may point into.
+    pub table: SegmentTable,
+    /// Extents in use in the own segment.
+    pub extents_used: u64,
+    /// Bytes of the own file that the host has allocated.
+    pub allocated: u64,
+    /// Bytes of memory that the map takes.
+    pub map_bytes: usize,
+    /// Journal pages in use, and in all.
+    pub journal_pages: (u64, u64),
+}
+
+impl Disk {
+    /// Size of the virtual disk in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        // Acquire pairs with the Release store of a resize.
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Identity of the own segment.
+    #[must_use]
+    pub fn segment(&self) -> Uuid {
+        self.segment
+    }
+
+    /// The map: for comparing, listing and serving.
+    #[must_use]
+    pub fn map(&self) -> &Map {
+        &self.map
+    }
+
+    /// Facts for `show` and for metrics.
+    ///
+    /// # Errors
+    /// What the host reports.
+    pub fn facts(&self) -> Result<Facts> {
+        let superblock = self.checkpoint.lock().superblock.clone();
+        let used_pages = self.commit.lock().used_pages;
+        Ok(Facts {
+            superblock,
+            table: self.table.clone(),
+            extents_used: self.core.lock().space.used_count(),
+            allocated: self.file.allocated()?,
+            map_bytes: self.map.memory_bytes(),
+            journal_pages: (used_pages, self.journal_pages),
+        })
+    }
+
+    /// Checks a byte range of a request: in sectors, inside the disk.
+    fn check_range(&self, offset: u64, len: u64) -> Result<()> {
+        if !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
+            let reason = format!("offset {offset} and length {len} must be multiples of 512");
+            return Err(Error::invalid(reason).on(self.object()));
+        }
+        if offset.checked_add(len).is_none_or(|end| end > self.size()) {
+            let size = self.size();
+            let reason = format!("offset {offset} plus length {len} lies past the end ({size})");
+            return Err(Error::invalid(reason).on(self.object()));
+        }
+        Ok(())
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        if !self.writable {
+            return Err(Error::new(Kind::ReadOnly, "it is open for reading only").on(self.object()));
+        }
+        self.check_alive()
+    }
+
+    fn check_alive(&self) -> Result<()> {
+        // Acquire pairs with the Release store in `fail`.
+        if !self.failed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let why = self.failure.lock().clone().unwrap_or_default();
+        Err(Error::new(Kind::Failed, format!("it failed before: {why}"))
+            .on(self.object())
+            .hint("open it again: what was flushed is safe"))
+    }
+
+    /// Ends this opening of the disk for good: after a failed sync nothing that the host says about
+    /// the data it covered can be trusted.
+    fn fail(&self, error: Error) -> Error {
+        let error = error.on(self.object());
+        self.failure.lock().get_or_insert_with(|| error.to_string());
+        // Release pairs with the Acquire load in `check_alive`.
+        self.failed.store(true, Ordering::Release);
+        error
+    }
+
+    fn object(&self) -> String {
+        if self.name.is_empty() {
+            format!("segment {}", self.segment)
+        } else {
+            format!("disk {}", self.name)
+        }
+    }
+
+    fn lane(&self, lane: usize) -> &Mutex<ExtentRun> {
+        &self.leases[lane % self.leases.len()]
+    }
+}
+
+fn blocks_of(offset: u64, len: u64) -> (GuestBlock, u64) {
+    use format::limits::BLOCK;
+    let first = offset / BLOCK;
+    (GuestBlock(first), (offset + len).div_ceil(BLOCK) - first)
+}

@@ -1,0 +1,223 @@
+//! Opening and closing.
+//!
+//! Order of an opening for writing, and the crash it defends against:
+//! 1. the tail's file exists before the superblock says that there is one — else a kill in between
+//!    looks like a lost tail;
+//! 2. all superblock copies hold the present state and are synced — else the flip could tear the only
+//!    durable pair;
+//! 3. the superblock flips to the next epoch before any journal page of that epoch is written — else
+//!    replay would refuse pages whose flush completed.
+//!
+//! Test: `crash_points` (operation `open`), `two_crash_domains`.
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+
+use format::journal::RECORDS_PER_PAGE;
+use format::limits::EXTENT;
+use format::space::ExtentRun;
+use format::superblock::{Attached, JournalHead, State, Superblock};
+use format::units::ExtentId;
+use format::{Context, Error, Kind, Result};
+use parking_lot::{Condvar, Mutex};
+
+use super::claims::Claims;
+use super::gate::IoGate;
+use super::load::{Loaded, load};
+use super::problem::Severity;
+use super::tail::Tail;
+use super::{Checkpoint, Commit, Core, Disk, Options, Tickets};
+use crate::segment::{self, Pair, Segments};
+use crate::store::File;
+
+/// Most records a tail holds: 3 MiB of memory.
+const TAIL_RECORDS_MAX: u64 = 65_536;
+
+/// Records that a tail holds for a journal of `ring_pages` pages: a quarter of the ring, so that what
+/// is in the tail always fits behind a checkpoint.
+fn tail_capacity(ring_pages: u64) -> u64 {
+    (ring_pages * RECORDS_PER_PAGE as u64 / 4).min(TAIL_RECORDS_MAX)
+}
+
+impl Disk {
+    /// Opens a disk for reading. Nothing is written; what a crash left is replayed in memory.
+    ///
+    /// # Errors
+    /// When the content cannot be used, a parent is missing, or the host reports an error.
+    pub fn open_read_only(
+        file: Arc<dyn File>,
+        segments: &dyn Segments,
+        options: &Options,
+    ) -> Result<Self> {
+        let sb = segment::read_superblock(file.as_ref())?.superblock;
+        let tail = left_tail(&sb, options)?;
+        let loaded = load(&file, segments, tail.as_ref())?;
+        let fatal = |p: &&super::Problem| {
+            use super::problem::What;
+            matches!(p.what, What::ParentMissing | What::ParentChanged | What::JournalLoss)
+        };
+        if let Some(problem) = loaded.problems.iter().find(fatal) {
+            return Err(problem.to_error());
+        }
+        let tail = Tail::on_heap(sb.segment, 1, loaded.cursor.seq);
+        Ok(Disk::assemble(file, loaded, tail, options, false))
+    }
+
+    /// Opens a disk for reading and writing.
+    ///
+    /// # Errors
+    /// As [`Disk::open_read_only`], and `ReadOnly` for a sealed disk, `TailLost` when completed writes
+    /// of a living client may be missing, `Corrupt` when writing would make damage worse.
+    pub fn open(file: Arc<dyn File>, segments: &dyn Segments, options: &Options) -> Result<Self> {
+        let sb = segment::read_superblock(file.as_ref())?.superblock;
+        if sb.state == State::Sealed {
+            return Err(Error::new(Kind::ReadOnly, "it is sealed: immutable for ever")
+                .hint("create a disk over it: `offshoot disk create NEW --parent NAME`"));
+        }
+        sb.check_writable_features()?;
+        let left = left_tail(&sb, options)?;
+        let loaded = load(&file, segments, left.as_ref())?;
+        let worst = loaded.problems.iter().find(|p| p.what.severity() == Severity::NoWrite);
+        if let Some(problem) = worst {
+            return Err(problem.to_error());
+        }
+        let next = loaded.cursor.seq;
+        let capacity = tail_capacity(sb.journal_pages());
+        // Records that only the tail of a killed process holds stay in that tail until they are in
+        // the journal, whoever opens the disk.
+        let (tail, attached) = match (left.filter(|t| t.next() > next), &options.tail_dir) {
+            (Some(left), _) => (left, Attached::WithTail),
+            (None, Some(dir)) if options.live => {
+                make_dir(dir)?;
+                (Tail::create(dir, sb.segment, capacity, next)?, Attached::WithTail)
+            }
+            _ => (Tail::on_heap(sb.segment, capacity, next), Attached::Plain),
+        };
+        let disk = Disk::assemble(file, loaded, tail, options, true);
+        disk.attach(attached, options)?;
+        Ok(disk)
+    }
+
+    fn attach(&self, attached: Attached, options: &Options) -> Result<()> {
+        let mut state = self.checkpoint.lock();
+        let mut commit = self.commit.lock();
+        let present = state.superblock.clone();
+        // All four, then a sync: whatever a crash left half-done is whole now.
+        segment::write_pair(self.file.as_ref(), &present, Pair::Second)?;
+        self.sync()?;
+        segment::write_pair(self.file.as_ref(), &present, Pair::First)?;
+        self.sync()?;
+        let epoch = present.epoch.next();
+        let sb = Superblock {
+            generation: present.generation.next(),
+            epoch,
+            attached,
+            boot: options.boot,
+            ..present
+        };
+        self.flip(&mut state, sb)?;
+        commit.cursor = JournalHead { epoch, ..commit.cursor };
+        Ok(())
+    }
+
+    fn assemble(
+        file: Arc<dyn File>,
+        loaded: Loaded,
+        tail: Tail,
+        options: &Options,
+        writable: bool,
+    ) -> Self {
+        let sb = loaded.superblock;
+        let ring = sb.journal_pages();
+        let lanes = options.lanes.max(1);
+        let no_lease = || Mutex::new(ExtentRun { first: ExtentId(0), count: 0 });
+        let grown = file.size().unwrap_or(0) / EXTENT;
+        Disk {
+            segment: sb.segment,
+            name: sb.name.clone(),
+            journal_pages: ring,
+            data_start: sb.data_start(),
+            size: AtomicU64::new(sb.virtual_size),
+            map: loaded.map,
+            gate: IoGate::new(lanes),
+            claims: Claims::default(),
+            leases: (0..lanes).map(|_| no_lease()).collect(),
+            core: Mutex::new(Core {
+                tail,
+                dirty: loaded.dirty,
+                space: loaded.space,
+                limbo: VecDeque::new(),
+                punches: Vec::new(),
+                grown,
+            }),
+            commit: Mutex::new(Commit {
+                cursor: loaded.cursor,
+                used_pages: (loaded.cursor.position + ring - sb.journal.position) % ring,
+            }),
+            tickets: Mutex::new(Tickets::default()),
+            ticket_done: Condvar::new(),
+            checkpoint: Mutex::new(Checkpoint {
+                superblock: sb,
+                tree: loaded.tree,
+                graveyard: Vec::new(),
+            }),
+            file,
+            rows: loaded.rows,
+            table: loaded.table,
+            writable,
+            failed: AtomicBool::new(false),
+            failure: Mutex::new(None),
+            problems: loaded.problems,
+        }
+    }
+
+    /// Closes in order: everything durable, the journal empty, the tail gone.
+    ///
+    /// # Errors
+    /// As [`Disk::checkpoint`]; the disk is then closed as a crash would have closed it.
+    pub fn close(self) -> Result<()> {
+        if !self.writable {
+            return Ok(());
+        }
+        self.finish(|_| ())?;
+        self.core.into_inner().tail.remove()
+    }
+
+    /// The last checkpoint of an opening, with further changes to its superblock.
+    pub(super) fn finish(&self, change: impl FnOnce(&mut Superblock)) -> Result<()> {
+        self.flush()?;
+        // The head of a checkpoint is the cursor before it; a clean disk needs head and cursor equal,
+        // which they are after the flush, since nobody writes any more.
+        self.run_checkpoint(|sb| {
+            sb.attached = Attached::No;
+            change(sb);
+        })?;
+        self.reclaim()?;
+        // The second pair of superblock copies, too, and what was punched.
+        self.sync()
+    }
+}
+
+fn make_dir(dir: &Path) -> Result<()> {
+    std::fs::create_dir_all(dir).context("create", || format!("tail folder {}", dir.display()))
+}
+
+/// The tail that the last opening left, by the rule of `docs/format.md` §10.
+fn left_tail(sb: &Superblock, options: &Options) -> Result<Option<Tail>> {
+    if sb.attached != Attached::WithTail {
+        return Ok(None);
+    }
+    let found = match &options.tail_dir {
+        Some(dir) => Tail::open(dir, sb.segment)?,
+        None => None,
+    };
+    if found.is_none() && sb.boot == options.boot && !options.accept_lost_tail {
+        let reason = "completed writes of its last session may be missing: the tail is gone, but \
+                      the host was not restarted";
+        return Err(Error::new(Kind::TailLost, reason)
+            .hint("if its clients are gone, repeat with --accept-lost-tail"));
+    }
+    Ok(found)
+}

@@ -1,0 +1,100 @@
+//! Resize: one flip changes the size and the map together, so that a power cut finds the old disk or
+//! the new one.
+
+use std::sync::atomic::Ordering;
+
+use format::entry::BlockState;
+use format::limits::BLOCK;
+use format::units::{GuestBlock, LeafNo, check_virtual_size, index};
+use format::{Context, Error, Kind, Result};
+
+use super::Disk;
+use super::map::Whole;
+use crate::store::buf::AlignedBuf;
+
+impl Disk {
+    /// Changes the size of the virtual disk to `size` bytes. Making it smaller refuses to drop data
+    /// unless `drop_data` says so. What lies past the old size reads as zeroes afterwards.
+    ///
+    /// # Errors
+    /// `Invalid` for an impossible size, `InUse` when data would be dropped, else as
+    /// [`Disk::checkpoint`]; after a failure the disk must be opened again.
+    pub fn resize(&self, size: u64, drop_data: bool) -> Result<()> {
+        self.check_writable()?;
+        check_virtual_size(size).context("resize", || self.object())?;
+        let old = self.size();
+        let outcome = if size > old {
+            self.resize_up(old, size)
+        } else if size < old {
+            self.resize_down(old, size, drop_data)
+        } else {
+            return Ok(());
+        };
+        outcome.context("resize", || self.object())
+    }
+
+    fn resize_up(&self, old: u64, size: u64) -> Result<()> {
+        if !old.is_multiple_of(BLOCK) {
+            // What an earlier, larger size left in the last block must not come back.
+            let zeroes = AlignedBuf::zeroed(index(old.next_multiple_of(BLOCK) - old));
+            if !self.map.block(GuestBlock(old / BLOCK))?.reads_zero() {
+                self.write_unchecked(0, old, &zeroes)?;
+            }
+        }
+        self.run_checkpoint(|sb| sb.virtual_size = size)?;
+        // Release pairs with the Acquire load in `size`: the new range is served once it is durable.
+        self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    fn resize_down(&self, old: u64, size: u64, drop_data: bool) -> Result<()> {
+        let first = GuestBlock(size.div_ceil(BLOCK));
+        let count = old.div_ceil(BLOCK) - first.0;
+        if !drop_data {
+            self.check_no_data(first, count)?;
+        }
+        self.size.store(size, Ordering::Release);
+        let tag = self.gate.epoch();
+        while !self.gate.passed(tag) {
+            self.gate.try_advance();
+            std::thread::yield_now();
+        }
+        // Records about the dropped range lie before the head of the checkpoint that drops it: replay
+        // must never meet a record past the end of the disk.
+        let outcome = self.flush().and_then(|()| self.drop_range(first, count, size));
+        outcome.map_err(|e| self.fail(e))
+    }
+
+    fn drop_range(&self, first: GuestBlock, count: u64, size: u64) -> Result<()> {
+        let mut emptied = Vec::new();
+        {
+            let mut core = self.core.lock();
+            if count > 0 {
+                self.map.clear(first, count, Whole::Hole, &mut |_, e| emptied.push(e))?;
+                let last = GuestBlock(first.0 + count - 1).extent().leaf();
+                core.dirty.extend((first.extent().leaf().0..=last.0).map(LeafNo));
+            }
+        }
+        self.run_checkpoint(|sb| sb.virtual_size = size)?;
+        // Only now does nothing durable name them.
+        let mut core = self.core.lock();
+        emptied.into_iter().for_each(|e| self.retire(&mut core, e));
+        drop(core);
+        self.flush()
+    }
+
+    fn check_no_data(&self, first: GuestBlock, count: u64) -> Result<()> {
+        let mut blocks = 0;
+        self.map.resolve(first, count, &mut |piece| {
+            if matches!(piece.state, BlockState::Data { .. }) {
+                blocks += piece.count;
+            }
+            Ok(())
+        })?;
+        if blocks == 0 {
+            return Ok(());
+        }
+        let reason = format!("{} bytes of data lie past the new end", blocks * BLOCK);
+        Err(Error::new(Kind::InUse, reason).hint("repeat with --drop-data to lose them"))
+    }
+}

@@ -1,0 +1,160 @@
+//! Sealing: the segment becomes immutable, gets a checksum for every data block and a content digest.
+//!
+//! Order, and the crash it defends against: the flip to `Sealed, Pending` comes after a checkpoint
+//! with an empty journal (a sealed segment is never replayed); sums are durable before the flip to
+//! `Done` names them. A crash in between leaves a sealed segment whose sums are made again.
+//!
+//! Test: `crash_points` (operation `seal`).
+
+use blake3::Hasher;
+use format::entry::BlockState;
+use format::limits::{BLOCK, BLOCKS_PER_EXTENT, EXTENT, LEAF_ENTRIES};
+use format::superblock::{Attached, Seal, State};
+use format::units::{BlockId, ExtentId, LeafNo, crc, index};
+use format::{Context, Result};
+
+use super::Disk;
+use super::map::Map;
+use crate::store::File;
+use crate::store::buf::AlignedBuf;
+
+const DIGEST_CONTEXT: &[u8] = b"offshoot-segment-v1";
+/// Blocks read at once: 1 MiB.
+const RUN_BLOCKS: u64 = 256;
+
+/// Checksums and digest of a segment's data.
+pub struct Sums {
+    /// CRC32C per block from the start of the data area on; zero for blocks the map does not name.
+    pub crcs: Vec<u32>,
+    /// BLAKE3 of the named blocks in file order, with their numbers.
+    pub digest: [u8; 32],
+}
+
+impl Sums {
+    /// The content of the checksummed array.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        self.crcs.iter().flat_map(|c| c.to_le_bytes()).collect()
+    }
+}
+
+/// Runs of own data blocks in file order: first block and count, at most 1 MiB each.
+///
+/// # Errors
+/// `Corrupt` in a damaged range.
+pub fn own_runs(map: &Map, size: u64) -> Result<Vec<(BlockId, u64)>> {
+    let mut blocks: Vec<(u64, u64)> = Vec::new();
+    for leaf in (0..LeafNo::count_for(size)).map(LeafNo) {
+        let first = leaf.first_extent().first_block();
+        map.resolve(first, LEAF_ENTRIES as u64 * BLOCKS_PER_EXTENT, &mut |piece| {
+            if let BlockState::Data { segment, block } = piece.state
+                && segment == map.own()
+            {
+                blocks.push((block.0, piece.count));
+            }
+            Ok(())
+        })?;
+    }
+    blocks.sort_unstable();
+    let mut runs: Vec<(BlockId, u64)> = Vec::new();
+    for (mut first, mut count) in blocks {
+        if let Some((last, n)) = runs.last_mut()
+            && last.0 + *n == first
+        {
+            let take = count.min(RUN_BLOCKS - *n);
+            *n += take;
+            first += take;
+            count -= take;
+        }
+        while count > 0 {
+            let take = count.min(RUN_BLOCKS);
+            runs.push((BlockId(first), take));
+            first += take;
+            count -= take;
+        }
+    }
+    Ok(runs)
+}
+
+/// Reads the named blocks of a segment and sums them. `progress` gets the bytes done and in all.
+///
+/// # Errors
+/// What the host reports, `Corrupt` in a damaged range, or what `progress` reports.
+pub fn sum_segment(
+    file: &dyn File,
+    map: &Map,
+    (size, data_start, segment): (u64, ExtentId, uuid::Uuid),
+    progress: &mut dyn FnMut(u64, u64) -> Result<()>,
+) -> Result<Sums> {
+    let runs = own_runs(map, size)?;
+    let total: u64 = runs.iter().map(|(_, n)| n * BLOCK).sum();
+    let base = data_start.0 * BLOCKS_PER_EXTENT;
+    let end = runs.last().map_or(base, |(b, n)| b.0 + n);
+    let mut crcs = vec![0; index(end - base).next_multiple_of(index(BLOCKS_PER_EXTENT))];
+    let mut hasher = Hasher::new();
+    hasher.update(DIGEST_CONTEXT).update(segment.as_bytes());
+    let mut buf = AlignedBuf::zeroed(index(RUN_BLOCKS * BLOCK));
+    let mut done = 0;
+    for (first, count) in runs {
+        let bytes = &mut buf[..index(count * BLOCK)];
+        file.read_at(first.file_offset(), bytes)?;
+        for (i, block) in (first.0..).zip(bytes.chunks_exact(index(BLOCK))) {
+            crcs[index(i - base)] = crc(block);
+            hasher.update(&i.to_le_bytes()).update(block);
+        }
+        done += count * BLOCK;
+        progress(done, total)?;
+    }
+    Ok(Sums { crcs, digest: hasher.finalize().into() })
+}
+
+impl Disk {
+    /// Makes the disk immutable and sums its data. `progress` gets the bytes done and in all; an
+    /// error from it leaves the disk sealed, with its sums to be made by sealing again.
+    ///
+    /// # Errors
+    /// As [`Disk::checkpoint`], or what `progress` reports.
+    pub fn seal(self, progress: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<[u8; 32]> {
+        self.check_writable()?;
+        let sealed = self.seal_inner(progress).context("seal", || self.object())?;
+        self.core.into_inner().tail.remove()?;
+        Ok(sealed)
+    }
+
+    fn seal_inner(&self, progress: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<[u8; 32]> {
+        self.finish(|sb| {
+            sb.state = State::Sealed;
+            sb.seal = Seal::Pending;
+        })?;
+        self.make_sums(progress)
+    }
+
+    /// Makes the sums of a segment that is sealed and pending.
+    pub(super) fn make_sums(
+        &self,
+        progress: &mut dyn FnMut(u64, u64) -> Result<()>,
+    ) -> Result<[u8; 32]> {
+        let facts = (self.size(), self.data_start, self.segment);
+        let sums = sum_segment(self.file.as_ref(), &self.map, facts, progress)?;
+        let array = self.write_array(&sums.encode())?;
+        self.sync()?;
+        let mut state = self.checkpoint.lock();
+        let mut sb = state.superblock.clone();
+        sb.generation = sb.generation.next();
+        sb.seal = Seal::Done;
+        sb.attached = Attached::No;
+        sb.sums = array;
+        sb.digest = sums.digest;
+        sb.extents_end = self.core.lock().space.end();
+        self.flip(&mut state, sb)?;
+        self.sync()?;
+        self.file.set_read_only()?;
+        Ok(sums.digest)
+    }
+}
+
+/// Bytes of the sums array of a segment that ends at `extents_end`, at most.
+#[must_use]
+pub fn sums_bytes_max(data_start: ExtentId, extents_end: ExtentId) -> u64 {
+    extents_end.0.saturating_sub(data_start.0) * (EXTENT / BLOCK) * 4
+}
