@@ -107,6 +107,27 @@ pub fn flip(file: &dyn File, sb: &Superblock) -> Result<()> {
     write_pair(file, sb, Pair::Second)
 }
 
+/// Makes all four copies hold the present state, durably: whatever a crash left half-done is whole
+/// now, and a [`flip`] may follow.
+///
+/// The first sync comes before anything is written: after a process kill the newest copies may be in
+/// the page cache alone, and to write the other pair then would leave no durable one. Rewriting a
+/// copy with the bytes it holds already cannot tear it.
+///
+/// # Errors
+/// As [`read_superblock`], or what the host reports.
+pub fn settle(file: &dyn File) -> Result<Superblock> {
+    let chosen = read_superblock(file)?;
+    file.sync()?;
+    if chosen.complaints.iter().any(Option::is_some) {
+        for pair in [Pair::Second, Pair::First] {
+            write_pair(file, &chosen.superblock, pair)?;
+            file.sync()?;
+        }
+    }
+    Ok(chosen.superblock)
+}
+
 /// A sealed segment, open for reading.
 pub struct Sealed {
     /// Its superblock.

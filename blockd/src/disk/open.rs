@@ -29,7 +29,7 @@ use super::load::{Loaded, load};
 use super::problem::Severity;
 use super::tail::Tail;
 use super::{Checkpoint, Commit, Core, Disk, Options, Tickets};
-use crate::segment::{self, Pair, Segments};
+use crate::segment::{self, Segments};
 use crate::store::File;
 
 /// Most records a tail holds: 3 MiB of memory.
@@ -100,15 +100,27 @@ impl Disk {
         Ok(disk)
     }
 
+    /// Opens a segment that is sealed but has no sums yet, to make them.
+    pub(super) fn open_pending(
+        file: Arc<dyn File>,
+        segments: &dyn Segments,
+        options: &Options,
+    ) -> Result<Self> {
+        let loaded = load(&file, segments, None)?;
+        if let Some(p) = loaded.problems.iter().find(|p| p.what.severity() > Severity::Minor) {
+            return Err(p.to_error());
+        }
+        let tail = Tail::on_heap(loaded.superblock.segment, 1, loaded.cursor.seq);
+        let disk = Disk::assemble(file, loaded, tail, options, true);
+        segment::settle(disk.file.as_ref()).map_err(|e| disk.fail(e))?;
+        Ok(disk)
+    }
+
     fn attach(&self, attached: Attached, options: &Options) -> Result<()> {
+        segment::settle(self.file.as_ref()).map_err(|e| self.fail(e))?;
         let mut state = self.checkpoint.lock();
         let mut commit = self.commit.lock();
         let present = state.superblock.clone();
-        // All four, then a sync: whatever a crash left half-done is whole now.
-        segment::write_pair(self.file.as_ref(), &present, Pair::Second)?;
-        self.sync()?;
-        segment::write_pair(self.file.as_ref(), &present, Pair::First)?;
-        self.sync()?;
         let epoch = present.epoch.next();
         let sb = Superblock {
             generation: present.generation.next(),

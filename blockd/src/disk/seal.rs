@@ -6,6 +6,8 @@
 //!
 //! Test: `crash_points` (operation `seal`).
 
+use std::sync::Arc;
+
 use blake3::Hasher;
 use format::entry::BlockState;
 use format::limits::{BLOCK, BLOCKS_PER_EXTENT, EXTENT, LEAF_ENTRIES};
@@ -13,8 +15,9 @@ use format::superblock::{Attached, Seal, State};
 use format::units::{BlockId, ExtentId, LeafNo, crc, index};
 use format::{Context, Result};
 
-use super::Disk;
 use super::map::Map;
+use super::{Disk, Options};
+use crate::segment::Segments;
 use crate::store::File;
 use crate::store::buf::AlignedBuf;
 
@@ -129,8 +132,21 @@ impl Disk {
         self.make_sums(progress)
     }
 
-    /// Makes the sums of a segment that is sealed and pending.
-    pub(super) fn make_sums(
+    /// Makes the sums of a segment whose sealing was cut short: it is immutable already.
+    ///
+    /// # Errors
+    /// As [`Disk::seal`].
+    pub fn finish_seal(
+        file: Arc<dyn File>,
+        segments: &dyn Segments,
+        options: &Options,
+        progress: &mut dyn FnMut(u64, u64) -> Result<()>,
+    ) -> Result<[u8; 32]> {
+        let disk = Disk::open_pending(file, segments, options)?;
+        disk.make_sums(progress).context("seal", || disk.object())
+    }
+
+    fn make_sums(
         &self,
         progress: &mut dyn FnMut(u64, u64) -> Result<()>,
     ) -> Result<[u8; 32]> {

@@ -1,0 +1,105 @@
+//! Rebuilding the catalogue from the segments themselves.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
+use std::sync::Arc;
+
+use format::Result;
+use parking_lot::Mutex;
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::{LOCK_FILE, OpenOptions, StoreDir, read_identity};
+use crate::catalogue::{Catalogue, DiskRow};
+use crate::store::Store;
+use crate::store::file::{FileStore, FileStoreOptions, LockKind};
+
+/// What a rebuild found.
+#[derive(Debug, Clone, Serialize)]
+pub struct Rebuilt {
+    /// Disks in the new catalogue.
+    pub disks: Vec<DiskRow>,
+    /// Disks that got a new name because two segments claimed theirs: old name, new name.
+    pub renamed: Vec<(String, String)>,
+    /// Segments that could not be read, and why.
+    pub unreadable: Vec<(Uuid, String)>,
+    /// Segments that disks stand on and that are not in the store.
+    pub missing: Vec<Uuid>,
+}
+
+impl StoreDir {
+    /// Makes a new catalogue from the segments in the folder; the old one need not be readable.
+    ///
+    /// # Errors
+    /// `NotFound` when the folder is no store, `Busy`, or what the host reports.
+    pub fn rebuild(dir: &Path, options: &OpenOptions) -> Result<Rebuilt> {
+        let store = FileStore::open(dir, FileStoreOptions { cache: options.cache })?;
+        read_identity(&store, &dir.display().to_string())?;
+        let _lock = store.lock(LOCK_FILE, LockKind::Exclusive)?;
+        Self::rebuild_in(Arc::new(store), options)
+    }
+
+    /// As [`StoreDir::rebuild`], in any store of files.
+    ///
+    /// # Errors
+    /// As [`StoreDir::rebuild`].
+    pub fn rebuild_in(store: Arc<dyn Store>, options: &OpenOptions) -> Result<Rebuilt> {
+        let identity = read_identity(store.as_ref(), &store.describe())?;
+        let dir = StoreDir {
+            catalogue: Catalogue::replace(store.as_ref(), &[])?,
+            store: Arc::clone(&store),
+            identity,
+            sealed: Mutex::default(),
+            writable: true,
+            boot: options.boot,
+            notes: Vec::new(),
+            _lock: None,
+        };
+        let mut found = Rebuilt {
+            disks: Vec::new(),
+            renamed: Vec::new(),
+            unreadable: Vec::new(),
+            missing: Vec::new(),
+        };
+        let mut rows: BTreeMap<String, DiskRow> = BTreeMap::new();
+        for id in segment_ids(store.as_ref())? {
+            match dir.row_of(id) {
+                Ok(row) => dir.place(row, &mut rows, &mut found)?,
+                Err(e) => found.unreadable.push((id, e.to_string())),
+            }
+        }
+        let present: HashSet<Uuid> = segment_ids(store.as_ref())?.into_iter().collect();
+        let mut missing: Vec<Uuid> = rows.values().flat_map(|r| r.parents.clone()).collect();
+        missing.retain(|s| !present.contains(s));
+        missing.sort_unstable();
+        missing.dedup();
+        found.missing = missing;
+        found.disks = rows.into_values().collect();
+        Catalogue::replace(store.as_ref(), &found.disks)?;
+        Ok(found)
+    }
+
+    fn place(
+        &self,
+        mut row: DiskRow,
+        rows: &mut BTreeMap<String, DiskRow>,
+        found: &mut Rebuilt,
+    ) -> Result<()> {
+        let short = row.segment.simple().to_string()[..8].to_owned();
+        if row.name.is_empty() || rows.contains_key(&row.name) {
+            let old = std::mem::take(&mut row.name);
+            let stem: String = old.chars().take(format::limits::NAME_MAX - 9).collect();
+            row.name = if stem.is_empty() { format!("disk-{short}") } else { format!("{stem}-{short}") };
+            self.relabel(&row)?;
+            found.renamed.push((old, row.name.clone()));
+        }
+        rows.insert(row.name.clone(), row);
+        Ok(())
+    }
+}
+
+fn segment_ids(store: &dyn Store) -> Result<Vec<Uuid>> {
+    let names = store.names()?;
+    let ids = names.iter().filter_map(|n| n.strip_suffix(".seg")?.parse().ok());
+    Ok(ids.collect())
+}

@@ -1,0 +1,301 @@
+//! What can be done with the disks of a store: create, import, open, rename, seal, remove.
+//!
+//! Order of a change, and the crash it defends against: for creation, content durable, then the final
+//! name, then the catalogue; for deletion, the name goes first (`.del`), then the catalogue, then the
+//! file. At every point the folder alone says whether the disk exists.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use format::limits::{EXTENT, JOURNAL_EXTENTS_DEFAULT};
+use format::superblock::{Seal, check_name};
+use format::table::{ROW_BYTES, SegmentTable};
+use format::{Context, Error, Kind, Result, limits};
+use uuid::Uuid;
+
+use super::StoreDir;
+use crate::catalogue::{Change, DiskRow};
+use crate::disk::create::{NewSegment, Parent};
+use crate::disk::{Disk, Options};
+use crate::segment::{self, Segments, deleted_name, file_name, new_name};
+use crate::store::Access;
+
+/// What a new disk is to be.
+#[derive(Debug, Clone)]
+pub struct NewDisk {
+    /// Its name.
+    pub name: String,
+    /// Bytes of the virtual disk; zero for the size of the parent.
+    pub virtual_size: u64,
+    /// The sealed disk to stand on.
+    pub parent: Option<String>,
+    /// Bytes of the journal, a multiple of 64 KiB; zero for the default.
+    pub journal_bytes: u64,
+}
+
+impl NewDisk {
+    /// A root disk with the default journal.
+    #[must_use]
+    pub fn root(name: &str, virtual_size: u64) -> Self {
+        NewDisk { name: name.into(), virtual_size, parent: None, journal_bytes: 0 }
+    }
+}
+
+/// A disk that is being imported: it appears in the store when finished, or not at all.
+pub struct Import<'a> {
+    dir: &'a StoreDir,
+    disk: Option<Disk>,
+    segment: Uuid,
+}
+
+impl StoreDir {
+    /// Creates a disk.
+    ///
+    /// # Errors
+    /// `Exists`, `NotFound` for the parent, `Invalid` for a name, a size, or a parent that is not
+    /// sealed, `NoSpace`, or what the host reports.
+    pub fn create(&self, new: &NewDisk) -> Result<DiskRow> {
+        let segment = self.write_new(new)?;
+        self.publish(segment)
+    }
+
+    /// Begins an import: a disk to write to that nobody else sees yet.
+    ///
+    /// # Errors
+    /// As [`StoreDir::create`].
+    pub fn import(&self, new: &NewDisk, lanes: usize) -> Result<Import<'_>> {
+        let segment = self.write_new(new)?;
+        let mut import = Import { dir: self, disk: None, segment };
+        let file = self.store.open(&new_name(segment), Access::Write)?;
+        let options = Options { lanes, ..self.disk_options() };
+        import.disk = Some(Disk::open(file, self, &options)?);
+        Ok(import)
+    }
+
+    fn write_new(&self, new: &NewDisk) -> Result<Uuid> {
+        self.check_writable()?;
+        check_name(&new.name)?;
+        self.check_name_free(&new.name)?;
+        let parent = new.parent.as_ref().map(|name| self.parent(name)).transpose()?;
+        let (parent_row, sealed) = parent.unzip();
+        let parent = match (&parent_row, &sealed) {
+            (Some(row), Some(sealed)) => {
+                let bytes_max = (limits::SEGMENTS_MAX * ROW_BYTES) as u64;
+                let at = sealed.superblock.table;
+                let table = segment::read_array(sealed.file.as_ref(), at, bytes_max)?;
+                Some(Parent { disk: row.disk, sealed, table: SegmentTable::decode(&table)? })
+            }
+            _ => None,
+        };
+        let inherited = sealed.as_ref().map_or(0, |s| s.superblock.virtual_size);
+        let size = if new.virtual_size == 0 { inherited } else { new.virtual_size };
+        let journal = match new.journal_bytes {
+            0 => JOURNAL_EXTENTS_DEFAULT,
+            bytes if bytes.is_multiple_of(EXTENT) => bytes / EXTENT,
+            _ => return Err(Error::invalid("the journal size is a multiple of 64 KiB")),
+        };
+        let segment = NewSegment {
+            store: self.identity.store,
+            segment: Uuid::new_v4(),
+            disk: Uuid::new_v4(),
+            name: new.name.clone(),
+            virtual_size: size,
+            journal_extents: journal,
+            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        };
+        segment.write(self.store.as_ref(), parent.as_ref())?;
+        Ok(segment.segment)
+    }
+
+    fn parent(&self, name: &str) -> Result<(DiskRow, std::sync::Arc<segment::Sealed>)> {
+        let row = self.disk(name)?;
+        let not_sealed = || {
+            Error::invalid("only a sealed disk can be a parent")
+                .on(format!("disk {name}"))
+                .hint(format!("seal it first: `offshoot disk seal {name}`"))
+        };
+        if !row.sealed {
+            return Err(not_sealed());
+        }
+        let sealed = self.sealed(row.segment)?;
+        if sealed.superblock.seal != Seal::Done {
+            return Err(not_sealed());
+        }
+        Ok((row, sealed))
+    }
+
+    fn check_name_free(&self, name: &str) -> Result<()> {
+        match self.catalogue.get(name) {
+            None => Ok(()),
+            Some(_) => Err(Error::new(Kind::Exists, "a disk of this name exists already")
+                .on(format!("disk {name}"))
+                .hint("choose another name, or remove that disk first")),
+        }
+    }
+
+    /// Gives a finished segment its final name and tells the catalogue.
+    fn publish(&self, segment: Uuid) -> Result<DiskRow> {
+        self.store.rename(&new_name(segment), &file_name(segment))?;
+        // The name is durable before the catalogue counts on it.
+        self.store.sync_names()?;
+        let row = self.row_of(segment)?;
+        self.catalogue.apply(&[Change::Put(row.clone())])?;
+        Ok(row)
+    }
+
+    /// Opens a disk.
+    ///
+    /// # Errors
+    /// `NotFound`, or as [`Disk::open`].
+    pub fn open_disk(&self, name: &str, access: Access, options: &Options) -> Result<Disk> {
+        let row = self.disk(name)?;
+        let object = || format!("disk {name}");
+        let file = self.segment_file(row.segment, if row.sealed { Access::Read } else { access });
+        let file = file.context("open", object)?;
+        let disk = match access {
+            Access::Read => Disk::open_read_only(file, self, options),
+            Access::Write => {
+                self.check_writable()?;
+                Disk::open(file, self, options)
+            }
+        };
+        disk.context("open", object)
+    }
+
+    /// Renames a disk.
+    ///
+    /// # Errors
+    /// `NotFound`, `Exists`, `Invalid` for the name, or what the host reports.
+    pub fn rename(&self, from: &str, to: &str) -> Result<DiskRow> {
+        self.check_writable()?;
+        check_name(to)?;
+        let row = self.disk(from)?;
+        self.check_name_free(to)?;
+        let new = DiskRow { name: to.into(), ..row.clone() };
+        self.relabel(&new)?;
+        self.catalogue.apply(&[Change::Remove(from.into()), Change::Put(new.clone())])?;
+        Ok(new)
+    }
+
+    /// Writes a disk's name into its segment: the segment is the truth, so it comes first.
+    pub(super) fn relabel(&self, row: &DiskRow) -> Result<()> {
+        let file = self.store.open(&file_name(row.segment), Access::Write)?;
+        let mut sb = segment::settle(file.as_ref())?;
+        sb.generation = sb.generation.next();
+        sb.name.clone_from(&row.name);
+        segment::flip(file.as_ref(), &sb)?;
+        file.sync()
+    }
+
+    /// Seals a disk: immutable from now on, and fit to be a parent. `progress` gets the bytes summed
+    /// and in all.
+    ///
+    /// # Errors
+    /// `NotFound`, `Invalid` when it is sealed already, or as [`Disk::seal`].
+    pub fn seal(
+        &self,
+        name: &str,
+        progress: &mut dyn FnMut(u64, u64) -> Result<()>,
+    ) -> Result<DiskRow> {
+        self.check_writable()?;
+        let row = self.disk(name)?;
+        let file = self.segment_file(row.segment, Access::Read)?;
+        let sb = segment::read_superblock(file.as_ref())?.superblock;
+        let options = self.disk_options();
+        match sb.seal {
+            Seal::Done if row.sealed => {
+                return Err(Error::invalid("it is sealed already").on(format!("disk {name}")));
+            }
+            Seal::Done => {}
+            Seal::Pending => {
+                let file = self.segment_file(row.segment, Access::Write)?;
+                Disk::finish_seal(file, self, &options, progress)?;
+            }
+            Seal::None => {
+                let disk = self.open_disk(name, Access::Write, &options)?;
+                disk.seal(progress)?;
+            }
+        }
+        self.sealed.lock().remove(&row.segment);
+        let row = DiskRow { name: name.into(), ..self.row_of(row.segment)? };
+        self.catalogue.apply(&[Change::Put(row.clone())])?;
+        Ok(row)
+    }
+
+    /// Changes the size of a disk.
+    ///
+    /// # Errors
+    /// As [`Disk::resize`].
+    pub fn resize(&self, name: &str, size: u64, drop_data: bool) -> Result<DiskRow> {
+        self.check_writable()?;
+        let row = self.disk(name)?;
+        let disk = self.open_disk(name, Access::Write, &self.disk_options())?;
+        let resized = disk.resize(size, drop_data);
+        disk.close().and(resized)?;
+        let row = DiskRow { virtual_size: size, ..row };
+        self.catalogue.apply(&[Change::Put(row.clone())])?;
+        Ok(row)
+    }
+
+    /// Removes a disk and gives its space back.
+    ///
+    /// # Errors
+    /// `NotFound`; `InUse`, naming them, when other disks stand on it; or what the host reports.
+    pub fn remove(&self, name: &str) -> Result<()> {
+        self.check_writable()?;
+        let row = self.disk(name)?;
+        let dependents = self.dependents(row.segment);
+        if !dependents.is_empty() {
+            let reason = format!("other disks stand on it: {}", dependents.join(", "));
+            return Err(Error::new(Kind::InUse, reason)
+                .tried("remove")
+                .on(format!("disk {name}"))
+                .hint("remove those first"));
+        }
+        match self.store.rename(&file_name(row.segment), &deleted_name(row.segment)) {
+            // The file is gone: what is left of the disk is its row.
+            Err(e) if e.kind() == Kind::NotFound => {
+                return self.catalogue.apply(&[Change::Remove(name.into())]);
+            }
+            renamed => renamed.context("remove", || format!("disk {name}"))?,
+        }
+        // The deletion is decided, durably, before the catalogue forgets the disk.
+        self.store.sync_names()?;
+        self.catalogue.apply(&[Change::Remove(name.into())])?;
+        self.store.remove(&deleted_name(row.segment))?;
+        self.store.sync_names()
+    }
+}
+
+impl Import<'_> {
+    /// The disk to write to.
+    ///
+    /// # Panics
+    /// Never: the disk is there until the import is finished.
+    #[must_use]
+    pub fn disk(&self) -> &Disk {
+        self.disk.as_ref().expect("there until finished")
+    }
+
+    /// Makes the content durable and the disk appear.
+    ///
+    /// # Errors
+    /// As [`Disk::close`] and [`StoreDir::create`]; the disk then does not appear.
+    pub fn finish(mut self) -> Result<DiskRow> {
+        if let Some(disk) = self.disk.take() {
+            disk.close()?;
+        }
+        let row = self.dir.publish(self.segment)?;
+        self.segment = Uuid::nil();
+        Ok(row)
+    }
+}
+
+impl Drop for Import<'_> {
+    fn drop(&mut self) {
+        self.disk = None;
+        if !self.segment.is_nil() {
+            // An import that failed leaves nothing; if this fails too, the next opening removes it.
+            let _ = self.dir.store.remove(&new_name(self.segment));
+        }
+    }
+}
