@@ -193,6 +193,12 @@ impl Disk {
         &self.map
     }
 
+    /// What the segment indices of the map mean.
+    #[must_use]
+    pub fn table(&self) -> &SegmentTable {
+        &self.table
+    }
+
     /// Facts for `show` and for metrics.
     ///
     /// # Errors

@@ -1,0 +1,301 @@
+//! One open file of a [`super::FileStore`].
+//!
+//! - A single range goes through `pread`/`pwrite`: one system call, as cheap as a ring of one.
+//! - A batch on a direct file goes through a ring, so that the device sees all of it at once, and
+//!   so does a batch of buffered reads, where the ring overlaps what is not in the page cache.
+//! - A batch of buffered writes goes through `pwrite`: it is a copy into the page cache under the
+//!   inode's lock either way, and a ring hands each one to a kernel thread first on file systems
+//!   that cannot write without waiting.
+//! - On a direct file, ranges that are not aligned take the detour of [`super::bounce`]. Such
+//!   writes and length changes hold `growth` exclusively, aligned writes and punches share it, so
+//!   within one handle a read-modify-write excludes all other changes. Across handles the caller
+//!   excludes changes to one 4 KiB block, and of the length, at the same time as an unaligned
+//!   write.
+
+use std::sync::Arc;
+
+use format::{Context, Error, Kind, Result};
+use io_uring::{opcode, squeue, types};
+use parking_lot::RwLock;
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::fs::{FallocateFlags, Mode, Stat};
+use rustix::io::{Errno, pread, retry_on_intr};
+
+use super::super::{File, ReadOp, WriteOp, range_end};
+use super::bounce::{self, Align};
+use super::host;
+use super::ring::{Batch, Rings};
+
+/// Largest single transfer handed to the kernel, which itself stops short of 2 GiB.
+const TRANSFER_MAX: usize = 1 << 30;
+
+pub(super) struct FileHandle {
+    pub(super) fd: OwnedFd,
+    /// Full path, for messages.
+    pub(super) path: String,
+    pub(super) writable: bool,
+    /// `None`: through the page cache.
+    pub(super) direct: Option<Align>,
+    pub(super) growth: RwLock<()>,
+    pub(super) rings: Arc<Rings>,
+}
+
+/// Adds what every error of a range must say.
+fn on_range(e: Error, verb: &str, len: usize, offset: u64, path: &str) -> Error {
+    e.tried(format!("{verb} {len} bytes at offset {offset} of")).on(path)
+}
+
+fn ends_early() -> Error {
+    Error::corrupt("the file ends early")
+}
+
+impl FileHandle {
+    /// True when the range can go to the kernel as it is.
+    fn fits(&self, buf: &[u8], offset: u64) -> bool {
+        self.direct.is_none_or(|align| align.fits(buf, offset))
+    }
+
+    fn stat(&self) -> Result<Stat> {
+        let stat = rustix::fs::fstat(&self.fd);
+        stat.map_err(host).context("read the size of", || self.path.clone())
+    }
+
+    fn check_writable(&self, tried: &'static str) -> Result<()> {
+        if self.writable {
+            return Ok(());
+        }
+        Err(Error::new(Kind::ReadOnly, "the file was opened for reading only")
+            .tried(tried)
+            .on(self.path.as_str()))
+    }
+
+    /// Also keeps offsets away from the kernel that it takes for "at the current position".
+    fn check_range(&self, verb: &str, offset: u64, buf: &[u8]) -> Result<()> {
+        range_end(offset, buf.len() as u64)
+            .map(|_| ())
+            .map_err(|e| on_range(e, verb, buf.len(), offset, &self.path))
+    }
+
+    /// Fills `buf` by plain calls.
+    fn read_plain(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let (at, rest) = (offset + done as u64, &mut buf[done..]);
+            let got = match self.direct.filter(|align| !align.fits(rest, at)) {
+                Some(align) => {
+                    match bounce::read(self.fd.as_fd(), align, at, rest).map_err(host)? {
+                        got if got < rest.len() => 0,
+                        got => got,
+                    }
+                }
+                None => retry_on_intr(|| pread(&self.fd, &mut *rest, at)).map_err(host)?,
+            };
+            if got == 0 {
+                return Err(ends_early());
+            }
+            done += got;
+        }
+        Ok(())
+    }
+
+    /// Writes `buf`, aligned or not, taking the lock that its shape needs.
+    fn write_plain(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        let fd = self.fd.as_fd();
+        let written = match self.direct {
+            None => bounce::write_all(fd, offset, buf),
+            Some(align) if align.splits_block(buf.len(), offset) => {
+                let _alone = self.growth.write();
+                bounce::write(fd, align, offset, buf)
+            }
+            Some(align) => {
+                let _shared = self.growth.read();
+                match align.fits(buf, offset) {
+                    true => bounce::write_all(fd, offset, buf),
+                    false => bounce::write(fd, align, offset, buf),
+                }
+            }
+        };
+        written.map_err(host)
+    }
+}
+
+impl File for FileHandle {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let len = buf.len();
+        self.check_range("read", offset, buf)?;
+        self.read_plain(offset, buf).map_err(|e| on_range(e, "read", len, offset, &self.path))
+    }
+
+    fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        self.check_writable("write")?;
+        self.check_range("write", offset, buf)?;
+        self.write_plain(offset, buf)
+            .map_err(|e| on_range(e, "write", buf.len(), offset, &self.path))
+    }
+
+    fn read_many(&self, ops: &mut [ReadOp<'_>]) -> Result<()> {
+        for op in &*ops {
+            self.check_range("read", op.offset, op.buf)?;
+        }
+        if ops.len() < 2 || self.rings.run(&mut Reads { file: self, ops }).transpose()?.is_none() {
+            return ops.iter_mut().try_for_each(|op| self.read_at(op.offset, op.buf));
+        }
+        let mut left = ops.iter_mut().filter(|op| !self.fits(op.buf, op.offset));
+        left.try_for_each(|op| self.read_at(op.offset, op.buf))
+    }
+
+    fn write_many(&self, ops: &[WriteOp<'_>]) -> Result<()> {
+        let one_by_one = || ops.iter().try_for_each(|op| self.write_at(op.offset, op.buf));
+        self.check_writable("write")?;
+        for op in ops {
+            self.check_range("write", op.offset, op.buf)?;
+        }
+        if ops.len() < 2 || self.direct.is_none() {
+            return one_by_one();
+        }
+        let shared = self.growth.read();
+        let ran = self.rings.run(&mut Writes { file: self, ops }).transpose()?;
+        drop(shared);
+        if ran.is_none() {
+            return one_by_one();
+        }
+        let mut left = ops.iter().filter(|op| !self.fits(op.buf, op.offset));
+        left.try_for_each(|op| self.write_at(op.offset, op.buf))
+    }
+
+    fn sync(&self) -> Result<()> {
+        let synced = retry_on_intr(|| rustix::fs::fdatasync(&self.fd));
+        synced.map_err(host).context("sync", || self.path.clone())
+    }
+
+    fn size(&self) -> Result<u64> {
+        Ok(self.stat()?.st_size.cast_unsigned())
+    }
+
+    fn set_len(&self, len: u64) -> Result<()> {
+        self.check_writable("change the length of")?;
+        let _alone = self.growth.write();
+        range_end(0, len)
+            .and_then(|_| retry_on_intr(|| rustix::fs::ftruncate(&self.fd, len)).map_err(host))
+            .map_err(|e| e.tried(format!("set a length of {len} bytes for")).on(&*self.path))
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_writable("punch a hole into")?;
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let punch = || {
+            range_end(offset, len)?;
+            let _shared = self.growth.read();
+            match len {
+                0 => Ok(()),
+                _ => retry_on_intr(|| rustix::fs::fallocate(&self.fd, flags, offset, len))
+                    .map_err(host),
+            }
+        };
+        punch().map_err(|e| {
+            e.tried(format!("punch a hole of {len} bytes at offset {offset} into")).on(&*self.path)
+        })
+    }
+
+    fn allocated(&self) -> Result<u64> {
+        Ok(self.stat()?.st_blocks.cast_unsigned() * 512)
+    }
+
+    fn set_read_only(&self) -> Result<()> {
+        let mode = Mode::RUSR | Mode::RGRP | Mode::ROTH;
+        // The permission bits are not part of what fdatasync promises.
+        retry_on_intr(|| rustix::fs::fchmod(&self.fd, mode))
+            .and_then(|()| retry_on_intr(|| rustix::fs::fsync(&self.fd)))
+            .map_err(host)
+            .context("make read-only", || self.path.clone())
+    }
+
+    fn is_direct(&self) -> bool {
+        self.direct.is_some()
+    }
+}
+
+struct Reads<'a, 'b> {
+    file: &'a FileHandle,
+    ops: &'a mut [ReadOp<'b>],
+}
+
+// SAFETY: the buffers are borrowed, mutably, for as long as the implementor is, and a `ReadOp` with
+// an operation in flight is not looked into: `rest` reads the length of the slice only.
+unsafe impl Batch for Reads<'_, '_> {
+    fn count(&self) -> usize {
+        self.ops.len()
+    }
+
+    fn rest(&self, op: usize, done: usize) -> usize {
+        self.ops[op].buf.len().saturating_sub(done)
+    }
+
+    fn entry(&mut self, op: usize, done: usize) -> Option<squeue::Entry> {
+        let ReadOp { offset, buf } = &mut self.ops[op];
+        let (at, rest) = (*offset + done as u64, &mut buf[done..]);
+        if rest.is_empty() || !self.file.fits(rest, at) {
+            return None;
+        }
+        let fd = types::Fd(self.file.fd.as_raw_fd());
+        let entry = opcode::Read::new(fd, rest.as_mut_ptr(), transfer(rest.len()));
+        Some(entry.offset(at).build())
+    }
+
+    fn finish(&mut self, op: usize, done: usize) -> Result<()> {
+        let ReadOp { offset, buf } = &mut self.ops[op];
+        let at = *offset + done as u64;
+        self.file.read_at(at, &mut buf[done..])
+    }
+
+    fn failed(&self, op: usize, done: usize, errno: Errno) -> Error {
+        let at = self.ops[op].offset + done as u64;
+        on_range(host(errno), "read", self.rest(op, done), at, &self.file.path)
+    }
+}
+
+struct Writes<'a, 'b> {
+    file: &'a FileHandle,
+    ops: &'a [WriteOp<'b>],
+}
+
+// SAFETY: the buffers are borrowed, shared, for as long as the implementor is, so nobody writes to
+// them; the kernel only reads them.
+unsafe impl Batch for Writes<'_, '_> {
+    fn count(&self) -> usize {
+        self.ops.len()
+    }
+
+    fn rest(&self, op: usize, done: usize) -> usize {
+        self.ops[op].buf.len().saturating_sub(done)
+    }
+
+    fn entry(&mut self, op: usize, done: usize) -> Option<squeue::Entry> {
+        let WriteOp { offset, buf } = self.ops[op];
+        let (at, rest) = (offset + done as u64, &buf[done..]);
+        if rest.is_empty() || !self.file.fits(rest, at) {
+            return None;
+        }
+        let fd = types::Fd(self.file.fd.as_raw_fd());
+        let entry = opcode::Write::new(fd, rest.as_ptr(), transfer(rest.len()));
+        Some(entry.offset(at).build())
+    }
+
+    /// The caller of the ring holds `growth` shared, so this must not take it.
+    fn finish(&mut self, op: usize, done: usize) -> Result<()> {
+        let WriteOp { offset, buf } = self.ops[op];
+        let (at, rest) = (offset + done as u64, &buf[done..]);
+        bounce::write_all(self.file.fd.as_fd(), at, rest)
+            .map_err(|e| on_range(host(e), "write", rest.len(), at, &self.file.path))
+    }
+
+    fn failed(&self, op: usize, done: usize, errno: Errno) -> Error {
+        let at = self.ops[op].offset + done as u64;
+        on_range(host(errno), "write", self.rest(op, done), at, &self.file.path)
+    }
+}
+
+/// The length of one entry; what is beyond it goes on as after any short transfer.
+fn transfer(len: usize) -> u32 {
+    u32::try_from(len.min(TRANSFER_MAX)).expect("the maximum fits")
+}
