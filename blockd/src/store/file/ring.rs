@@ -224,11 +224,12 @@ impl Run<'_> {
             return Ok(());
         }
         match self.batch.entry(op, done) {
-            Some(entry) if !self.ring.unusable => {
+            // On a ring that is being given up this stays in the queue for `finish_by_calls`.
+            Some(entry) => {
                 self.push(Slot { op, done }, entry);
                 Ok(())
             }
-            _ => self.batch.finish(op, done),
+            None => self.batch.finish(op, done),
         }
     }
 

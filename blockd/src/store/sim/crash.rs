@@ -272,9 +272,8 @@ impl<'a> CrashWalk<'a> {
                 apply(op, *part, whole, content);
             }
         }
-        let content = |id| files.remove(&id).unwrap_or_default();
-        let mut named = content;
-        Image { files: names.into_iter().map(|(name, id)| (name, named(id))).collect() }
+        let named = |(name, id)| (name, files.remove(&id).unwrap_or_default());
+        Image { files: names.into_iter().map(named).collect() }
     }
 }
 

@@ -160,6 +160,7 @@ impl Pages {
             }
             let Slot::Node(node) = slot else { unreachable!("pages sit at height 0 only") };
             let node = Arc::make_mut(node);
+            node.print = OnceLock::new();
             slot = &mut node.slots[child(number, height)];
         }
         slot

@@ -115,6 +115,24 @@ fn sparse_file_of_64_gib_is_cheap() {
 }
 
 #[test]
+fn the_last_page_is_given_back_up_to_the_end_of_the_file() {
+    let (_, file) = with_file(10);
+    assert_eq!(file.allocated().unwrap(), 8192);
+    file.punch(4096, 1024).unwrap();
+    assert_eq!((file.allocated().unwrap(), file.size().unwrap()), (4096, 5120));
+
+    let (_, file) = with_file(10);
+    file.punch(4096, 1023).unwrap();
+    assert_eq!(file.allocated().unwrap(), 8192);
+    file.set_len(4096).unwrap();
+    assert_eq!(file.allocated().unwrap(), 4096);
+    file.set_len(1).unwrap();
+    assert_eq!(file.allocated().unwrap(), 4096);
+    file.set_len(0).unwrap();
+    assert_eq!(file.allocated().unwrap(), 0);
+}
+
+#[test]
 fn images_can_be_damaged() {
     let mut image = Image::new();
     image.put("a", Content::from_bytes(&[0b101; 10]));
