@@ -105,6 +105,8 @@ fn from_redb(e: impl Into<redb::Error>) -> Error {
     match e.into() {
         redb::Error::Io(e) => match e.downcast::<Error>() {
             Ok(own) => own,
+            // What redb itself finds wrong with the content comes this way, too.
+            Err(e) if e.kind() == std::io::ErrorKind::InvalidData => damaged(e),
             Err(e) => e.into(),
         },
         e => damaged(e),

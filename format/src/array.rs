@@ -53,7 +53,8 @@ impl ArrayRef {
     /// # Errors
     /// `Corrupt` when the run cannot lie in a segment.
     pub fn decode(raw: &RawArrayRef) -> Result<Self> {
-        let r = ArrayRef { page: PageNo(raw.page.get()), bytes: raw.bytes.get(), crc: raw.crc.get() };
+        let r =
+            ArrayRef { page: PageNo(raw.page.get()), bytes: raw.bytes.get(), crc: raw.crc.get() };
         let pages_max = SEGMENT_EXTENTS_MAX * BLOCKS_PER_EXTENT;
         if r.page.0 >= pages_max || r.bytes / PAGE as u64 >= pages_max || raw.reserved.get() != 0 {
             return Err(Error::corrupt("an array reference points outside any segment"));
@@ -126,7 +127,10 @@ impl ArrayIndex {
     ///
     /// # Errors
     /// `Corrupt` when a checksum page does not match its parent, or what `read` reports.
-    pub fn load(at: ArrayRef, read: &mut dyn FnMut(PageNo, &mut [u8]) -> Result<()>) -> Result<Self> {
+    pub fn load(
+        at: ArrayRef,
+        read: &mut dyn FnMut(PageNo, &mut [u8]) -> Result<()>,
+    ) -> Result<Self> {
         let levels = levels(at.bytes);
         let mut sums = vec![at.crc];
         let mut end = at.pages();

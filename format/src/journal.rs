@@ -280,7 +280,6 @@ impl Replay {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

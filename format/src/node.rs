@@ -12,8 +12,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::entry::{BlockState, Entry, Vector};
 use crate::limits::{
-    BLOCKS_PER_EXTENT, EXTENT_BLOCKS, INNER_FANOUT, LEAF_ENTRIES, PAGE, SEGMENT_EXTENTS_MAX, VECTOR_BYTES,
-    VECTOR_PAGES_MAX, VECTORS_PER_PAGE,
+    BLOCKS_PER_EXTENT, EXTENT_BLOCKS, INNER_FANOUT, LEAF_ENTRIES, PAGE, SEGMENT_EXTENTS_MAX,
+    VECTOR_BYTES, VECTOR_PAGES_MAX, VECTORS_PER_PAGE,
 };
 use crate::units::{Generation, PageNo, SegmentIdx, crc, index};
 use crate::{Error, Result};

@@ -25,6 +25,10 @@ pub const MAGIC: [u8; 8] = *b"OFFSHOOT";
 /// The format version this build writes.
 pub const VERSION: u32 = 1;
 
+/// Counters stay below this, so that adding to them never overflows: at a million steps a second it
+/// is reached after 146,000 years.
+const COUNTER_END: u64 = 1 << 62;
+
 /// Feature bits this build understands, by class. Version 1 defines none.
 pub const KNOWN_FEATURES: Features = Features { incompat: 0, read_only_compat: 0, compat: 0 };
 
@@ -338,6 +342,10 @@ impl Superblock {
         let ends = self.data_start()..=ExtentId(SEGMENT_EXTENTS_MAX);
         if !ends.contains(&self.extents_end) {
             return Err(Error::corrupt("the end of the segment is out of range"));
+        }
+        let counters = [self.generation.0, self.owner_epoch.0, self.epoch.0, self.journal.seq.0];
+        if counters.into_iter().any(|c| c >= COUNTER_END) || self.journal.epoch > self.epoch {
+            return Err(Error::corrupt("a counter is out of range"));
         }
         if (self.state == State::Active) != (self.seal == Seal::None) {
             return Err(Error::corrupt("segment state and seal state contradict each other"));

@@ -134,9 +134,9 @@ impl Tree {
         let mut inherited = self.root;
         for level in (0..INNER_LEVELS).rev() {
             let number = leaf.0 / leaves_under(level + 1);
-            let node = self.levels[level].entry(number).or_insert_with(|| {
-                Arc::new(Node { ptrs: [inherited; INNER_FANOUT], dirty: true })
-            });
+            let node = self.levels[level]
+                .entry(number)
+                .or_insert_with(|| Arc::new(Node { ptrs: [inherited; INNER_FANOUT], dirty: true }));
             let node = Arc::make_mut(node);
             node.dirty = true;
             let at = slot(level, leaf);
@@ -182,8 +182,13 @@ impl Tree {
                     _ => {
                         let bytes = encode_inner(&node.ptrs);
                         let page = alloc()?;
-                        let at =
-                            PageRef { segment: own, page, crc: crc(&bytes), generation, vectors: None };
+                        let at = PageRef {
+                            segment: own,
+                            page,
+                            crc: crc(&bytes),
+                            generation,
+                            vectors: None,
+                        };
                         written.pages.push((page, bytes));
                         NodePtr::Page(at)
                     }
@@ -268,7 +273,13 @@ mod tests {
 
     fn leaf_ptr(n: u64) -> NodePtr {
         let generation = Generation(1);
-        NodePtr::Page(PageRef { segment: own(), page: PageNo(n), crc: 1, generation, vectors: None })
+        NodePtr::Page(PageRef {
+            segment: own(),
+            page: PageNo(n),
+            crc: 1,
+            generation,
+            vectors: None,
+        })
     }
 
     fn flush(tree: &mut Tree, disk: &mut Disk, next: &mut u64) -> Written {

@@ -118,10 +118,7 @@ impl Disk {
         let ops: Vec<WriteOp<'_>> = buf
             .chunks_exact(PAGE)
             .zip(&pages)
-            .map(|(buf, page)| WriteOp {
-                offset: start + page.position * PAGE as u64,
-                buf,
-            })
+            .map(|(buf, page)| WriteOp { offset: start + page.position * PAGE as u64, buf })
             .collect();
         self.file.write_many(&ops)?;
         Ok(next)

@@ -125,10 +125,8 @@ impl Disk {
     fn first_write(&self, lane: usize, offset: u64, buf: &[u8]) -> Result<()> {
         let mut parts: Vec<Part<'_>> = Vec::new();
         let outcome = self.prepare(lane, offset, buf, &mut parts).and_then(|()| {
-            let ops: Vec<WriteOp<'_>> = parts
-                .iter()
-                .map(|p| WriteOp { offset: p.offset, buf: p.bytes.get() })
-                .collect();
+            let ops: Vec<WriteOp<'_>> =
+                parts.iter().map(|p| WriteOp { offset: p.offset, buf: p.bytes.get() }).collect();
             match ops[..] {
                 [op] => self.file.write_at(op.offset, op.buf),
                 _ => self.file.write_many(&ops),

@@ -317,7 +317,8 @@ impl Loader<'_> {
                 Some(None) => Ok(()),
                 Some(Some(row)) if row.base.0 + extent.0 < row.extents => Ok(()),
                 Some(Some(_)) => {
-                    let e = Error::corrupt(format!("extent {extent} lies past the end of its file"));
+                    let e =
+                        Error::corrupt(format!("extent {extent} lies past the end of its file"));
                     Err((What::Truncated, e))
                 }
             }

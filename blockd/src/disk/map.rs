@@ -10,17 +10,16 @@
 //!
 //! Memory: 4 KiB and a few words per 32 MiB of mapped disk, plus 128 bytes per mixed extent.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwapOption;
-use format::entry::{BlockState, Entry, Vector, summarise};
+use format::Result;
+use format::entry::{BlockState, Entry, Vector};
 use format::limits::{EXTENT_BLOCKS, INNER_FANOUT, LEAF_ENTRIES};
 use format::node::{Leaf as StoredLeaf, LeafBytes, NodePtr, encode_leaf};
 use format::units::{ExtentId, GuestBlock, GuestExtent, LeafNo, SegmentIdx, index};
-use format::{Error, Result};
 
-type VectorWords = [AtomicU64; EXTENT_BLOCKS];
+use super::leaf::{Leaf, damaged, own_extent, resolve_leaf};
 
 /// What a leaf slot of the map holds.
 #[derive(Debug)]
@@ -33,14 +32,6 @@ enum Slot {
     Damaged,
     /// A leaf with entries.
     Live(Leaf),
-}
-
-#[derive(Debug)]
-struct Leaf {
-    entries: [AtomicU64; LEAF_ENTRIES],
-    vectors: OnceLock<Box<[OnceLock<Box<VectorWords>>; LEAF_ENTRIES]>>,
-    /// The vector run could not be read: mixed extents without a vector are damaged.
-    vectors_damaged: bool,
 }
 
 #[derive(Debug)]
@@ -85,96 +76,6 @@ impl Piece {
             (a, b) => a == b,
         }
     }
-}
-
-fn damaged(block: GuestBlock) -> Error {
-    Error::corrupt("the map page of this range is damaged")
-        .on(format!("byte offset {}", block.offset()))
-        .hint("the rest of the disk is usable; run `offshoot disk check`")
-}
-
-impl Leaf {
-    fn filled(entry: Entry) -> Self {
-        Leaf {
-            entries: std::array::from_fn(|_| AtomicU64::new(entry.to_word())),
-            vectors: OnceLock::new(),
-            vectors_damaged: false,
-        }
-    }
-
-    fn from_stored(stored: &StoredLeaf, vectors_damaged: bool) -> Self {
-        let mut leaf = Leaf::filled(Entry::Hole);
-        leaf.vectors_damaged = vectors_damaged;
-        for (i, entry) in stored.entries.iter().enumerate() {
-            let word = match entry {
-                Entry::Mixed { slot } => {
-                    if let Some(vector) = stored.vectors.get(usize::from(*slot)) {
-                        leaf.fill_vector(i, vector);
-                    }
-                    Entry::Mixed { slot: 0 }.to_word()
-                }
-                entry => entry.to_word(),
-            };
-            *leaf.entries[i].get_mut() = word;
-        }
-        leaf
-    }
-
-    // Acquire pairs with the Release store in `store`: whoever sees `Mixed` sees the vector's words.
-    fn entry(&self, i: usize) -> Entry {
-        let word = self.entries[i].load(Ordering::Acquire);
-        Entry::from_word(word).expect("words in memory were checked when they came in")
-    }
-
-    fn vector_slot(&self, i: usize) -> Option<&VectorWords> {
-        self.vectors.get()?[i].get().map(|v| &**v)
-    }
-
-    fn block(&self, i: usize, b: usize) -> Option<BlockState> {
-        match self.entry(i).block(b) {
-            Some(state) => Some(state),
-            None => {
-                // Acquire pairs with the Release store in `fill_vector`, so that whoever reads data
-                // through this word does so after it was published.
-                let word = self.vector_slot(i)?[b].load(Ordering::Acquire);
-                Some(BlockState::from_word(word).expect("words in memory were checked"))
-            }
-        }
-    }
-
-    fn vector(&self, i: usize) -> Option<Vector> {
-        let mut vector = [BlockState::Hole; EXTENT_BLOCKS];
-        for (b, state) in vector.iter_mut().enumerate() {
-            *state = self.block(i, b)?;
-        }
-        Some(vector)
-    }
-
-    fn fill_vector(&self, i: usize, vector: &Vector) {
-        let all = self.vectors.get_or_init(|| Box::new(std::array::from_fn(|_| OnceLock::new())));
-        let words = all[i].get_or_init(|| Box::new(std::array::from_fn(|_| AtomicU64::new(0))));
-        for (word, state) in words.iter().zip(vector) {
-            // Release pairs with the Acquire load in `block`.
-            word.store(state.to_word(), Ordering::Release);
-        }
-    }
-
-    fn store(&self, i: usize, vector: &Vector) {
-        let entry = summarise(vector);
-        if matches!(entry, Entry::Mixed { .. }) {
-            self.fill_vector(i, vector);
-        }
-        // Release pairs with the Acquire load in `entry`; it comes after the vector was filled.
-        self.entries[i].store(entry.to_word(), Ordering::Release);
-    }
-}
-
-/// The extent of segment `own` that one of the blocks lies in, if any.
-fn own_extent(vector: &Vector, own: SegmentIdx) -> Option<ExtentId> {
-    vector.iter().find_map(|state| match state {
-        BlockState::Data { segment, block } if *segment == own => Some(block.extent()),
-        _ => None,
-    })
 }
 
 impl Map {
@@ -398,10 +299,7 @@ impl Map {
             None | Some(Slot::Zero) => Ok(Vec::new()),
             Some(Slot::Damaged) => Err(damaged(first.first_block())),
             Some(Slot::Live(live)) => Ok((0..LEAF_ENTRIES)
-                .filter_map(|i| {
-                    let vector = live.vector(i)?;
-                    Some((first.plus(i as u64), own_extent(&vector, self.own)?))
-                })
+                .filter_map(|i| Some((first.plus(i as u64), live.own_extent(i, self.own)?)))
                 .collect()),
         }
     }
@@ -437,12 +335,11 @@ impl Map {
     pub fn memory_bytes(&self) -> usize {
         let mids = self.top.iter().filter_map(OnceLock::get);
         let chunks = mids.clone().flat_map(|m| m.iter().filter_map(OnceLock::get));
-        let leaves = chunks.clone().flat_map(|c| c.leaves.iter()).map(|slot| {
-            match slot.load().as_deref() {
+        let leaves =
+            chunks.clone().flat_map(|c| c.leaves.iter()).map(|slot| match slot.load().as_deref() {
                 Some(Slot::Live(leaf)) => size_of::<Slot>() + leaf.vector_bytes(),
                 _ => 0,
-            }
-        });
+            });
         leaves.sum::<usize>()
             + chunks.count() * size_of::<Chunk>()
             + mids.count() * size_of::<Mid>()
@@ -452,20 +349,7 @@ impl Map {
 
 fn split(leaf: LeafNo) -> (usize, usize, usize) {
     let fanout = INNER_FANOUT as u64;
-    (
-        index(leaf.0 / fanout / fanout),
-        index(leaf.0 / fanout % fanout),
-        index(leaf.0 % fanout),
-    )
-}
-
-impl Leaf {
-    fn vector_bytes(&self) -> usize {
-        self.vectors.get().map_or(0, |all| {
-            let made = all.iter().filter(|v| v.get().is_some()).count();
-            size_of_val(&**all) + made * size_of::<VectorWords>()
-        })
-    }
+    (index(leaf.0 / fanout / fanout), index(leaf.0 / fanout % fanout), index(leaf.0 % fanout))
 }
 
 /// A whole leaf of one kind.
@@ -486,30 +370,6 @@ pub enum Encoded {
     Whole(NodePtr),
     /// A leaf page and its vectors.
     Leaf(LeafBytes),
-}
-
-fn resolve_leaf(
-    leaf: &Leaf,
-    first: GuestBlock,
-    end: GuestBlock,
-    add: &mut dyn FnMut(GuestBlock, u64, BlockState) -> Result<()>,
-) -> Result<()> {
-    let mut at = first;
-    while at < end {
-        let i = at.extent().in_leaf();
-        let extent_end = at.extent().next().first_block().min(end);
-        match leaf.entry(i).block(at.in_extent()) {
-            Some(state) => add(at, extent_end.0 - at.0, state)?,
-            None => {
-                for b in (at.0..extent_end.0).map(GuestBlock) {
-                    let state = leaf.block(i, b.in_extent()).ok_or_else(|| damaged(b))?;
-                    add(b, 1, state)?;
-                }
-            }
-        }
-        at = extent_end;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

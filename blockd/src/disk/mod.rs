@@ -21,6 +21,7 @@ mod commit;
 pub mod create;
 pub mod gate;
 mod io;
+mod leaf;
 pub mod load;
 pub mod map;
 mod open;

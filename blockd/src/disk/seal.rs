@@ -146,10 +146,7 @@ impl Disk {
         disk.make_sums(progress).context("seal", || disk.object())
     }
 
-    fn make_sums(
-        &self,
-        progress: &mut dyn FnMut(u64, u64) -> Result<()>,
-    ) -> Result<[u8; 32]> {
+    fn make_sums(&self, progress: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<[u8; 32]> {
         let facts = (self.size(), self.data_start, self.segment);
         let sums = sum_segment(self.file.as_ref(), &self.map, facts, progress)?;
         let array = self.write_array(&sums.encode())?;
@@ -164,7 +161,7 @@ impl Disk {
         sb.extents_end = self.core.lock().space.end();
         self.flip(&mut state, sb)?;
         self.sync()?;
-        self.file.set_read_only()?;
+        self.file.set_read_only(true)?;
         Ok(sums.digest)
     }
 }

@@ -17,8 +17,8 @@ use parking_lot::MutexGuard;
 use super::claims::{Claim, mask};
 use super::{BlockPunch, Core, Disk};
 
-/// Extents that a queue takes at once: 1 MiB.
-const LEASE_EXTENTS: u64 = 16;
+/// Extents that a queue takes at once: 4 MiB.
+const LEASE_EXTENTS: u64 = 64;
 /// The file grows in steps of this many extents: 16 MiB.
 const GROW_EXTENTS: u64 = 256;
 
@@ -30,7 +30,8 @@ impl Disk {
             let mut core = self.core.lock();
             *lease = core.space.take_lease(LEASE_EXTENTS)?;
             if let Err(e) = self.grow(&mut core, lease.first.0 + lease.count) {
-                let run = std::mem::replace(&mut *lease, ExtentRun { first: ExtentId(0), count: 0 });
+                let run =
+                    std::mem::replace(&mut *lease, ExtentRun { first: ExtentId(0), count: 0 });
                 (0..run.count).for_each(|i| core.space.give_back(run.first.plus(i)));
                 return Err(e);
             }
@@ -110,7 +111,8 @@ impl Disk {
             return Ok(());
         };
         let vector = self.map.vector(p.extent);
-        let still = vector.is_ok_and(|v| v[p.first..p.first + p.count].iter().all(|b| b.reads_zero()));
+        let still =
+            vector.is_ok_and(|v| v[p.first..p.first + p.count].iter().all(|b| b.reads_zero()));
         let owned = self.map.own_extent(p.extent).is_ok_and(|e| e == Some(p.target));
         let outcome = if still && owned {
             self.punch(p.target.block(p.first).file_offset(), p.count as u64 * BLOCK)

@@ -111,12 +111,16 @@ fn read_only(store: &dyn Store) {
     assert_eq!(kind(reader.punch(0, 1)), Some(Kind::ReadOnly));
     reader.sync().unwrap();
 
-    file.set_read_only().unwrap();
+    reader.set_read_only(true).unwrap();
 
     assert_eq!(kind(store.open("a", Access::Write)), Some(Kind::ReadOnly));
     assert_eq!(read(&*store.open("a", Access::Read).unwrap(), 0, 1), b"x");
     file.write_at(0, b"z").unwrap();
     assert_eq!(read(&*reader, 0, 1), b"z");
+
+    reader.set_read_only(false).unwrap();
+
+    store.open("a", Access::Write).unwrap().write_at(0, b"w").unwrap();
     store.remove("a").unwrap();
 }
 

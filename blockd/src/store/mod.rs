@@ -126,12 +126,13 @@ pub trait File: Send + Sync {
     /// What the host reports.
     fn allocated(&self) -> Result<u64>;
 
-    /// Marks the file immutable as far as the host can (permission bits). Durable when it returns.
-    /// Handles that are open stay writable; from now on `open` for writing is refused.
+    /// Forbids (or allows again) opening the file for writing, as far as the host can: permission
+    /// bits. Durable when it returns. Handles that are open stay as they are. Works on a handle that
+    /// is open for reading.
     ///
     /// # Errors
     /// What the host reports.
-    fn set_read_only(&self) -> Result<()>;
+    fn set_read_only(&self, read_only: bool) -> Result<()>;
 
     /// True when the file is open for direct I/O (buffers and offsets that are not aligned to
     /// [`buf::ALIGN`] then take a detour through a bounce buffer).

@@ -89,7 +89,8 @@ impl StoreDir {
         if row.name.is_empty() || rows.contains_key(&row.name) {
             let old = std::mem::take(&mut row.name);
             let stem: String = old.chars().take(format::limits::NAME_MAX - 9).collect();
-            row.name = if stem.is_empty() { format!("disk-{short}") } else { format!("{stem}-{short}") };
+            row.name =
+                if stem.is_empty() { format!("disk-{short}") } else { format!("{stem}-{short}") };
             self.relabel(&row)?;
             found.renamed.push((old, row.name.clone()));
         }

@@ -178,12 +178,19 @@ impl StoreDir {
 
     /// Writes a disk's name into its segment: the segment is the truth, so it comes first.
     pub(super) fn relabel(&self, row: &DiskRow) -> Result<()> {
-        let file = self.store.open(&file_name(row.segment), Access::Write)?;
+        let name = file_name(row.segment);
+        if row.sealed {
+            // The name is the one thing about a sealed segment that may change. A crash in here
+            // leaves a file with a write bit; what makes it immutable is its superblock.
+            self.store.open(&name, Access::Read)?.set_read_only(false)?;
+        }
+        let file = self.store.open(&name, Access::Write)?;
         let mut sb = segment::settle(file.as_ref())?;
         sb.generation = sb.generation.next();
         sb.name.clone_from(&row.name);
         segment::flip(file.as_ref(), &sb)?;
-        file.sync()
+        file.sync()?;
+        if row.sealed { file.set_read_only(true) } else { Ok(()) }
     }
 
     /// Seals a disk: immutable from now on, and fit to be a parent. `progress` gets the bytes summed

@@ -201,13 +201,14 @@ impl File for FileHandle {
         Ok(self.stat()?.st_blocks.cast_unsigned() * 512)
     }
 
-    fn set_read_only(&self) -> Result<()> {
-        let mode = Mode::RUSR | Mode::RGRP | Mode::ROTH;
+    fn set_read_only(&self, read_only: bool) -> Result<()> {
+        let readers = Mode::RUSR | Mode::RGRP | Mode::ROTH;
+        let mode = if read_only { readers } else { readers | Mode::WUSR };
         // The permission bits are not part of what fdatasync promises.
         retry_on_intr(|| rustix::fs::fchmod(&self.fd, mode))
             .and_then(|()| retry_on_intr(|| rustix::fs::fsync(&self.fd)))
             .map_err(host)
-            .context("make read-only", || self.path.clone())
+            .context("change the permissions of", || self.path.clone())
     }
 
     fn is_direct(&self) -> bool {

@@ -164,8 +164,8 @@ impl Content {
         }
     }
 
-    pub(super) fn set_read_only(&mut self) {
-        self.read_only = true;
+    pub(super) fn set_read_only(&mut self, read_only: bool) {
+        self.read_only = read_only;
     }
 
     /// How many bytes of a write fit before more than `pages` new pages would be needed.

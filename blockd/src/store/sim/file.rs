@@ -156,11 +156,11 @@ impl File for SimFile {
         Ok(self.live(&self.state.lock()).content.allocated())
     }
 
-    fn set_read_only(&self) -> Result<()> {
+    fn set_read_only(&self, read_only: bool) -> Result<()> {
         self.call(
-            || "make read-only".into(),
+            || "change the permissions of".into(),
             |state| {
-                state.apply(Op::SetReadOnly { file: self.file });
+                state.apply(Op::SetReadOnly { file: self.file, read_only });
                 Ok(())
             },
         )

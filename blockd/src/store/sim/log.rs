@@ -50,10 +50,12 @@ pub enum Op {
         /// How many bytes.
         len: u64,
     },
-    /// The permission bits now forbid writing.
+    /// The permission bits now forbid writing, or allow it again.
     SetReadOnly {
         /// For which file.
         file: FileId,
+        /// Whether they forbid it.
+        read_only: bool,
     },
     /// A sync succeeded: all that was done to the content before is durable.
     Sync {
@@ -104,7 +106,7 @@ impl Op {
             | Op::Write { file, .. }
             | Op::SetLen { file, .. }
             | Op::Punch { file, .. }
-            | Op::SetReadOnly { file }
+            | Op::SetReadOnly { file, .. }
             | Op::Sync { file }
             | Op::SyncFailed { file, .. }
             | Op::Rename { file, .. }
@@ -128,7 +130,7 @@ impl Op {
             Op::Write { offset, data, .. } => content.write(*offset, data),
             Op::SetLen { len, .. } => content.set_len(*len),
             Op::Punch { offset, len, .. } => content.punch(*offset, *len),
-            Op::SetReadOnly { .. } => content.set_read_only(),
+            Op::SetReadOnly { read_only, .. } => content.set_read_only(*read_only),
             _ => {}
         }
     }
@@ -158,7 +160,8 @@ impl fmt::Display for Op {
             Op::Write { file, offset, data } => write!(f, "write {file} {offset}+{}", data.len()),
             Op::SetLen { file, len } => write!(f, "set length {file} {len}"),
             Op::Punch { file, offset, len } => write!(f, "punch {file} {offset}+{len}"),
-            Op::SetReadOnly { file } => write!(f, "make read-only {file}"),
+            Op::SetReadOnly { file, read_only: true } => write!(f, "make read-only {file}"),
+            Op::SetReadOnly { file, .. } => write!(f, "make writable {file}"),
             Op::Sync { file } => write!(f, "sync {file}"),
             Op::SyncFailed { file, .. } => write!(f, "failed sync {file}"),
             Op::Rename { file, from, to } => write!(f, "rename {file} {from} to {to}"),

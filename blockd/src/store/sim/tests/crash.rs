@@ -186,7 +186,7 @@ fn files_that_no_name_can_reach_add_no_states() {
 
     let log = store.log();
     let stats = crash_states(&store.base(), &log, log.len(), &Bounds::default(), &mut |s, _| {
-        assert_eq!(s.unsynced, []);
+        assert!(s.unsynced.is_empty());
     });
 
     assert_eq!(stats, CrashStats { points: 1, states: 1, duplicates: 0, sampled: 0 });
@@ -292,7 +292,7 @@ fn punch_and_cut_are_as_volatile_as_writes() {
 #[test]
 fn read_only_mark_is_durable_at_once() {
     let (store, file) = with_file(1);
-    file.set_read_only().unwrap();
+    file.set_read_only(true).unwrap();
     put(&file, 0, "A");
     let show = |image: &Image| {
         format!("{} {}", letters(image, "f"), image.get("f").unwrap().is_read_only())

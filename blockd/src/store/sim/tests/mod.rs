@@ -48,7 +48,7 @@ fn log_holds_what_took_effect_in_order() {
     file.set_len(100).unwrap();
     file.punch(0, 4).unwrap();
     file.sync().unwrap();
-    file.set_read_only().unwrap();
+    file.set_read_only(true).unwrap();
     store.rename("a", "b").unwrap();
     store.remove("b").unwrap();
     store.sync_names().unwrap();
@@ -171,7 +171,7 @@ fn fingerprints_tell_names_contents_lengths_and_holes_apart() {
     let mut hole = content(&[0; 8192]);
     hole.punch(0, 4096);
     let mut sealed = content(b"x");
-    sealed.set_read_only();
+    sealed.set_read_only(true);
     let images = [
         image(&[]),
         image(&[("a", content(b""))]),

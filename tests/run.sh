@@ -1,0 +1,33 @@
+#!/bin/bash
+# Everything `make test` does after the set-up: all tests, a short fuzz run, and what was skipped.
+#
+# Every step runs even when one before it failed; the exit code is 0 only when all passed.
+
+set -uo pipefail
+
+top=$(cd "$(dirname "$0")/.." && pwd)
+target_dir="${CARGO_TARGET_DIR:-$top/target}"
+fuzz_seconds=${FUZZ_SECONDS:-10}
+failed=()
+
+cd "$top" || exit 1
+mkdir -p "$target_dir"
+OFFSHOOT_SKIP_LOG=$(realpath "$target_dir")/skipped-tests.log
+export OFFSHOOT_SKIP_LOG
+: >"$OFFSHOOT_SKIP_LOG"
+
+cargo test ${CI:+--locked} --workspace --no-fail-fast "$@" || failed+=("cargo test")
+
+tests/fuzz/run.sh all "$fuzz_seconds" || failed+=("fuzzing")
+
+skipped=$(sort -u "$OFFSHOOT_SKIP_LOG")
+if [[ -n $skipped ]]; then
+    echo "$skipped"
+    echo "test: $(wc -l <<<"$skipped") skipped, for the reasons above"
+else
+    echo "test: none skipped"
+fi
+for step in "${failed[@]}"; do
+    echo "test: FAILED: $step" >&2
+done
+exit $((${#failed[@]} > 0))

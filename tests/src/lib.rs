@@ -1,0 +1,42 @@
+//! Shared helpers of the end-to-end tests.
+//!
+//! A test that needs something this machine does not have (a tool, root, a kernel feature) calls
+//! [`skip`] and returns. `make test` counts what was skipped and says why, so that a green run
+//! never hides a promise that was not tried.
+
+use std::env;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::PathBuf;
+
+/// The environment variable that names the file which collects skipped tests.
+pub const SKIP_LOG: &str = "OFFSHOOT_SKIP_LOG";
+
+/// Says that `test` did not run, and why: one line `SKIPPED: <test>: <reason>` on standard error
+/// and, when [`SKIP_LOG`] is set, appended to that file.
+///
+/// # Panics
+/// When the log is named but cannot be written: a skip nobody sees must not pass.
+pub fn skip(test: &str, reason: &str) {
+    let line = format!("SKIPPED: {test}: {reason}\n");
+    eprint!("{line}");
+    let Some(log) = env::var_os(SKIP_LOG) else { return };
+    // One write on an append-only descriptor: test processes that run side by side do not mix.
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(&log)
+        .and_then(|mut file| file.write_all(line.as_bytes()))
+        .unwrap_or_else(|e| panic!("cannot append to the skip log {}: {e}", log.display()));
+}
+
+/// Where the program `name` is, looked up in `PATH` and in the administrator's directories (which
+/// a plain user's `PATH` often lacks); `None` when this machine does not have it.
+#[must_use]
+pub fn tool(name: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
+        .map(|dir| dir.join(name))
+        .find(|candidate| candidate.is_file())
+}

@@ -1,0 +1,4 @@
+//! `offshoot`: the administrator's command line.
+mod image;
+
+fn main() {}
