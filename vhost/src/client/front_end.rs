@@ -1,0 +1,131 @@
+//! The control half of a front end: requests, replies and acknowledgements over the socket.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use format::{Error, Kind, Result};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use crate::proto::{FLAG_NEED_REPLY, FLAG_REPLY};
+use crate::socket::{Received, Receiver, send};
+
+/// How long a back end may take for an answer: it may have to drain a ring first.
+const ANSWER_TIME: Duration = Duration::from_secs(30);
+
+/// A connection to a back end.
+#[derive(Debug)]
+pub struct FrontEnd {
+    socket: UnixStream,
+    receiver: Receiver,
+    /// Whether REPLY_ACK was negotiated.
+    acks: bool,
+}
+
+impl FrontEnd {
+    /// Connects to the socket at `path`.
+    ///
+    /// # Errors
+    /// The host's error, for example when nobody listens.
+    pub fn connect(path: &Path) -> Result<FrontEnd> {
+        Ok(FrontEnd::new(UnixStream::connect(path)?))
+    }
+
+    /// Uses a connected socket.
+    #[must_use]
+    pub fn new(socket: UnixStream) -> FrontEnd {
+        FrontEnd { socket, receiver: Receiver::default(), acks: false }
+    }
+
+    /// Says whether REPLY_ACK was negotiated; requests then ask for an acknowledgement.
+    pub fn set_acks(&mut self, acks: bool) {
+        self.acks = acks;
+    }
+
+    /// Sends a request that has no reply; waits for its acknowledgement if that was negotiated.
+    ///
+    /// # Errors
+    /// `Invalid` when the back end said no, `Io` when it is gone.
+    pub fn tell<T: IntoBytes + Immutable + ?Sized>(
+        &mut self,
+        code: u32,
+        payload: &T,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<()> {
+        let flags = if self.acks { FLAG_NEED_REPLY } else { 0 };
+        send(self.socket.as_fd(), code, flags, payload.as_bytes(), fds)?;
+        if self.acks && self.receive::<u64>(code)?.0 != 0 {
+            return Err(Error::invalid("the back end refused").on(format!("request {code}")));
+        }
+        Ok(())
+    }
+
+    /// Sends a request that has a reply.
+    ///
+    /// # Errors
+    /// `Invalid` when the reply has another form, `Io` when the back end is gone.
+    pub fn ask<T: IntoBytes + Immutable + ?Sized, R: FromBytes>(
+        &mut self,
+        code: u32,
+        payload: &T,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(R, Option<OwnedFd>)> {
+        send(self.socket.as_fd(), code, 0, payload.as_bytes(), fds)?;
+        self.receive(code)
+    }
+
+    /// As [`FrontEnd::ask`], with the reply's bytes as they are.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::ask`].
+    pub fn ask_bytes(&mut self, code: u32, payload: &[u8]) -> Result<Vec<u8>> {
+        send(self.socket.as_fd(), code, 0, payload, &[])?;
+        Ok(self.receive_bytes(code)?.0)
+    }
+
+    /// Sends bytes as they are: for tests of what a back end does with them.
+    ///
+    /// # Errors
+    /// `Io` when the back end is gone.
+    pub fn send_raw(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
+        crate::socket::send_bytes(self.socket.as_fd(), bytes, fds)
+    }
+
+    fn receive<R: FromBytes>(&mut self, code: u32) -> Result<(R, Option<OwnedFd>)> {
+        let (bytes, file) = self.receive_bytes(code)?;
+        let reply = R::read_from_bytes(&bytes);
+        reply.map(|r| (r, file)).map_err(|_| Error::invalid("a reply of the wrong length"))
+    }
+
+    fn receive_bytes(&mut self, code: u32) -> Result<(Vec<u8>, Option<OwnedFd>)> {
+        let end = Instant::now() + ANSWER_TIME;
+        loop {
+            match self.receiver.poll(self.socket.as_fd())? {
+                Received::Closed => {
+                    return Err(Error::new(Kind::Io, "the back end closed the connection"));
+                }
+                Received::Message(m) if m.header.request != code => {
+                    return Err(Error::invalid("a reply to another request"));
+                }
+                Received::Message(m) if m.header.flags & FLAG_REPLY == 0 => {
+                    return Err(Error::invalid("a request instead of a reply"));
+                }
+                Received::Message(m) => return Ok((m.payload, m.fds.into_iter().next())),
+                Received::Pending => {}
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() || !readable(&self.socket, left) {
+                return Err(Error::new(Kind::Busy, "the back end did not answer in time"));
+            }
+        }
+    }
+}
+
+/// Waits until `fd` is readable or closed, at most `time`.
+pub(super) fn readable(fd: impl AsFd, time: Duration) -> bool {
+    let Ok(time) = Timespec::try_from(time) else { return false };
+    let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+    matches!(poll(&mut fds, Some(&time)), Ok(n) if n > 0)
+}
