@@ -44,6 +44,9 @@ pub struct DiskRow {
     pub parents: Vec<Uuid>,
     /// Seconds since 1970 at creation.
     pub created: u64,
+    /// The label in the segment is behind: a rename is not finished.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub relabel: bool,
 }
 
 /// One change of the catalogue.
@@ -279,6 +282,7 @@ mod tests {
             parent_disk: None,
             parents: vec![],
             created: 0,
+            relabel: false,
         }
     }
 

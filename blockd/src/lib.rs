@@ -1,6 +1,7 @@
 //! Delta disks: the store, the disk engine and the catalogue.
 
 pub mod catalogue;
+pub mod check;
 pub mod diff;
 pub mod disk;
 pub mod segment;

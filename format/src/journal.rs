@@ -235,7 +235,7 @@ impl Replay {
     /// `Corrupt` or `Unsupported` when the page belongs to the journal (its checksum and place are
     /// right) but holds a record that no writer of this version makes.
     pub fn feed(&mut self, page: &[u8; PAGE]) -> Result<Step> {
-        let Some(header) = self.own_page(page) else {
+        let Some(header) = self.own_page(page, self.epoch_max.0) else {
             return Ok(Step::End);
         };
         let expected = header.first_seq.get() == self.at.seq.0
@@ -264,17 +264,19 @@ impl Replay {
 
     /// After the end: is `page` proof that durable records are missing? It is when it belongs to a
     /// commit that began later than the point where replay stopped, because a commit begins only
-    /// after the one before it was durable.
+    /// after the one before it was durable. A page of a later epoch than the superblock knows proves
+    /// that the superblock is an old one.
     #[must_use]
     pub fn proves_loss(&self, page: &[u8; PAGE]) -> bool {
-        self.own_page(page).is_some_and(|h| h.commit_seq.get() > self.at.seq.0)
+        self.own_page(page, u64::MAX)
+            .is_some_and(|h| h.commit_seq.get() > self.at.seq.0 || h.epoch.get() > self.epoch_max.0)
     }
 
-    fn own_page<'a>(&self, page: &'a [u8; PAGE]) -> Option<&'a RawHeader> {
+    fn own_page<'a>(&self, page: &'a [u8; PAGE], epoch_max: u64) -> Option<&'a RawHeader> {
         let header = RawHeader::ref_from_bytes(&page[..HEADER_BYTES]).expect("the header's size");
         let own = header.magic.get() == MAGIC
             && header.segment == self.segment.into_bytes()
-            && (self.at.epoch.0..=self.epoch_max.0).contains(&header.epoch.get())
+            && (self.at.epoch.0..=epoch_max).contains(&header.epoch.get())
             && header.crc.get() == crc(&page[8..]);
         own.then_some(header)
     }

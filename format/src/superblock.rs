@@ -432,16 +432,22 @@ pub struct Chosen {
 /// Picks the newest valid copy.
 ///
 /// # Errors
-/// When no copy is valid: `Unsupported` if any copy is of a newer version, else the error of the
-/// first copy.
+/// `Unsupported` if any copy is of a newer version; the error of the first copy when none is valid.
 pub fn choose(pages: &[[u8; PAGE]; SUPERBLOCK_COPIES]) -> Result<Chosen> {
     let decoded: [_; SUPERBLOCK_COPIES] =
         std::array::from_fn(|copy| Superblock::decode(&pages[copy], copy));
+    // A copy of a newer version, whole by its checksum, is a newer state than any this build can read:
+    // to go on with an older copy would throw that state away.
+    let is_newer =
+        |d: &Result<Superblock>| d.as_ref().is_err_and(|e| e.kind() == Kind::Unsupported);
+    if let Some(at) = decoded.iter().position(is_newer) {
+        let newer = decoded.into_iter().nth(at).and_then(Result::err);
+        return Err(newer.expect("just seen"));
+    }
     let newest = decoded.iter().flatten().max_by_key(|sb| sb.generation).cloned();
     let Some(newest) = newest else {
-        let mut errors: Vec<_> = decoded.into_iter().filter_map(Result::err).collect();
-        let at = errors.iter().position(|e| e.kind() == Kind::Unsupported).unwrap_or(0);
-        return Err(errors.swap_remove(at));
+        let [first, ..] = decoded;
+        return Err(first.err().expect("no copy is valid"));
     };
     let complaints = decoded.map(|d| match d {
         Ok(sb) if sb == newest => None,

@@ -77,7 +77,11 @@ impl Tree {
             for (number, ptr) in level_ptrs {
                 let NodePtr::Page(at) = ptr else { continue };
                 let mut page = [0; PAGE];
-                match read(&at, &mut page).and_then(|()| decode_inner(&page, at.crc)) {
+                let decoded = match at.vectors {
+                    None => read(&at, &mut page).and_then(|()| decode_inner(&page, at.crc)),
+                    Some(_) => Err(Error::corrupt("an inner map page has block vectors")),
+                };
+                match decoded {
                     Ok(ptrs) => {
                         let first = number * INNER_FANOUT as u64;
                         below.extend((first..).zip(ptrs.iter().copied()));

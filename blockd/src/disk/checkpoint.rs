@@ -45,16 +45,25 @@ impl Disk {
     pub fn checkpoint(&self) -> Result<()> {
         self.check_writable()?;
         self.run_checkpoint(|_| ())?;
-        self.reclaim()
+        self.reclaim();
+        Ok(())
     }
 
     /// A checkpoint whose superblock gets further changes, all in one flip.
     pub(super) fn run_checkpoint(&self, change: impl FnOnce(&mut Superblock)) -> Result<()> {
+        self.checkpoint_locked(&mut self.checkpoint.lock(), change)
+    }
+
+    /// The same for who holds the checkpoint lock already.
+    pub(super) fn checkpoint_locked(
+        &self,
+        state: &mut Checkpoint,
+        change: impl FnOnce(&mut Superblock),
+    ) -> Result<()> {
         self.check_alive()?;
-        let mut state = self.checkpoint.lock();
         let head = self.commit.lock().cursor;
         let dirty = std::mem::take(&mut self.core.lock().dirty);
-        let drafted = self.draft(&state, &dirty).and_then(|draft| {
+        let drafted = self.draft(state, &dirty).and_then(|draft| {
             let written = self.write_draft(&draft).and_then(|()| self.commit_once());
             written.inspect_err(|_| self.drop_pages(&draft.taken)).map(|()| draft)
         });
@@ -65,7 +74,7 @@ impl Disk {
         sb.journal = head;
         sb.extents_end = self.core.lock().space.end();
         change(&mut sb);
-        self.flip(&mut state, sb)?;
+        self.flip(state, sb)?;
         {
             let mut commit = self.commit.lock();
             let ring = self.journal_pages;

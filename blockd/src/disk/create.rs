@@ -79,6 +79,11 @@ impl NewSegment {
                     let reason = format!("its parent has {} bytes", sb.virtual_size);
                     return Err(Error::new(Kind::Invalid, reason).hint("make it as large"));
                 }
+                if sb.seal != Seal::Done {
+                    return Err(
+                        Error::invalid("its parent has no digest yet").hint("seal it again")
+                    );
+                }
                 let mut table = p.table.clone();
                 table.set_digest(sb.segment, sb.digest);
                 (table, sb.root)

@@ -5,7 +5,8 @@
 //! epoch `e` or before is under way. The epoch moves from `e` to `e + 1` only when the requests of
 //! `e - 1` have left, so two counters (by parity) are enough.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 /// Keeps each queue's counters on cache lines of their own.
 #[repr(align(128))]
@@ -18,12 +19,28 @@ struct Lane {
 #[derive(Debug)]
 pub struct IoGate {
     epoch: AtomicU64,
+    closed: AtomicBool,
     lanes: Box<[Lane]>,
 }
 
 /// A request inside the gate.
 #[derive(Debug)]
 pub struct Inside<'a>(&'a AtomicU64);
+
+/// How long who waits at a closed gate sleeps between looks: closing is rare and short.
+const CLOSED_WAIT: Duration = Duration::from_micros(50);
+
+/// The gate is closed and nobody is inside, until this is dropped.
+#[derive(Debug)]
+pub struct Closed<'a>(&'a IoGate);
+
+impl Drop for Closed<'_> {
+    fn drop(&mut self) {
+        // Release pairs with the SeqCst load in `enter`: what was done behind the closed gate
+        // happened before the next request.
+        self.0.closed.store(false, Ordering::Release);
+    }
+}
 
 impl Drop for Inside<'_> {
     fn drop(&mut self) {
@@ -38,10 +55,10 @@ impl IoGate {
     #[must_use]
     pub fn new(lanes: usize) -> Self {
         let lanes = (0..lanes.max(1)).map(|_| Lane::default()).collect();
-        IoGate { epoch: AtomicU64::new(2), lanes }
+        IoGate { epoch: AtomicU64::new(2), closed: AtomicBool::new(false), lanes }
     }
 
-    /// Enters on behalf of queue `lane`.
+    /// Enters on behalf of queue `lane`; waits while the gate is closed.
     #[must_use]
     pub fn enter(&self, lane: usize) -> Inside<'_> {
         let lane = &self.lanes[lane % self.lanes.len()];
@@ -51,11 +68,28 @@ impl IoGate {
             // SeqCst with the load below and the pair in `try_advance`: either the advance sees this
             // count, or this request sees the new epoch and tries again.
             counter.fetch_add(1, Ordering::SeqCst);
-            if self.epoch.load(Ordering::SeqCst) == epoch {
+            let closed = self.closed.load(Ordering::SeqCst);
+            if !closed && self.epoch.load(Ordering::SeqCst) == epoch {
                 return Inside(counter);
             }
             counter.fetch_sub(1, Ordering::Release);
+            if closed {
+                std::thread::sleep(CLOSED_WAIT);
+            }
         }
+    }
+
+    /// Closes the gate and waits until everyone inside has left. One caller at a time.
+    #[must_use]
+    pub fn close(&self) -> Closed<'_> {
+        // SeqCst with the pair in `enter`: either this sees the count, or that sees the closed gate.
+        self.closed.store(true, Ordering::SeqCst);
+        let closed = Closed(self);
+        let inside = |lane: &Lane| lane.inside.iter().any(|n| n.load(Ordering::SeqCst) != 0);
+        while self.lanes.iter().any(inside) {
+            std::thread::sleep(CLOSED_WAIT);
+        }
+        closed
     }
 
     /// The present epoch: the tag for space that was just let go.
@@ -83,6 +117,26 @@ impl IoGate {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_closed_gate_waits_for_who_is_inside_and_holds_back_who_comes() {
+        let gate = IoGate::new(1);
+        let old = gate.enter(0);
+        std::thread::scope(|s| {
+            let closer = s.spawn(|| gate.close());
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(!closer.is_finished(), "somebody is inside");
+            drop(old);
+            let closed = closer.join().unwrap();
+            let late = s.spawn(|| drop(gate.enter(0)));
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(!late.is_finished(), "the gate is closed");
+
+            drop(closed);
+
+            late.join().unwrap();
+        });
+    }
 
     #[test]
     fn a_tag_passes_only_when_earlier_requests_have_left() {

@@ -33,6 +33,10 @@ struct Part<'a> {
     /// Where the bytes go in the file.
     offset: u64,
     bytes: Bytes<'a>,
+    /// Where the caller's bytes go on the virtual disk, and the bytes.
+    source: (u64, &'a [u8]),
+    /// States of the blocks that are written in part, as they were when the bytes were laid out.
+    assumed: [Option<(GuestBlock, BlockState)>; 2],
 }
 
 enum Bytes<'a> {
@@ -46,8 +50,9 @@ impl Disk {
     /// # Errors
     /// `Invalid` outside the disk, `Corrupt` in a damaged range, or what the host reports.
     pub fn read(&self, lane: usize, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.check_range(offset, buf.len() as u64)?;
+        // Inside the gate first: a resize must not come between the check and the request.
         let _inside = self.gate.enter(lane);
+        self.check_range(offset, buf.len() as u64)?;
         self.read_unchecked(offset, buf).context("read", || self.object())
     }
 
@@ -82,8 +87,8 @@ impl Disk {
     /// `ReadOnly`, `Failed`, `Corrupt` in a damaged range, or what the host reports.
     pub fn write(&self, lane: usize, offset: u64, buf: &[u8]) -> Result<()> {
         self.check_writable()?;
-        self.check_range(offset, buf.len() as u64)?;
         let _inside = self.gate.enter(lane);
+        self.check_range(offset, buf.len() as u64)?;
         self.write_unchecked(lane, offset, buf).context("write", || self.object())
     }
 
@@ -124,15 +129,20 @@ impl Disk {
 
     fn first_write(&self, lane: usize, offset: u64, buf: &[u8]) -> Result<()> {
         let mut parts: Vec<Part<'_>> = Vec::new();
-        let outcome = self.prepare(lane, offset, buf, &mut parts).and_then(|()| {
-            let ops: Vec<WriteOp<'_>> =
-                parts.iter().map(|p| WriteOp { offset: p.offset, buf: p.bytes.get() }).collect();
-            match ops[..] {
-                [op] => self.file.write_at(op.offset, op.buf),
-                _ => self.file.write_many(&ops),
-            }
-        });
+        let mut outcome = self.prepare(lane, offset, buf, &mut parts);
+        if outcome.is_ok() {
+            outcome = self.write_parts(&parts);
+        }
         self.publish(parts, outcome)
+    }
+
+    fn write_parts(&self, parts: &[Part<'_>]) -> Result<()> {
+        let ops: Vec<WriteOp<'_>> =
+            parts.iter().map(|p| WriteOp { offset: p.offset, buf: p.bytes.get() }).collect();
+        match ops[..] {
+            [op] => self.file.write_at(op.offset, op.buf),
+            _ => self.file.write_many(&ops),
+        }
     }
 
     /// Claims every virtual extent of the range, in ascending order (so that two writers never wait
@@ -159,13 +169,12 @@ impl Disk {
                 count: index(count),
                 offset: 0,
                 bytes: Bytes::Caller(&[]),
+                source: (at, &buf[index(at - offset)..index(stop - offset)]),
+                assumed: [None; 2],
             });
             let part = parts.last_mut().expect("just pushed");
             part.target = self.target(lane, &part.claim)?;
-            let slice = &buf[index(at - offset)..index(stop - offset)];
-            let (file_offset, bytes) = self.lay_out(part.target, at, slice)?;
-            part.offset = file_offset;
-            part.bytes = bytes;
+            self.lay_out(part)?;
             at = stop;
         }
         Ok(())
@@ -184,48 +193,62 @@ impl Disk {
         Ok(target)
     }
 
-    /// Where in the file a guest range of one extent goes, and with which bytes: a partial block that
-    /// is not own yet is completed with its present content (read-modify-write).
-    fn lay_out<'a>(
-        &self,
-        target: ExtentId,
-        offset: u64,
-        buf: &'a [u8],
-    ) -> Result<(u64, Bytes<'a>)> {
+    /// Where in the file a part goes, and with which bytes: a partial block that is not own yet is
+    /// completed with its present content (read-modify-write).
+    fn lay_out(&self, part: &mut Part<'_>) -> Result<()> {
+        let (offset, buf) = part.source;
         let end = offset + buf.len() as u64;
-        let base = target.file_offset();
-        let foreign = |byte: u64| -> Result<bool> {
-            let state = self.map.block(GuestBlock(byte / BLOCK))?;
-            let own = self.map.own();
-            Ok(!matches!(state, BlockState::Data { segment, .. } if segment == own))
-        };
-        let mut from = offset;
-        if !offset.is_multiple_of(BLOCK) && foreign(offset)? {
-            from = offset / BLOCK * BLOCK;
+        for (edge, assumed) in [offset, end].into_iter().zip(&mut part.assumed) {
+            if !edge.is_multiple_of(BLOCK) {
+                let block = GuestBlock(edge / BLOCK);
+                *assumed = Some((block, self.map.block(block)?));
+            }
         }
-        let mut to = end;
-        if !end.is_multiple_of(BLOCK) && foreign(end)? {
-            to = end.next_multiple_of(BLOCK);
-        }
+        let own = self.map.own();
+        let [head, tail] = part.assumed.map(|assumed| match assumed {
+            Some((_, BlockState::Data { segment, .. })) => segment != own,
+            other => other.is_some(),
+        });
+        let from = if head { offset / BLOCK * BLOCK } else { offset };
+        let to = if tail { end.next_multiple_of(BLOCK) } else { end };
+        part.offset = part.target.file_offset() + from % EXTENT;
+        part.bytes = Bytes::Caller(buf);
         if (from, to) == (offset, end) {
-            return Ok((base + offset % EXTENT, Bytes::Caller(buf)));
+            return Ok(());
         }
-        let mut own = AlignedBuf::zeroed(index(to - from));
-        let len = own.len() as u64;
-        if from < offset {
-            self.read_unchecked(from, &mut own[..index(BLOCK.min(len))])?;
+        let mut whole = AlignedBuf::zeroed(index(to - from));
+        if head {
+            self.read_unchecked(from, &mut whole[..index(BLOCK.min(to - from))])?;
         }
-        if to > end {
-            self.read_unchecked(to - BLOCK, &mut own[index(len - BLOCK)..])?;
+        if tail {
+            let last = (end / BLOCK * BLOCK).max(from);
+            self.read_unchecked(last, &mut whole[index(last - from)..])?;
         }
-        own[index(offset - from)..index(end - from)].copy_from_slice(buf);
-        Ok((base + from % EXTENT, Bytes::Own(own)))
+        whole[index(offset - from)..index(end - from)].copy_from_slice(buf);
+        part.bytes = Bytes::Own(whole);
+        Ok(())
+    }
+
+    /// True when the blocks that a part writes in part are still what they were. A discard may have
+    /// come in between: what it dropped must not come back with the rest of the block.
+    fn still_so(&self, part: &Part<'_>) -> bool {
+        let same = |(block, state)| self.map.block(block).is_ok_and(|now| now == state);
+        part.assumed.into_iter().flatten().all(same)
     }
 
     /// Publishes the parts if `written` is good, and releases their claims in any case.
-    fn publish(&self, parts: Vec<Part<'_>>, written: Result<()>) -> Result<()> {
-        let outcome = written.and_then(|()| self.make_room(parts.len() as u64));
-        let mut core = match outcome {
+    fn publish(&self, mut parts: Vec<Part<'_>>, mut written: Result<()>) -> Result<()> {
+        let ready = loop {
+            match written.and_then(|()| self.make_room(parts.len() as u64)) {
+                Ok(core) if !parts.iter().all(|p| self.still_so(p)) => {
+                    drop(core);
+                    let laid_out = parts.iter_mut().try_for_each(|p| self.lay_out(p));
+                    written = laid_out.and_then(|()| self.write_parts(&parts));
+                }
+                ready => break ready,
+            }
+        };
+        let mut core = match ready {
             Ok(core) => core,
             Err(e) => {
                 let mut core = self.core.lock();

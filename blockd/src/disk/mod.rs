@@ -9,12 +9,11 @@
 //! - Space is used again only when nothing durable names it, nobody can still touch it, and its punch
 //!   is done.
 //!
-//! Lock order: `checkpoint`, `commit`, lease, `core`, claim shard. Readers and overwrites take none.
+//! Lock order: `reclaiming`, `checkpoint`, `commit`, lease, `core`, claim shard. Readers and overwrites take none.
 //!
 //! The crash argument of every step is in `docs/format.md` §9; `tests/tests/crash_points.rs`
 //! enumerates the crash points.
 
-pub mod check;
 mod checkpoint;
 pub mod claims;
 mod commit;
@@ -87,7 +86,7 @@ impl Default for Options {
 
 /// What publishing changes: held shortly, never during I/O on data.
 struct Core {
-    tail: Tail,
+    tail: Arc<Tail>,
     dirty: BTreeSet<LeafNo>,
     space: SpaceMap,
     /// Extents whose records are durable, waiting for requests of an epoch to leave.
@@ -145,11 +144,15 @@ pub struct Disk {
     gate: IoGate,
     claims: Claims,
     leases: Box<[Mutex<ExtentRun>]>,
+    /// The same as in `core`, for a failure that comes while others hold that lock.
+    tail: Arc<Tail>,
     core: Mutex<Core>,
     commit: Mutex<Commit>,
     tickets: Mutex<Tickets>,
     ticket_done: Condvar,
     checkpoint: Mutex<Checkpoint>,
+    /// Held by the one who moves space along its way back.
+    reclaiming: Mutex<()>,
     writable: bool,
     failed: AtomicBool,
     failure: Mutex<Option<String>>,
@@ -254,6 +257,8 @@ impl Disk {
     fn fail(&self, error: Error) -> Error {
         let error = error.on(self.object());
         self.failure.lock().get_or_insert_with(|| error.to_string());
+        // Records in the tail may name data that the failed sync lost: nobody may replay them.
+        self.tail.set_void();
         // Release pairs with the Acquire load in `check_alive`.
         self.failed.store(true, Ordering::Release);
         error

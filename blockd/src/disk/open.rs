@@ -16,7 +16,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use format::journal::RECORDS_PER_PAGE;
-use format::limits::EXTENT;
 use format::space::ExtentRun;
 use format::superblock::{Attached, JournalHead, State, Superblock};
 use format::units::ExtentId;
@@ -71,12 +70,20 @@ impl Disk {
     /// As [`Disk::open_read_only`], and `ReadOnly` for a sealed disk, `TailLost` when completed writes
     /// of a living client may be missing, `Corrupt` when writing would make damage worse.
     pub fn open(file: Arc<dyn File>, segments: &dyn Segments, options: &Options) -> Result<Self> {
+        // Before anything is read: a killed writer's last writes may still be on their way.
+        file.lock()?;
         let sb = segment::read_superblock(file.as_ref())?.superblock;
         if sb.state == State::Sealed {
             return Err(Error::new(Kind::ReadOnly, "it is sealed: immutable for ever")
                 .hint("create a disk over it: `offshoot disk create NEW --parent NAME`"));
         }
         sb.check_writable_features()?;
+        if sb.attached != Attached::No {
+            // What the last writer left unsynced is made durable or fails here; then the cache goes,
+            // because after a failed sync it shows what the disk does not have.
+            file.sync().context("sync what the last writer left of", || sb.name.clone())?;
+            file.forget_cached()?;
+        }
         let left = left_tail(&sb, options)?;
         let loaded = load(&file, segments, left.as_ref())?;
         let worst = loaded.problems.iter().find(|p| p.what.severity() == Severity::NoWrite);
@@ -91,12 +98,18 @@ impl Disk {
             (Some(left), _) => (left, Attached::WithTail),
             (None, Some(dir)) if options.live => {
                 make_dir(dir)?;
-                (Tail::create(dir, sb.segment, capacity, next)?, Attached::WithTail)
+                let epoch = sb.epoch.next();
+                (Tail::create(dir, sb.segment, capacity, next, epoch)?, Attached::WithTail)
             }
             _ => (Tail::on_heap(sb.segment, capacity, next), Attached::Plain),
         };
         let disk = Disk::assemble(file, loaded, tail, options, true);
         disk.attach(attached, options)?;
+        if !disk.has_room() {
+            // The last writer ended between the commit and the flip of a checkpoint.
+            disk.run_checkpoint(|_| ())?;
+            disk.reclaim();
+        }
         Ok(disk)
     }
 
@@ -122,6 +135,8 @@ impl Disk {
         let mut commit = self.commit.lock();
         let present = state.superblock.clone();
         let epoch = present.epoch.next();
+        // Before the flip: a tail may be one epoch ahead of its superblock, never behind.
+        self.core.lock().tail.set_epoch(epoch);
         let sb = Superblock {
             generation: present.generation.next(),
             epoch,
@@ -141,11 +156,11 @@ impl Disk {
         options: &Options,
         writable: bool,
     ) -> Self {
+        let lanes = options.lanes.max(1);
+        let (tail, grown) = (Arc::new(tail), loaded.own_file().extents);
         let sb = loaded.superblock;
         let ring = sb.journal_pages();
-        let lanes = options.lanes.max(1);
         let no_lease = || Mutex::new(ExtentRun { first: ExtentId(0), count: 0 });
-        let grown = file.size().unwrap_or(0) / EXTENT;
         Disk {
             segment: sb.segment,
             name: sb.name.clone(),
@@ -156,6 +171,7 @@ impl Disk {
             gate: IoGate::new(lanes),
             claims: Claims::default(),
             leases: (0..lanes).map(|_| no_lease()).collect(),
+            tail: Arc::clone(&tail),
             core: Mutex::new(Core {
                 tail,
                 dirty: loaded.dirty,
@@ -175,6 +191,7 @@ impl Disk {
                 tree: loaded.tree,
                 graveyard: Vec::new(),
             }),
+            reclaiming: Mutex::new(()),
             file,
             rows: loaded.rows,
             table: loaded.table,
@@ -194,7 +211,7 @@ impl Disk {
             return Ok(());
         }
         self.finish(|_| ())?;
-        self.core.into_inner().tail.remove()
+        self.tail.remove()
     }
 
     /// The last checkpoint of an opening, with further changes to its superblock.
@@ -206,7 +223,7 @@ impl Disk {
             sb.attached = Attached::No;
             change(sb);
         })?;
-        self.reclaim()?;
+        self.reclaim();
         // The second pair of superblock copies, too, and what was punched.
         self.sync()
     }
@@ -221,15 +238,26 @@ fn left_tail(sb: &Superblock, options: &Options) -> Result<Option<Tail>> {
     if sb.attached != Attached::WithTail {
         return Ok(None);
     }
+    if sb.boot != options.boot {
+        // The host was restarted: the clients are gone, and data that a tail names may be, too.
+        return Ok(None);
+    }
     let found = match &options.tail_dir {
         Some(dir) => Tail::open(dir, sb.segment)?,
         None => None,
     };
-    if found.is_none() && sb.boot == options.boot && !options.accept_lost_tail {
-        let reason = "completed writes of its last session may be missing: the tail is gone, but \
-                      the host was not restarted";
-        return Err(Error::new(Kind::TailLost, reason)
-            .hint("if its clients are gone, repeat with --accept-lost-tail"));
+    let lost = match &found {
+        None => "the tail is gone, but the host was not restarted",
+        Some(tail) if tail.is_void() => "a sync failed in that session",
+        Some(tail) if tail.epoch() != sb.epoch && tail.epoch() != sb.epoch.next() => {
+            "the tail is of another session"
+        }
+        Some(_) => return Ok(found),
+    };
+    if options.accept_lost_tail {
+        return Ok(None);
     }
-    Ok(found)
+    let reason = format!("completed writes of its last session may be missing: {lost}");
+    Err(Error::new(Kind::TailLost, reason)
+        .hint("if its clients are gone, repeat with --accept-lost-tail"))
 }

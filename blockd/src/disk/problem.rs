@@ -1,14 +1,23 @@
 //! What can be wrong with a disk, in one list that opening, checking and repairing share.
+//!
+//! Invariant: a list of problems is bounded whatever the disk holds, and no kind of problem is ever
+//! missing from it because there are too many of another.
 
 use format::{Error, Kind};
+use serde::ser::SerializeStruct;
+use serde::{Serialize, Serializer};
 
 /// What is wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum What {
     /// A superblock copy is invalid or old; the others serve.
     SuperblockCopy,
+    /// Two valid superblock copies of one generation differ.
+    SuperblockSplit,
     /// Durable journal records are missing.
     JournalLoss,
+    /// Journal records are about a damaged range: they wait until it is mended.
+    JournalWaits,
     /// A map page (inner page, leaf or vector run) is damaged.
     MapPage,
     /// Two places of the map use one extent, or metadata and data share one.
@@ -21,6 +30,10 @@ pub enum What {
     ParentMissing,
     /// A parent segment is not the recorded one.
     ParentChanged,
+    /// A parent segment stands, by its own table, on this one.
+    ParentLoop,
+    /// A sealed segment has no checksums yet: its sealing was cut short.
+    SealPending,
     /// Data of a sealed segment does not match its checksum.
     DataSum,
     /// The content digest of a sealed segment is wrong, or its sums cannot be read.
@@ -28,6 +41,11 @@ pub enum What {
     /// Host space that nothing names.
     Leak,
 }
+
+/// Kinds of problems.
+const KINDS: usize = What::Leak as usize + 1;
+/// Problems of one kind that are listed; the rest are counted.
+const LISTED_MAX: usize = 200;
 
 /// How much a problem hurts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -40,19 +58,79 @@ pub enum Severity {
     NoWrite,
 }
 
+impl Severity {
+    /// The stable name used in JSON output and documentation.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Severity::Minor => "minor",
+            Severity::Range => "range",
+            Severity::NoWrite => "no-write",
+        }
+    }
+}
+
+/// What mends a problem.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Remedy {
+    /// A repair without options.
+    Plain,
+    /// A repair that punches leaks.
+    Leaks,
+    /// A repair that gives damaged ranges up.
+    DropDamaged,
+    /// A repair that accepts the loss of journal records.
+    AcceptJournalLoss,
+    /// A repair that gives every user of a shared extent a copy.
+    Unshare,
+    /// Sealing the disk again.
+    Seal,
+    /// Bringing the recorded parent back.
+    Parent,
+    /// Nothing here: restore the segment from a copy.
+    None,
+}
+
+impl Remedy {
+    /// The stable name used in JSON output and documentation.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Remedy::Plain => "repair",
+            Remedy::Leaks => "repair-leaks",
+            Remedy::DropDamaged => "repair-drop-damaged",
+            Remedy::AcceptJournalLoss => "repair-accept-journal-loss",
+            Remedy::Unshare => "repair-unshare",
+            Remedy::Seal => "seal-again",
+            Remedy::Parent => "restore-parent",
+            Remedy::None => "restore-segment",
+        }
+    }
+
+    /// True when a repair with the right options is enough.
+    #[must_use]
+    pub fn is_repair(self) -> bool {
+        !matches!(self, Remedy::Seal | Remedy::Parent | Remedy::None)
+    }
+}
+
 impl What {
     /// The stable name used in JSON output and documentation.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             What::SuperblockCopy => "superblock-copy",
+            What::SuperblockSplit => "superblock-split",
             What::JournalLoss => "journal-loss",
+            What::JournalWaits => "journal-waits",
             What::MapPage => "map-page",
             What::DoubleUse => "double-use",
             What::Truncated => "truncated",
             What::Nonsense => "nonsense",
             What::ParentMissing => "parent-missing",
             What::ParentChanged => "parent-changed",
+            What::ParentLoop => "parent-loop",
+            What::SealPending => "seal-pending",
             What::DataSum => "data-sum",
             What::Digest => "digest",
             What::Leak => "leak",
@@ -63,21 +141,41 @@ impl What {
     #[must_use]
     pub fn severity(self) -> Severity {
         match self {
-            What::SuperblockCopy | What::Leak => Severity::Minor,
+            What::SuperblockCopy | What::SealPending | What::Leak => Severity::Minor,
             What::MapPage | What::DataSum => Severity::Range,
-            What::JournalLoss
+            What::SuperblockSplit
+            | What::JournalLoss
+            | What::JournalWaits
             | What::DoubleUse
             | What::Truncated
             | What::Nonsense
             | What::ParentMissing
             | What::ParentChanged
+            | What::ParentLoop
             | What::Digest => Severity::NoWrite,
+        }
+    }
+
+    /// What mends it on an active disk.
+    #[must_use]
+    pub fn remedy(self) -> Remedy {
+        match self {
+            What::SuperblockCopy => Remedy::Plain,
+            What::Leak => Remedy::Leaks,
+            What::MapPage | What::Truncated | What::Nonsense | What::JournalWaits => {
+                Remedy::DropDamaged
+            }
+            What::JournalLoss => Remedy::AcceptJournalLoss,
+            What::DoubleUse => Remedy::Unshare,
+            What::SealPending => Remedy::Seal,
+            What::ParentMissing | What::ParentChanged | What::ParentLoop => Remedy::Parent,
+            What::SuperblockSplit | What::DataSum | What::Digest => Remedy::None,
         }
     }
 }
 
 /// A byte range of the virtual disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct GuestRange {
     /// First byte.
     pub offset: u64,
@@ -86,7 +184,7 @@ pub struct GuestRange {
 }
 
 /// One thing that is wrong.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
     /// What.
     pub what: What,
@@ -96,13 +194,16 @@ pub struct Problem {
     pub detail: String,
     /// The range of the virtual disk that it costs, if it costs one.
     pub range: Option<GuestRange>,
+    /// What mends it.
+    pub remedy: Remedy,
 }
 
 impl Problem {
     /// A problem at `object`, seen as `error`.
     #[must_use]
     pub fn new(what: What, object: impl Into<String>, error: &Error) -> Self {
-        Problem { what, object: object.into(), detail: error.to_string(), range: None }
+        let (object, detail) = (object.into(), error.to_string());
+        Problem { what, object, detail, range: None, remedy: what.remedy() }
     }
 
     /// The same, with the range that it costs.
@@ -123,5 +224,110 @@ impl Problem {
         Error::new(kind, self.detail.clone())
             .on(self.object.clone())
             .hint("run `offshoot disk check` for the whole list, `offshoot disk repair` to mend it")
+    }
+
+    /// True when `next` tells of the same damage, right behind this one.
+    fn continued_by(&self, next: &Problem) -> bool {
+        match (self.range, next.range) {
+            (Some(a), Some(b)) => self.what == next.what && a.offset + a.len == b.offset,
+            _ => false,
+        }
+    }
+}
+
+impl Serialize for Problem {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut s = serializer.serialize_struct("Problem", 6)?;
+        s.serialize_field("what", self.what.name())?;
+        s.serialize_field("severity", self.what.severity().name())?;
+        s.serialize_field("object", &self.object)?;
+        s.serialize_field("detail", &self.detail)?;
+        s.serialize_field("range", &self.range)?;
+        s.serialize_field("remedy", self.remedy.name())?;
+        s.end()
+    }
+}
+
+/// Collects problems: neighbours are joined, and of each kind only the first ones are kept.
+#[derive(Debug, Default)]
+pub struct Problems {
+    list: Vec<Problem>,
+    listed: [usize; KINDS],
+    dropped: [u64; KINDS],
+}
+
+impl Problems {
+    /// Adds a problem.
+    pub fn note(&mut self, problem: Problem) {
+        if let Some(last) = self.list.last_mut()
+            && last.continued_by(&problem)
+            && let (Some(range), Some(more)) = (&mut last.range, problem.range)
+        {
+            range.len += more.len;
+            return;
+        }
+        let kind = problem.what as usize;
+        if self.listed[kind] == LISTED_MAX {
+            self.dropped[kind] += 1;
+            return;
+        }
+        self.listed[kind] += 1;
+        self.list.push(problem);
+    }
+
+    /// What is listed.
+    pub fn iter(&self) -> impl Iterator<Item = &Problem> {
+        self.list.iter()
+    }
+
+    /// True when there is one of this kind.
+    #[must_use]
+    pub fn any(&self, what: What) -> bool {
+        self.listed[what as usize] > 0
+    }
+
+    /// The list; the last of each kind says how many more there were.
+    #[must_use]
+    pub fn into_vec(mut self) -> Vec<Problem> {
+        for (kind, more) in self.dropped.into_iter().enumerate().filter(|(_, n)| *n > 0) {
+            let last = self.list.iter_mut().rev().find(|p| p.what as usize == kind);
+            if let Some(last) = last {
+                last.detail = format!("{} (and {more} more like it)", last.detail);
+            }
+        }
+        self.list
+    }
+}
+
+impl Extend<Problem> for Problems {
+    fn extend<T: IntoIterator<Item = Problem>>(&mut self, problems: T) {
+        problems.into_iter().for_each(|p| self.note(p));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problem(what: What, offset: u64) -> Problem {
+        Problem::new(what, "x", &Error::corrupt("y")).costing(offset, 10)
+    }
+
+    #[test]
+    fn neighbours_join_and_a_flood_of_one_kind_hides_no_other() {
+        let mut all = Problems::default();
+        all.extend([problem(What::MapPage, 0), problem(What::MapPage, 10)]);
+        for i in 0..10_000 {
+            all.note(problem(What::Truncated, i * 20));
+        }
+        all.note(problem(What::JournalLoss, 5));
+        assert!(all.any(What::JournalLoss) && !all.any(What::Leak));
+
+        let list = all.into_vec();
+
+        assert_eq!(list[0].range, Some(GuestRange { offset: 0, len: 20 }));
+        assert_eq!(list.len(), 1 + LISTED_MAX + 1);
+        assert!(list[LISTED_MAX].detail.contains("and 9800 more"), "{}", list[LISTED_MAX].detail);
+        assert_eq!(list[LISTED_MAX + 1].what, What::JournalLoss);
     }
 }

@@ -12,8 +12,9 @@ use blake3::Hasher;
 use format::entry::BlockState;
 use format::limits::{BLOCK, BLOCKS_PER_EXTENT, EXTENT, LEAF_ENTRIES};
 use format::superblock::{Attached, Seal, State};
-use format::units::{BlockId, ExtentId, LeafNo, crc, index};
+use format::units::{BlockId, ExtentId, GuestBlock, LeafNo, crc, index};
 use format::{Context, Result};
+use uuid::Uuid;
 
 use super::map::Map;
 use super::{Disk, Options};
@@ -22,14 +23,14 @@ use crate::store::File;
 use crate::store::buf::AlignedBuf;
 
 const DIGEST_CONTEXT: &[u8] = b"offshoot-segment-v1";
-/// Blocks read at once: 1 MiB.
-const RUN_BLOCKS: u64 = 256;
+/// Blocks of an [`OwnRun`] at most, read at once: 1 MiB.
+pub const RUN_BLOCKS: u64 = 256;
 
 /// Checksums and digest of a segment's data.
 pub struct Sums {
     /// CRC32C per block from the start of the data area on; zero for blocks the map does not name.
     pub crcs: Vec<u32>,
-    /// BLAKE3 of the named blocks in file order, with their numbers.
+    /// BLAKE3 of the named blocks in file order, each with its place on the virtual disk.
     pub digest: [u8; 32],
 }
 
@@ -41,39 +42,76 @@ impl Sums {
     }
 }
 
-/// Runs of own data blocks in file order: first block and count, at most 1 MiB each.
+/// The content digest of a segment in the making.
+pub struct Digest(Hasher);
+
+impl Digest {
+    /// The digest of a segment without data.
+    #[must_use]
+    pub fn new(segment: Uuid) -> Self {
+        let mut hasher = Hasher::new();
+        hasher.update(DIGEST_CONTEXT).update(segment.as_bytes());
+        Digest(hasher)
+    }
+
+    /// Adds an own block; blocks come in file order.
+    pub fn add(&mut self, guest: GuestBlock, block: &[u8]) {
+        self.0.update(&guest.0.to_le_bytes()).update(block);
+    }
+
+    /// The digest.
+    #[must_use]
+    pub fn finish(&self) -> [u8; 32] {
+        self.0.finalize().into()
+    }
+}
+
+/// Own data blocks that follow each other in the file and on the virtual disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OwnRun {
+    /// First block in the file.
+    pub block: BlockId,
+    /// First block of the virtual disk.
+    pub guest: GuestBlock,
+    /// Number of blocks, 256 at most: 1 MiB.
+    pub count: u64,
+}
+
+impl OwnRun {
+    fn continued_by(&self, next: &OwnRun) -> bool {
+        self.block.plus(self.count) == next.block
+            && self.guest.plus(self.count) == next.guest
+            && self.count + next.count <= RUN_BLOCKS
+    }
+}
+
+/// All own data blocks of a map, in file order.
 ///
 /// # Errors
 /// `Corrupt` in a damaged range.
-pub fn own_runs(map: &Map, size: u64) -> Result<Vec<(BlockId, u64)>> {
-    let mut blocks: Vec<(u64, u64)> = Vec::new();
+pub fn own_runs(map: &Map, size: u64) -> Result<Vec<OwnRun>> {
+    let mut pieces: Vec<OwnRun> = Vec::new();
     for leaf in (0..LeafNo::count_for(size)).map(LeafNo) {
         let first = leaf.first_extent().first_block();
         map.resolve(first, LEAF_ENTRIES as u64 * BLOCKS_PER_EXTENT, &mut |piece| {
             if let BlockState::Data { segment, block } = piece.state
                 && segment == map.own()
             {
-                blocks.push((block.0, piece.count));
+                for at in (0..piece.count).step_by(index(RUN_BLOCKS)) {
+                    let count = RUN_BLOCKS.min(piece.count - at);
+                    let (block, guest) = (block.plus(at), piece.block.plus(at));
+                    pieces.push(OwnRun { block, guest, count });
+                }
             }
             Ok(())
         })?;
     }
-    blocks.sort_unstable();
-    let mut runs: Vec<(BlockId, u64)> = Vec::new();
-    for (mut first, mut count) in blocks {
-        if let Some((last, n)) = runs.last_mut()
-            && last.0 + *n == first
-        {
-            let take = count.min(RUN_BLOCKS - *n);
-            *n += take;
-            first += take;
-            count -= take;
-        }
-        while count > 0 {
-            let take = count.min(RUN_BLOCKS);
-            runs.push((BlockId(first), take));
-            first += take;
-            count -= take;
+    pieces.sort_unstable_by_key(|run| run.block);
+    let mut runs: Vec<OwnRun> = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        match runs.last_mut() {
+            Some(run) if run.continued_by(&piece) => run.count += piece.count,
+            _ => runs.push(piece),
         }
     }
     Ok(runs)
@@ -86,29 +124,28 @@ pub fn own_runs(map: &Map, size: u64) -> Result<Vec<(BlockId, u64)>> {
 pub fn sum_segment(
     file: &dyn File,
     map: &Map,
-    (size, data_start, segment): (u64, ExtentId, uuid::Uuid),
+    (size, data_start, segment): (u64, ExtentId, Uuid),
     progress: &mut dyn FnMut(u64, u64) -> Result<()>,
 ) -> Result<Sums> {
     let runs = own_runs(map, size)?;
-    let total: u64 = runs.iter().map(|(_, n)| n * BLOCK).sum();
+    let total: u64 = runs.iter().map(|run| run.count * BLOCK).sum();
     let base = data_start.0 * BLOCKS_PER_EXTENT;
-    let end = runs.last().map_or(base, |(b, n)| b.0 + n);
+    let end = runs.last().map_or(base, |run| run.block.0 + run.count);
     let mut crcs = vec![0; index(end - base).next_multiple_of(index(BLOCKS_PER_EXTENT))];
-    let mut hasher = Hasher::new();
-    hasher.update(DIGEST_CONTEXT).update(segment.as_bytes());
+    let mut digest = Digest::new(segment);
     let mut buf = AlignedBuf::zeroed(index(RUN_BLOCKS * BLOCK));
     let mut done = 0;
-    for (first, count) in runs {
-        let bytes = &mut buf[..index(count * BLOCK)];
-        file.read_at(first.file_offset(), bytes)?;
-        for (i, block) in (first.0..).zip(bytes.chunks_exact(index(BLOCK))) {
-            crcs[index(i - base)] = crc(block);
-            hasher.update(&i.to_le_bytes()).update(block);
+    for run in runs {
+        let bytes = &mut buf[..index(run.count * BLOCK)];
+        file.read_at(run.block.file_offset(), bytes)?;
+        for (i, block) in (0..).zip(bytes.chunks_exact(index(BLOCK))) {
+            crcs[index(run.block.0 + i - base)] = crc(block);
+            digest.add(run.guest.plus(i), block);
         }
-        done += count * BLOCK;
+        done += run.count * BLOCK;
         progress(done, total)?;
     }
-    Ok(Sums { crcs, digest: hasher.finalize().into() })
+    Ok(Sums { crcs, digest: digest.finish() })
 }
 
 impl Disk {
@@ -120,7 +157,7 @@ impl Disk {
     pub fn seal(self, progress: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<[u8; 32]> {
         self.check_writable()?;
         let sealed = self.seal_inner(progress).context("seal", || self.object())?;
-        self.core.into_inner().tail.remove()?;
+        self.tail.remove()?;
         Ok(sealed)
     }
 

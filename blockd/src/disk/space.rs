@@ -81,7 +81,8 @@ impl Disk {
     }
 
     /// Moves what it can along the way back. Called after each commit; never waits.
-    pub(super) fn reclaim(&self) -> Result<()> {
+    pub(super) fn reclaim(&self) {
+        let _one = self.reclaiming.lock();
         let (ready, punches) = {
             let mut core = self.core.lock();
             let committed = core.tail.head();
@@ -96,39 +97,42 @@ impl Disk {
             (ready, std::mem::take(&mut core.punches))
         };
         for run in runs(&ready) {
-            self.punch(run.first.file_offset(), run.count * EXTENT)?;
+            self.punch(run.first.file_offset(), run.count * EXTENT);
         }
         let mut core = self.core.lock();
         ready.into_iter().for_each(|e| core.space.give_back(e));
         drop(core);
-        punches.into_iter().try_for_each(|p| self.punch_blocks(p))
+        punches.into_iter().for_each(|p| self.punch_blocks(p));
     }
 
     /// Gives back the host space of zeroed blocks in an extent that stays. The claim keeps first
     /// writes away until the punch is done; a block that was written again keeps its data.
-    fn punch_blocks(&self, p: BlockPunch) -> Result<()> {
+    fn punch_blocks(&self, p: BlockPunch) {
         let Some(claim) = self.claims.try_claim(p.extent, mask(p.first, p.count)) else {
-            return Ok(());
+            return;
         };
+        // With a target, so that whoever empties the extent meanwhile leaves it alone until the punch
+        // is done.
+        let owned = self.claims.target(&claim, || self.map.own_extent(p.extent), None);
+        let owned = owned.is_ok_and(|e| e == Some(p.target));
         let vector = self.map.vector(p.extent);
         let still =
             vector.is_ok_and(|v| v[p.first..p.first + p.count].iter().all(|b| b.reads_zero()));
-        let owned = self.map.own_extent(p.extent).is_ok_and(|e| e == Some(p.target));
-        let outcome = if still && owned {
-            self.punch(p.target.block(p.first).file_offset(), p.count as u64 * BLOCK)
-        } else {
-            Ok(())
-        };
+        if still && owned {
+            self.punch(p.target.block(p.first).file_offset(), p.count as u64 * BLOCK);
+        }
         let mut core = self.core.lock();
         self.release(&mut core, claim);
-        outcome
     }
 
-    fn punch(&self, offset: u64, len: u64) -> Result<()> {
+    /// Gives host space back. A host that cannot, or fails to, keeps its space for now: the range is
+    /// unused either way, so nothing depends on it and no flush fails for it.
+    fn punch(&self, offset: u64, len: u64) {
         match self.file.punch(offset, len) {
-            // A host that cannot punch keeps its space; the extent may still be used again.
-            Err(e) if e.kind() == Kind::Unsupported => Ok(()),
-            outcome => outcome,
+            Err(e) if e.kind() != Kind::Unsupported => {
+                tracing::warn!(disk = %self.object(), error = %e, "space was not given back");
+            }
+            _ => {}
         }
     }
 }

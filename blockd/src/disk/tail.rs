@@ -16,7 +16,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use format::journal::{RECORD_BYTES, Record};
-use format::units::{Seq, crc, index};
+use format::units::{Epoch, Seq, crc, index};
 use format::{Context, Error, Result};
 use rustix::mm::{MapFlags, ProtFlags};
 use uuid::Uuid;
@@ -29,6 +29,8 @@ const W_SEGMENT: usize = 1;
 const W_CAPACITY: usize = 3;
 const W_HEAD: usize = 4;
 const W_NEXT: usize = 5;
+const W_EPOCH: usize = 6;
+const W_VOID: usize = 7;
 
 /// The words of a tail: on the heap, or a shared mapping of a file.
 enum Words {
@@ -96,15 +98,22 @@ impl Tail {
         tail
     }
 
-    /// A new tail in a file of `dir`, replacing an old one.
+    /// A new tail of the session `epoch` in a file of `dir`, replacing an old one whole or not at all:
+    /// a kill in between must not leave half a tail where a whole one was, nor one of no session.
     ///
     /// # Errors
     /// What the host reports.
-    pub fn create(dir: &Path, segment: Uuid, capacity: u64, next: Seq) -> Result<Self> {
-        let path = path_in(dir, segment);
+    pub fn create(
+        dir: &Path,
+        segment: Uuid,
+        capacity: u64,
+        next: Seq,
+        epoch: Epoch,
+    ) -> Result<Self> {
+        let (path, new_path) = (path_in(dir, segment), dir.join(format!("{segment}.tail.new")));
         let tried = || format!("tail {}", path.display());
         let mut options = OpenOptions::new();
-        let file = options.read(true).write(true).create(true).truncate(true).open(&path);
+        let file = options.read(true).write(true).create(true).truncate(true).open(&new_path);
         let file = file.context("create", tried)?;
         file.set_len((words_for(capacity) * WORD) as u64).context("size", tried)?;
         // Blocks are reserved now: a full tmpfs must be an error here, not a SIGBUS at the first
@@ -120,6 +129,8 @@ impl Tail {
         let words = map_file(&file, words_for(capacity), path.clone()).context("map", tried)?;
         let tail = Tail { words, capacity };
         tail.format(segment, next);
+        tail.set_epoch(epoch);
+        std::fs::rename(&new_path, &path).context("name", tried)?;
         Ok(tail)
     }
 
@@ -206,6 +217,28 @@ impl Tail {
         self.capacity
     }
 
+    /// The journal epoch of the session that writes it.
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        Epoch(self.word(W_EPOCH))
+    }
+
+    /// Says which session writes it.
+    pub fn set_epoch(&self, epoch: Epoch) {
+        self.set(W_EPOCH, epoch.0);
+    }
+
+    /// True when its records must not be believed.
+    #[must_use]
+    pub fn is_void(&self) -> bool {
+        self.word(W_VOID) != 0
+    }
+
+    /// A sync failed: what the records name may be lost.
+    pub fn set_void(&self) {
+        self.set(W_VOID, 1);
+    }
+
     fn slot(&self, seq: Seq) -> &[AtomicU64] {
         let at = HEADER_WORDS + index(seq.0 % self.capacity) * SLOT_WORDS;
         &self.words.get()[at..at + SLOT_WORDS]
@@ -265,7 +298,7 @@ impl Tail {
     ///
     /// # Errors
     /// What the host reports.
-    pub fn remove(self) -> Result<()> {
+    pub fn remove(&self) -> Result<()> {
         match &self.words {
             Words::Heap(_) => Ok(()),
             Words::Mapped { path, .. } => {
@@ -330,7 +363,7 @@ mod tests {
     #[test]
     fn a_file_outlives_its_writer_and_belongs_to_one_segment() {
         let dir = tempfile::tempdir().unwrap();
-        let tail = Tail::create(dir.path(), SEGMENT, 8, Seq(7)).unwrap();
+        let tail = Tail::create(dir.path(), SEGMENT, 8, Seq(7), Epoch(1)).unwrap();
         tail.append(&record(1));
         drop(tail);
 
@@ -348,7 +381,7 @@ mod tests {
     #[test]
     fn damaged_files_are_refused() {
         let dir = tempfile::tempdir().unwrap();
-        drop(Tail::create(dir.path(), SEGMENT, 8, Seq(7)).unwrap());
+        drop(Tail::create(dir.path(), SEGMENT, 8, Seq(7), Epoch(1)).unwrap());
         let path = path_in(dir.path(), SEGMENT);
         let whole = std::fs::read(&path).unwrap();
         for len in [0, 8, 4096, whole.len() - 8] {

@@ -25,8 +25,8 @@ impl Disk {
     /// As [`Disk::write`].
     pub fn discard(&self, lane: usize, offset: u64, len: u64) -> Result<()> {
         self.check_writable()?;
-        self.check_range(offset, len)?;
         let _inside = self.gate.enter(lane);
+        self.check_range(offset, len)?;
         self.zero(lane, offset, len).context("discard", || self.object())
     }
 
@@ -37,8 +37,8 @@ impl Disk {
     /// As [`Disk::write`].
     pub fn write_zeroes(&self, lane: usize, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.check_writable()?;
-        self.check_range(offset, len)?;
         let _inside = self.gate.enter(lane);
+        self.check_range(offset, len)?;
         let outcome = if unmap {
             self.zero(lane, offset, len)
         } else {

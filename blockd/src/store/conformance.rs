@@ -186,6 +186,29 @@ fn holes(file: &dyn File) {
     assert_eq!(file.size().unwrap(), LEN as u64);
     let freed = before - file.allocated().unwrap();
     assert!(freed >= LEN as u64 / 2 - 8192, "{freed} bytes were freed");
+    data_ranges(file);
+}
+
+/// Everything that is not zero lies in a range of data; the large hole lies in none.
+fn data_ranges(file: &dyn File) {
+    let size = file.size().unwrap();
+    file.set_len(size + (1 << 20)).unwrap();
+    let (mut at, mut outside) = (0, Vec::new());
+    while let Some((start, end)) = file.next_data(at).unwrap() {
+        assert!(at <= start && start < end && end <= size + (1 << 20), "{start}..{end}");
+        outside.push((at, start));
+        at = end;
+    }
+    outside.push((at, size));
+    for (from, to) in &outside {
+        let bytes = read(file, *from, to_usize(to.saturating_sub(*from)));
+        assert!(bytes.iter().all(|b| *b == 0), "there is data between {from} and {to}");
+    }
+    let hole = outside.iter().map(|(from, to)| to.saturating_sub(*from)).max();
+    assert!(hole >= Some((1 << 19) - 8192), "the punched range is not known: {outside:?}");
+    assert_eq!(file.next_data(size + (1 << 20)).unwrap(), None);
+    assert_eq!(kind(file.next_data(u64::MAX)).unwrap_or(Kind::Invalid), Kind::Invalid);
+    file.set_len(size).unwrap();
 }
 
 fn ranges(file: &dyn File) {

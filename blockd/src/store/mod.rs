@@ -126,6 +126,17 @@ pub trait File: Send + Sync {
     /// What the host reports.
     fn allocated(&self) -> Result<u64>;
 
+    /// The next range, from byte `from` on, that the host may have allocated: first byte and the
+    /// byte behind the last; `None` when there is only a hole up to the end of the file. What lies
+    /// outside reads as zeroes and takes no space. A host that cannot tell says that all is data.
+    ///
+    /// # Errors
+    /// What the host reports.
+    fn next_data(&self, from: u64) -> Result<Option<(u64, u64)>> {
+        let size = self.size()?;
+        Ok((from < size).then_some((from, size)))
+    }
+
     /// Forbids (or allows again) opening the file for writing, as far as the host can: permission
     /// bits. Durable when it returns. Handles that are open stay as they are. Works on a handle that
     /// is open for reading.
@@ -133,6 +144,26 @@ pub trait File: Send + Sync {
     /// # Errors
     /// What the host reports.
     fn set_read_only(&self, read_only: bool) -> Result<()>;
+
+    /// Keeps other openings of the file from taking this lock, in this process or another, for as long
+    /// as this one lives **and has I/O under way**: writes that a killed process left with the kernel
+    /// still hold it. Waits a little for such writes to end.
+    ///
+    /// # Errors
+    /// `Busy` when somebody else has it.
+    fn lock(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Forgets what the host caches of the file and can read again. After a failed sync the cache
+    /// shows data that never reached the disk; whoever opens a file that was not closed in order
+    /// calls this before believing what it reads.
+    ///
+    /// # Errors
+    /// What the host reports.
+    fn forget_cached(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// True when the file is open for direct I/O (buffers and offsets that are not aligned to
     /// [`buf::ALIGN`] then take a detour through a bounce buffer).

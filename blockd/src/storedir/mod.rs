@@ -15,7 +15,7 @@
 mod rebuild;
 mod verbs;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -121,6 +121,7 @@ impl StoreDir {
         names.iter().try_for_each(|n| store.remove(n))?;
         let id = Uuid::new_v4();
         let tail_dir = tail_dir.unwrap_or_else(|| format!("/dev/shm/offshoot-{id}").into());
+        check_tail_dir(&tail_dir)?;
         let identity = Identity { version: LAYOUT_VERSION, store: id, tail_dir };
         store.create(LOCK_FILE)?;
         drop(Catalogue::create(store)?);
@@ -251,7 +252,11 @@ impl StoreDir {
     /// segments that were never finished, takes in finished ones that it does not know.
     fn catch_up(&mut self) -> Result<()> {
         let rows = self.catalogue.rows();
-        let known: std::collections::HashSet<Uuid> = rows.iter().map(|r| r.segment).collect();
+        let known: HashSet<Uuid> = rows.iter().map(|r| r.segment).collect();
+        for row in rows.iter().filter(|r| r.relabel && self.writable) {
+            self.finish_rename(row.clone())?;
+            self.notes.push(format!("finished renaming disk {}", row.name));
+        }
         for name in self.store.names()? {
             let Some((id, suffix)) = name.split_once('.') else { continue };
             let Ok(id) = id.parse::<Uuid>() else { continue };
@@ -275,6 +280,14 @@ impl StoreDir {
             }
         }
         Ok(())
+    }
+
+    /// Segments in the folder that the catalogue does not know.
+    fn strangers(&self) -> Result<Vec<Uuid>> {
+        let known: HashSet<Uuid> = self.catalogue.rows().iter().map(|r| r.segment).collect();
+        let mut ids = rebuild::segment_ids(self.store.as_ref())?;
+        ids.retain(|id| !known.contains(id));
+        Ok(ids)
     }
 
     fn adopt(&mut self, id: Uuid) -> Result<()> {
@@ -316,6 +329,7 @@ impl StoreDir {
             parent_disk: Some(sb.parent_disk).filter(|d| !d.is_nil()),
             parents,
             created: sb.created,
+            relabel: false,
         })
     }
 
@@ -326,6 +340,19 @@ impl StoreDir {
     pub fn segment_file(&self, id: Uuid, access: Access) -> Result<Arc<dyn File>> {
         self.store.open(&file_name(id), access)
     }
+}
+
+/// A tail must vanish with the host's power: a record must never outlive its data.
+fn check_tail_dir(dir: &Path) -> Result<()> {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    let exists = dir.ancestors().find(|d| d.exists()).unwrap_or(Path::new("/"));
+    let stat = rustix::fs::statfs(exists).map_err(std::io::Error::from)?;
+    if stat.f_type == TMPFS_MAGIC {
+        return Ok(());
+    }
+    Err(Error::invalid("it is not on tmpfs: tails would outlive a power cut")
+        .on(format!("tail folder {}", dir.display()))
+        .hint("choose a folder below /dev/shm"))
 }
 
 fn read_identity(store: &dyn Store, shown: &str) -> Result<Identity> {

@@ -99,7 +99,7 @@ impl StoreDir {
     }
 }
 
-fn segment_ids(store: &dyn Store) -> Result<Vec<Uuid>> {
+pub(super) fn segment_ids(store: &dyn Store) -> Result<Vec<Uuid>> {
     let names = store.names()?;
     let ids = names.iter().filter_map(|n| n.strip_suffix(".seg")?.parse().ok());
     Ok(ids.collect())

@@ -6,7 +6,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use format::limits::{EXTENT, JOURNAL_EXTENTS_DEFAULT};
+use format::limits::{BLOCK, EXTENT, JOURNAL_EXTENTS_DEFAULT};
 use format::superblock::{Seal, check_name};
 use format::table::{ROW_BYTES, SegmentTable};
 use format::{Context, Error, Kind, Result, limits};
@@ -93,7 +93,7 @@ impl StoreDir {
             bytes if bytes.is_multiple_of(EXTENT) => bytes / EXTENT,
             _ => return Err(Error::invalid("the journal size is a multiple of 64 KiB")),
         };
-        let segment = NewSegment {
+        let mut segment = NewSegment {
             store: self.identity.store,
             segment: Uuid::new_v4(),
             disk: Uuid::new_v4(),
@@ -102,7 +102,19 @@ impl StoreDir {
             journal_extents: journal,
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         };
+        let uneven = !inherited.is_multiple_of(BLOCK);
+        if size > inherited && uneven && parent.is_some() {
+            // The parent's last block is partial, and may hold what a larger parent had there. A resize
+            // zeroes it before it becomes visible.
+            segment.virtual_size = inherited;
+        }
         segment.write(self.store.as_ref(), parent.as_ref())?;
+        if segment.virtual_size != size {
+            let file = self.store.open(&new_name(segment.segment), Access::Write)?;
+            let disk = Disk::open(file, self, &self.disk_options())?;
+            disk.resize(size, false)?;
+            disk.close()?;
+        }
         Ok(segment.segment)
     }
 
@@ -170,13 +182,23 @@ impl StoreDir {
         check_name(to)?;
         let row = self.disk(from)?;
         self.check_name_free(to)?;
-        let new = DiskRow { name: to.into(), ..row.clone() };
-        self.relabel(&new)?;
-        self.catalogue.apply(&[Change::Remove(from.into()), Change::Put(new.clone())])?;
-        Ok(new)
+        // The catalogue first, with a note that the label is behind: a crash in between leaves the
+        // new name taken, and the next opening writes the label. The other way round, a crash would
+        // leave two names for one disk.
+        let behind = DiskRow { name: to.into(), relabel: true, ..row };
+        self.catalogue.apply(&[Change::Remove(from.into()), Change::Put(behind.clone())])?;
+        self.finish_rename(behind)
     }
 
-    /// Writes a disk's name into its segment: the segment is the truth, so it comes first.
+    /// Writes the label of a renamed disk and takes the note back.
+    pub(super) fn finish_rename(&self, row: DiskRow) -> Result<DiskRow> {
+        self.relabel(&row)?;
+        let done = DiskRow { relabel: false, ..row };
+        self.catalogue.apply(&[Change::Put(done.clone())])?;
+        Ok(done)
+    }
+
+    /// Writes a disk's name into its segment.
     pub(super) fn relabel(&self, row: &DiskRow) -> Result<()> {
         let name = file_name(row.segment);
         if row.sealed {
@@ -185,7 +207,9 @@ impl StoreDir {
             self.store.open(&name, Access::Read)?.set_read_only(false)?;
         }
         let file = self.store.open(&name, Access::Write)?;
+        file.lock()?;
         let mut sb = segment::settle(file.as_ref())?;
+        sb.check_writable_features()?;
         sb.generation = sb.generation.next();
         sb.name.clone_from(&row.name);
         segment::flip(file.as_ref(), &sb)?;
@@ -212,7 +236,8 @@ impl StoreDir {
             Seal::Done if row.sealed => {
                 return Err(Error::invalid("it is sealed already").on(format!("disk {name}")));
             }
-            Seal::Done => {}
+            // A crash came between the seal and what follows it.
+            Seal::Done => file.set_read_only(true)?,
             Seal::Pending => {
                 let file = self.segment_file(row.segment, Access::Write)?;
                 Disk::finish_seal(file, self, &options, progress)?;
@@ -243,6 +268,30 @@ impl StoreDir {
         Ok(row)
     }
 
+    /// Segments that the catalogue does not know may stand on a disk, too.
+    fn check_strangers(&self, row: &DiskRow) -> Result<()> {
+        if !row.sealed {
+            return Ok(());
+        }
+        for id in self.strangers()? {
+            let stands_on_it = match self.row_of(id) {
+                Ok(other) => other.parents.contains(&row.segment),
+                Err(e) if e.kind() == Kind::Io => return Err(e),
+                // Unreadable: it may.
+                Err(_) => true,
+            };
+            if stands_on_it {
+                let reason =
+                    format!("segment {id}, which is not in the catalogue, may stand on it");
+                return Err(Error::new(Kind::InUse, reason)
+                    .tried("remove")
+                    .on(format!("disk {}", row.name))
+                    .hint("run `offshoot store rebuild`, or move that segment out of the store"));
+            }
+        }
+        Ok(())
+    }
+
     /// Removes a disk and gives its space back.
     ///
     /// # Errors
@@ -258,6 +307,7 @@ impl StoreDir {
                 .on(format!("disk {name}"))
                 .hint("remove those first"));
         }
+        self.check_strangers(&row)?;
         match self.store.rename(&file_name(row.segment), &deleted_name(row.segment)) {
             // The file is gone: what is left of the disk is its row.
             Err(e) if e.kind() == Kind::NotFound => {

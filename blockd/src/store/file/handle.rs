@@ -13,18 +13,24 @@
 //!   write.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use format::{Context, Error, Kind, Result};
 use io_uring::{opcode, squeue, types};
 use parking_lot::RwLock;
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
-use rustix::fs::{FallocateFlags, Mode, Stat};
+use rustix::fs::{Advice, FallocateFlags, Mode, SeekFrom, Stat};
 use rustix::io::{Errno, pread, retry_on_intr};
 
 use super::super::{File, ReadOp, WriteOp, range_end};
 use super::bounce::{self, Align};
 use super::host;
+use super::lock::LockKind;
 use super::ring::{Batch, Rings};
+
+/// How long to wait for the I/O that a killed process left with the kernel.
+const LOCK_WAIT_MAX: Duration = Duration::from_secs(5);
+const LOCK_WAIT_STEP: Duration = Duration::from_millis(5);
 
 /// Largest single transfer handed to the kernel, which itself stops short of 2 GiB.
 const TRANSFER_MAX: usize = 1 << 30;
@@ -201,6 +207,22 @@ impl File for FileHandle {
         Ok(self.stat()?.st_blocks.cast_unsigned() * 512)
     }
 
+    fn next_data(&self, from: u64) -> Result<Option<(u64, u64)>> {
+        let seek = |to| retry_on_intr(|| rustix::fs::seek(&self.fd, to));
+        let next = || match range_end(from, 0).map(|from| seek(SeekFrom::Data(from)))? {
+            // No data from there on, or the file ends before.
+            Err(Errno::NXIO) => Ok(None),
+            start => {
+                let start = start.map_err(host)?;
+                let end = seek(SeekFrom::Hole(start)).map_err(host)?;
+                Ok((start < end).then_some((start, end)))
+            }
+        };
+        next().map_err(|e: Error| {
+            e.tried(format!("look for data from offset {from} on in")).on(&*self.path)
+        })
+    }
+
     fn set_read_only(&self, read_only: bool) -> Result<()> {
         let readers = Mode::RUSR | Mode::RGRP | Mode::ROTH;
         let mode = if read_only { readers } else { readers | Mode::WUSR };
@@ -209,6 +231,26 @@ impl File for FileHandle {
             .and_then(|()| retry_on_intr(|| rustix::fs::fsync(&self.fd)))
             .map_err(host)
             .context("change the permissions of", || self.path.clone())
+    }
+
+    fn lock(&self) -> Result<()> {
+        let deadline = Instant::now() + LOCK_WAIT_MAX;
+        loop {
+            match super::lock::set(self.fd.as_fd(), LockKind::Exclusive, &self.path) {
+                Err(e) if e.kind() == Kind::Busy && Instant::now() < deadline => {
+                    std::thread::sleep(LOCK_WAIT_STEP);
+                }
+                // Without locks on the file system, the lock of the store has to do.
+                Err(e) if e.kind() == Kind::Unsupported => return Ok(()),
+                outcome => return outcome,
+            }
+        }
+    }
+
+    fn forget_cached(&self) -> Result<()> {
+        retry_on_intr(|| rustix::fs::fadvise(&self.fd, 0, None, Advice::DontNeed))
+            .map_err(host)
+            .context("drop the cache of", || self.path.clone())
     }
 
     fn is_direct(&self) -> bool {

@@ -9,7 +9,7 @@ use std::ffi::{c_int, c_short};
 use std::io;
 
 use format::{Error, Kind, Result};
-use rustix::fd::{AsRawFd, OwnedFd};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 
 /// How a file is locked.
@@ -46,8 +46,14 @@ unsafe extern "C" {
     fn fcntl(fd: c_int, command: c_int, ...) -> c_int;
 }
 
-/// Locks the file that `fd` is open on, or fails at once.
+/// Locks the file that `fd` is open on, or fails at once; the guard holds the lock.
 pub(super) fn take(fd: OwnedFd, kind: LockKind, path: &str) -> Result<LockGuard> {
+    set(fd.as_fd(), kind, path)?;
+    Ok(LockGuard { _fd: fd })
+}
+
+/// Locks the file that `fd` is open on, or fails at once; the open file description holds the lock.
+pub(super) fn set(fd: BorrowedFd<'_>, kind: LockKind, path: &str) -> Result<()> {
     let lock = Flock {
         kind: match kind {
             LockKind::Shared => F_RDLCK,
@@ -61,14 +67,12 @@ pub(super) fn take(fd: OwnedFd, kind: LockKind, path: &str) -> Result<LockGuard>
     // SAFETY: `fd` is open, the command takes a pointer to a `struct flock`, `lock` is one and
     // outlives the call.
     if unsafe { fcntl(fd.as_raw_fd(), F_OFD_SETLK, &raw const lock) } == 0 {
-        return Ok(LockGuard { _fd: fd });
+        return Ok(());
     }
     let e = io::Error::last_os_error();
     let error = match Errno::from_io_error(&e) {
-        Some(Errno::AGAIN | Errno::ACCESS) => {
-            Error::new(Kind::Busy, "another process has the store open")
-                .hint(format!("stop it or wait for it; `fuser -v {path}` names it"))
-        }
+        Some(Errno::AGAIN | Errno::ACCESS) => Error::new(Kind::Busy, "another process has it open")
+            .hint(format!("stop it or wait for it; `fuser -v {path}` names it")),
         Some(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOLCK) => {
             Error::new(Kind::Unsupported, "the file system has no locks").caused_by(e)
         }

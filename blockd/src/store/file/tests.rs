@@ -237,7 +237,7 @@ fn locks_conflict_between_handles_and_end_with_their_guard() {
         assert_eq!(kind(store.lock("lock", LockKind::Shared)), Some(Kind::Busy));
     }
     let e = two.lock("lock", LockKind::Shared).unwrap_err().to_string();
-    assert!(e.contains("cannot lock") && e.contains("another process has the store open"), "{e}");
+    assert!(e.contains("cannot lock") && e.contains("another process has it open"), "{e}");
     // A classic record lock would be lost when any handle of the file is closed.
     drop(one.open("lock", Access::Write).unwrap());
     assert_eq!(kind(two.lock("lock", LockKind::Shared)), Some(Kind::Busy));

@@ -61,6 +61,19 @@ impl Content {
         self.pages.count() * PAGE as u64
     }
 
+    /// The next range of present pages from byte `from` on: first byte, and the byte behind the last.
+    #[must_use]
+    pub fn next_data(&self, from: u64) -> Option<(u64, u64)> {
+        let page = PAGE as u64;
+        let first = self.pages.first_from(from / page)?;
+        let mut end = first + 1;
+        while self.pages.get(end).is_some() {
+            end += 1;
+        }
+        let range = (from.max(first * page), self.len.min(end * page));
+        (range.0 < range.1).then_some(range)
+    }
+
     /// True when the permission bits forbid writing.
     #[must_use]
     pub fn is_read_only(&self) -> bool {

@@ -156,6 +156,10 @@ impl File for SimFile {
         Ok(self.live(&self.state.lock()).content.allocated())
     }
 
+    fn next_data(&self, from: u64) -> Result<Option<(u64, u64)>> {
+        Ok(self.live(&self.state.lock()).content.next_data(from))
+    }
+
     fn set_read_only(&self, read_only: bool) -> Result<()> {
         self.call(
             || "change the permissions of".into(),

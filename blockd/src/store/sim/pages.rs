@@ -98,6 +98,11 @@ impl Pages {
         }
     }
 
+    /// The first page from `number` on.
+    pub(super) fn first_from(&self, number: u64) -> Option<u64> {
+        if self.covers(number) { first_from(&self.root, self.height, 0, number) } else { None }
+    }
+
     pub(super) fn set(&mut self, number: u64, page: Arc<Page>) {
         let slot = self.slot(number);
         let new = matches!(slot, Slot::Empty);
@@ -164,6 +169,21 @@ impl Pages {
             slot = &mut node.slots[child(number, height)];
         }
         slot
+    }
+}
+
+/// The first page from `number` on below a slot whose first page is `first`.
+fn first_from(slot: &Slot, height: u32, first: u64, number: u64) -> Option<u64> {
+    match slot {
+        Slot::Empty => None,
+        Slot::Page(_) => (first >= number).then_some(first),
+        Slot::Node(node) => {
+            let from = if number > first { child(number, height) } else { 0 };
+            node.slots.iter().enumerate().skip(from).find_map(|(index, slot)| {
+                let first = first + ((index as u64) << bits(height - 1));
+                first_from(slot, height - 1, first, number)
+            })
+        }
     }
 }
 
@@ -277,7 +297,10 @@ mod tests {
                     prop_assert_eq!(pages.count(), model.len() as u64);
                     for (n, bytes) in model {
                         prop_assert_eq!(pages.get(*n).map(Page::bytes), Some(bytes));
+                        let next = model.range(n + 1..).next().map(|(n, _)| *n);
+                        prop_assert_eq!(pages.first_from(n + 1), next);
                     }
+                    prop_assert_eq!(pages.first_from(0), model.keys().next().copied());
                 }
                 let mut rebuilt = Pages::default();
                 for (n, bytes) in model.iter().rev() {

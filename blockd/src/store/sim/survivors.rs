@@ -89,6 +89,11 @@ pub(super) fn each(
             lists.with_part(Survivor { op: unsynced.tearable[at], part });
         }
     }
+    if unsynced.tearable.len() > 1 {
+        for part in [Part::FirstHalf, Part::LastHalf] {
+            lists.all_torn(&unsynced.tearable, part);
+        }
+    }
     for at in spread(unsynced.growing.len(), bounds.family, &mut sampled) {
         lists.with_part(Survivor { op: unsynced.growing[at], part: Part::Length });
     }
@@ -150,6 +155,17 @@ impl Lists<'_> {
         self.list.extend(self.ops.iter().map(part));
         (self.offer)(&self.list);
         (self.offer)(&[torn]);
+    }
+
+    /// All that can tear torn at once: what a cut in the middle of many writes may leave.
+    fn all_torn(&mut self, tearable: &[usize], part: Part) {
+        let torn = |op: &usize| match tearable.contains(op) {
+            true => Survivor { op: *op, part },
+            false => Survivor::whole(*op),
+        };
+        self.list.clear();
+        self.list.extend(self.ops.iter().map(torn));
+        (self.offer)(&self.list);
     }
 
     /// Two in reversed order, with all others and with none.

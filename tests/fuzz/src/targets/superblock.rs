@@ -1,8 +1,9 @@
 //! Superblock copies, and the choice between them.
 //!
-//! Input: two superblocks of 448 bytes each (everything before the reserved area), then bytes for
+//! Input: two superblocks of 456 bytes each (everything before the reserved area), then bytes for
 //! the reserved area of the first one. The first fills copies 0 and 1, the second 2 and 3.
 
+use format::Kind;
 use format::array::ArrayRef;
 use format::limits::{PAGE, SUPERBLOCK_COPIES};
 use format::node::{NodePtr, PageRef, VectorRef};
@@ -18,7 +19,7 @@ use crate::bytes::{Input, put};
 
 // docs/format.md §3.
 const COPY_AT: usize = 12;
-const RESERVED_AT: usize = 448;
+const RESERVED_AT: usize = 456;
 const CRC_AT: usize = PAGE - 4;
 /// A counter that no disk reaches.
 const COUNTER: u64 = 1 << 60;
@@ -74,6 +75,12 @@ fn check_copy(page: &[u8; PAGE], copy: usize) -> bool {
 fn check_choice(pages: &[[u8; PAGE]; SUPERBLOCK_COPIES]) {
     let valid = (0..SUPERBLOCK_COPIES).filter_map(|c| Superblock::decode(&pages[c], c).ok());
     let newest = valid.map(|sb| sb.generation).max();
+    let newer = |c| Superblock::decode(&pages[c], c).is_err_and(|e| e.kind() == Kind::Unsupported);
+    if (0..SUPERBLOCK_COPIES).any(newer) {
+        // A state that this build cannot read is newer than any that it can.
+        assert_eq!(choose(pages).err().map(|e| e.kind()), Some(Kind::Unsupported));
+        return;
+    }
     match (choose(pages), newest) {
         (Ok(chosen), Some(generation)) => {
             assert_eq!(chosen.superblock.generation, generation);

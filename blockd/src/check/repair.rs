@@ -1,0 +1,467 @@
+//! Repair: what a check found is mended, as far as the options allow.
+//!
+//! Invariants:
+//! - Nothing that can be read is given up unless an option says so, and then the exact byte ranges
+//!   are listed; what cannot be mended safely is refused with a reason.
+//! - Nothing that any state of the segment names is overwritten: new pages go behind the end of the
+//!   file, and space is given back only when the map is whole.
+//! - At every instant a power cut leaves the state before or the state after (`commit.rs`).
+//! - A missing or changed parent forbids every change of the map: what looks damaged is whole again
+//!   when the parent is back.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use format::entry::BlockState;
+use format::limits::{BLOCK, EXTENT_BLOCKS};
+use format::superblock::{Attached, State, Superblock};
+use format::units::index;
+use format::{Error, Result};
+use serde::Serialize;
+
+use super::commit::{Publish, commit};
+use super::{Examined, Report, examine, leaks, older, report};
+use crate::disk::load::{How, Loaded, OnDamage, load_state, newest};
+use crate::disk::problem::{GuestRange, Problems, Severity, What};
+use crate::disk::tail::Tail;
+use crate::segment::{self, Segments};
+use crate::store::File;
+use crate::store::buf::AlignedBuf;
+
+/// What a repair may do. Superblock copies are always rewritten.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RepairOptions {
+    /// Give unused host space back. Loses nothing.
+    pub leaks: bool,
+    /// Go back to an older superblock generation, if the newest is damaged, a copy holds an older
+    /// one, and the journal leads from there to the newest state.
+    pub older_generation: bool,
+    /// Turn damaged ranges into zeroes, so that they can be written again.
+    pub drop_damaged: bool,
+    /// Go on without the journal records from the first missing one on.
+    pub accept_journal_loss: bool,
+    /// Give every virtual extent whose extent of the file something else uses, too, a copy of its
+    /// own. What the users read stays; at most one of them reads its own data.
+    pub unshare: bool,
+    /// Say what would be done, and do nothing.
+    pub dry_run: bool,
+}
+
+/// Something that a repair did, or would do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "action", rename_all = "kebab-case")]
+pub enum Action {
+    /// Superblock copies that did not hold the newest state hold it now.
+    RewriteSuperblocks {
+        /// Number of copies.
+        copies: usize,
+    },
+    /// The map of an older generation, with the journal replayed over it, is the newest now.
+    UseOlderGeneration {
+        /// The newest generation before.
+        newest: u64,
+        /// The older one.
+        older: u64,
+        /// Bytes that can be read again.
+        regained_bytes: u64,
+    },
+    /// Damaged ranges are zeroes now.
+    DropDamaged {
+        /// How much of the virtual disk.
+        bytes: u64,
+    },
+    /// The journal ends before its first missing record.
+    AcceptJournalLoss {
+        /// Number of that record.
+        first_missing: u64,
+        /// Records in the tail of a killed process that are given up with it.
+        tail_records: u64,
+    },
+    /// Virtual extents have got extents of their own.
+    Unshare {
+        /// How many.
+        extents: u64,
+    },
+    /// The journal and the tail were taken into the map.
+    Checkpoint {
+        /// Records.
+        records: u64,
+    },
+    /// Host space was given back.
+    PunchLeaks {
+        /// How much.
+        bytes: u64,
+    },
+}
+
+/// Why a range does not hold what it should.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Why {
+    /// The map was damaged: it reads as zeroes now.
+    Damaged,
+    /// It shared its extent with something else: it may hold data that is not its own.
+    Shared,
+    /// The older generation says something else than the newest one did.
+    Differs,
+}
+
+/// A range that a repair cost, or would cost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Loss {
+    /// The bytes of the virtual disk.
+    pub range: GuestRange,
+    /// Why.
+    pub why: Why,
+}
+
+/// What a repair did.
+#[derive(Debug, Clone, Serialize)]
+pub struct RepairReport {
+    /// Nothing was done; this is what would be.
+    pub dry_run: bool,
+    /// What was wrong before.
+    pub before: Report,
+    /// What was done.
+    pub actions: Vec<Action>,
+    /// What it cost.
+    pub lost: Vec<Loss>,
+    /// What was asked for, or needed, and not done, with the reason.
+    pub refused: Vec<String>,
+    /// What is wrong now; `None` for a dry run.
+    pub after: Option<Report>,
+}
+
+/// Repairs a disk that nobody has open. `file` is open for writing, except for a dry run. A tail that
+/// was given and replayed is of no more use afterwards: the caller removes its file.
+///
+/// # Errors
+/// As [`super::check`], `Unsupported` when a feature forbids writing, `ReadOnly` when the file is not
+/// open for writing, or what the host reports; the disk is then in the state before or after.
+pub fn repair(
+    file: &Arc<dyn File>,
+    segments: &dyn Segments,
+    tail: Option<&Tail>,
+    options: &RepairOptions,
+) -> Result<RepairReport> {
+    let (newest_sb, _) = newest(file.as_ref())?;
+    newest_sb.check_writable_features()?;
+    let before = examine(file, segments, tail)?;
+    let mut work = Repair {
+        file,
+        segments,
+        tail,
+        options: *options,
+        newest: newest_sb,
+        actions: Vec::new(),
+        lost: Vec::new(),
+        refused: Vec::new(),
+    };
+    work.mend(&before)?;
+    work.punch(&before)?;
+    let after = if options.dry_run {
+        None
+    } else {
+        Some(report(examine(file, segments, work.after_tail())?, None)?)
+    };
+    Ok(RepairReport {
+        dry_run: options.dry_run,
+        before: report(before, None)?,
+        actions: work.actions,
+        lost: work.lost,
+        refused: work.refused,
+        after,
+    })
+}
+
+struct Repair<'a> {
+    file: &'a Arc<dyn File>,
+    segments: &'a dyn Segments,
+    tail: Option<&'a Tail>,
+    options: RepairOptions,
+    newest: Superblock,
+    actions: Vec<Action>,
+    lost: Vec<Loss>,
+    refused: Vec<String>,
+}
+
+impl Repair<'_> {
+    /// Mends superblock copies and the map.
+    fn mend(&mut self, before: &Examined) -> Result<()> {
+        if let Some(why) = self.forbids_changes(before) {
+            self.refuse_wishes(before, why);
+            return self.rewrite_copies(before);
+        }
+        let Some(mut loaded) = self.choose(before)? else {
+            return self.rewrite_copies(before);
+        };
+        let lossy = loaded.missing.is_some();
+        if lossy && !self.options.accept_journal_loss {
+            let seq = loaded.missing.map_or(0, |seq| seq.0);
+            self.refused.push(format!(
+                "journal records from number {seq} on are missing: nothing else is changed unless \
+                 their loss is accepted"
+            ));
+            return self.rewrite_copies(before);
+        }
+        if has(&loaded, What::JournalWaits) {
+            self.refused.push(
+                "journal records for a damaged range wait: nothing else is changed unless damaged \
+                 ranges are dropped, which brings back what the records tell"
+                    .into(),
+            );
+            return self.rewrite_copies(before);
+        }
+        let dropped = loaded.dropped.in_bytes(self.newest.virtual_size);
+        self.note_dropped(&loaded, dropped);
+        if let Some(seq) = loaded.missing {
+            let held = self.tail.map_or(0, |t| t.next().0.saturating_sub(seq.0));
+            let action = Action::AcceptJournalLoss { first_missing: seq.0, tail_records: held };
+            self.actions.push(action);
+        }
+        loaded.reserve_file();
+        self.unshare(&mut loaded)?;
+        let records = loaded.replayed.0 + loaded.replayed.1;
+        let leaks = before.leaks.as_deref().map_or(0, leaks::bytes);
+        if self.options.leaks && leaks > 0 && records > 0 {
+            self.actions.push(Action::Checkpoint { records });
+        }
+        if self.actions.is_empty() {
+            return self.rewrite_copies(before);
+        }
+        if self.options.dry_run {
+            return Ok(());
+        }
+        let publish = Publish { wipe_ring: lossy, tail_done: self.tail.is_some() };
+        commit(&mut loaded, &self.newest, publish)
+    }
+
+    /// Why the map of this disk must not be changed, if it must not.
+    fn forbids_changes(&self, before: &Examined) -> Option<&'static str> {
+        let any = |what: What| before.problems.any(what);
+        if before.loaded.superblock.state == State::Sealed {
+            return Some("the segment is sealed: its map never changes; restore it from a copy");
+        }
+        if any(What::ParentMissing) || any(What::ParentChanged) || any(What::ParentLoop) {
+            return Some("a parent is missing or changed: bring it back first");
+        }
+        any(What::SuperblockSplit).then_some(
+            "two superblock copies of one generation differ: nothing tells which one is right",
+        )
+    }
+
+    /// Says what of the options could not be followed.
+    fn refuse_wishes(&mut self, before: &Examined, why: &str) {
+        let o = self.options;
+        let wishes = [
+            (o.older_generation, "going back to an older generation"),
+            (o.drop_damaged, "dropping damaged ranges"),
+            (o.accept_journal_loss, "accepting the loss of journal records"),
+            (o.unshare, "unsharing extents"),
+        ];
+        let wrong = before.worst() >= Some(Severity::Range);
+        for (_, what) in wishes.iter().filter(|(wished, _)| *wished && wrong) {
+            self.refused.push(format!("{what}: {why}"));
+        }
+    }
+
+    /// The state to go on from; `None` when nothing is to change.
+    fn choose(&mut self, before: &Examined) -> Result<Option<Loaded>> {
+        if self.options.older_generation
+            && let Some(older) = self.choose_older(&before.loaded)?
+        {
+            return Ok(Some(older));
+        }
+        // Without the option an older copy is not touched while it may be worth something.
+        if self.keeps_older(before)? {
+            self.refused.push(
+                "a superblock copy holds an older generation, which may be whole: it is kept until \
+                 it is used (older generation) or given up (drop damaged ranges)"
+                    .into(),
+            );
+            return Ok(None);
+        }
+        self.load(self.newest.clone()).map(Some)
+    }
+
+    fn load(&self, sb: Superblock) -> Result<Loaded> {
+        let on_damage = if self.options.drop_damaged { OnDamage::Zero } else { OnDamage::Leaves };
+        let how = How { on_damage, search_ring: true };
+        load_state(self.file, sb, self.segments, self.tail, (how, Problems::default()))
+    }
+
+    fn has_older(&self) -> Result<bool> {
+        Ok(!older::candidates(self.file.as_ref(), &self.newest)?.is_empty())
+    }
+
+    /// True when a copy of an older generation may still be worth something.
+    fn keeps_older(&self, before: &Examined) -> Result<bool> {
+        let damaged = !before.loaded.damaged.is_empty();
+        Ok(damaged && !self.options.drop_damaged && self.has_older()?)
+    }
+
+    fn choose_older(&mut self, newest: &Loaded) -> Result<Option<Loaded>> {
+        let size = self.newest.virtual_size;
+        let unreadable = |ranges: Vec<GuestRange>| ranges.iter().map(|r| r.len).sum::<u64>();
+        let now = unreadable(newest.damaged.in_bytes(size));
+        if now == 0 {
+            let why = "the newest generation can be read: there is nothing to gain";
+            self.refused.push(format!("going back to an older generation: {why}"));
+            return Ok(None);
+        }
+        for sb in older::candidates(self.file.as_ref(), &self.newest)? {
+            let generation = sb.generation;
+            let refused =
+                |e: Error| format!("going back to generation {generation}: {}", e.reason());
+            let loaded = match self.load(sb) {
+                Ok(loaded) => loaded,
+                Err(e) if e.kind() == format::Kind::Corrupt => {
+                    self.refused.push(refused(e));
+                    continue;
+                }
+                Err(e) => return Err(e),
+            };
+            if let Err(e) = older::check(&loaded, newest) {
+                self.refused.push(refused(e));
+                continue;
+            }
+            let then = unreadable(loaded.damaged.in_bytes(size))
+                + unreadable(loaded.dropped.in_bytes(size));
+            if then >= now {
+                self.refused.push(refused(Error::corrupt("it is no less damaged")));
+                continue;
+            }
+            for range in older::differences(&loaded, newest).in_bytes(size) {
+                self.lost.push(Loss { range, why: Why::Differs });
+            }
+            self.actions.push(Action::UseOlderGeneration {
+                newest: self.newest.generation.0,
+                older: generation.0,
+                regained_bytes: now - then,
+            });
+            return Ok(Some(loaded));
+        }
+        if !self.has_older()? {
+            let why = "no superblock copy holds one";
+            self.refused.push(format!("going back to an older generation: {why}"));
+        }
+        Ok(None)
+    }
+
+    fn note_dropped(&mut self, loaded: &Loaded, dropped: Vec<GuestRange>) {
+        // Entries past the end of the disk cost no byte, but must be written over, too.
+        if !loaded.mended {
+            return;
+        }
+        let bytes = dropped.iter().map(|r| r.len).sum();
+        self.actions.push(Action::DropDamaged { bytes });
+        let lost = dropped.into_iter().map(|range| Loss { range, why: Why::Damaged });
+        self.lost.extend(lost);
+    }
+
+    /// Copies what shares its extent to an extent of its own, in memory and in unused space.
+    fn unshare(&mut self, loaded: &mut Loaded) -> Result<()> {
+        if !self.options.unshare || loaded.shared.is_empty() {
+            return Ok(());
+        }
+        let shared = std::mem::take(&mut loaded.shared);
+        let extents: HashSet<_> = shared.iter().map(|(_, e)| *e).collect();
+        for range in loaded.users(&extents)?.in_bytes(self.newest.virtual_size) {
+            self.lost.push(Loss { range, why: Why::Shared });
+        }
+        self.actions.push(Action::Unshare { extents: shared.len() as u64 });
+        if self.options.dry_run {
+            return Ok(());
+        }
+        let own = loaded.superblock.own_index;
+        let mut buf = AlignedBuf::zeroed(index(BLOCK));
+        for (virtual_extent, from) in shared {
+            let to = loaded.space.take_run(1)?.first;
+            let mut vector = loaded.map.vector(virtual_extent)?;
+            for (i, state) in vector.iter_mut().enumerate() {
+                if matches!(*state, BlockState::Data { segment, block }
+                    if segment == own && block.extent() == from)
+                {
+                    self.file.read_at(from.block(i).file_offset(), &mut buf)?;
+                    self.file.write_at(to.block(i).file_offset(), &buf)?;
+                    *state = BlockState::Data { segment: own, block: to.block(i) };
+                }
+            }
+            let first = virtual_extent.first_block();
+            loaded.map.set_blocks(first, EXTENT_BLOCKS, &mut |b| vector[b])?;
+            loaded.dirty.insert(virtual_extent.leaf());
+        }
+        Ok(())
+    }
+
+    /// Brings all superblock copies to the newest state.
+    fn rewrite_copies(&mut self, before: &Examined) -> Result<()> {
+        let copies = before.count(What::SuperblockCopy);
+        if copies == 0 || before.problems.any(What::SuperblockSplit) {
+            return Ok(());
+        }
+        if self.keeps_older(before)? {
+            return Ok(());
+        }
+        self.actions.push(Action::RewriteSuperblocks { copies });
+        if !self.options.dry_run {
+            segment::settle(self.file.as_ref())?;
+        }
+        Ok(())
+    }
+
+    /// Gives unused host space back.
+    fn punch(&mut self, before: &Examined) -> Result<()> {
+        if !self.options.leaks {
+            return Ok(());
+        }
+        let now;
+        let found = if self.options.dry_run {
+            before
+        } else {
+            now = examine(self.file, self.segments, self.after_tail())?;
+            &now
+        };
+        if found.worst() >= Some(Severity::Range) {
+            let why = match self.options.dry_run && !self.actions.is_empty() {
+                true => "how much there is will be known when the map is whole",
+                false => "what looks unused may belong to what is damaged",
+            };
+            self.refused.push(format!("giving host space back: {why}"));
+            return Ok(());
+        }
+        let runs = found.leaks.as_deref().unwrap_or_default();
+        let bytes = leaks::bytes(runs);
+        if bytes == 0 {
+            return Ok(());
+        }
+        if self.options.dry_run || leaks::punch(self.file.as_ref(), runs)? {
+            self.actions.push(Action::PunchLeaks { bytes });
+        } else {
+            self.refused.push("giving host space back: the file system cannot do it".into());
+        }
+        Ok(())
+    }
+
+    /// The tail as it is to be looked at after a commit: a superblock that says that the disk is
+    /// closed has none.
+    fn after_tail(&self) -> Option<&Tail> {
+        let (sb, _) = newest(self.file.as_ref()).ok()?;
+        self.tail.filter(|_| sb.attached == Attached::WithTail)
+    }
+}
+
+fn has(loaded: &Loaded, what: What) -> bool {
+    loaded.problems.iter().any(|p| p.what == what)
+}
+
+impl Examined {
+    /// How much the worst problem hurts.
+    fn worst(&self) -> Option<Severity> {
+        self.problems.iter().map(|p| p.what.severity()).max()
+    }
+
+    fn count(&self, what: What) -> usize {
+        self.problems.iter().filter(|p| p.what == what).count()
+    }
+}

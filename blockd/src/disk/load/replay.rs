@@ -1,0 +1,200 @@
+//! Replay: the records of the journal, then those of the tail, over the map as it was stored.
+//!
+//! Invariants:
+//! - Records are applied in order up to the first one that is missing or impossible; that something
+//!   is missing is a problem, never silence.
+//! - A record for a damaged range changes nothing and is a problem of its own: a later checkpoint
+//!   would put it behind the journal's head, and the write would be lost for good.
+//!
+//! The last commit of the journal is the exception to the first: damage to it looks like a commit
+//! that a power cut stopped (`docs/format.md` §7).
+
+use format::journal::{Record, Replay, Step};
+use format::limits::{BLOCK, EXTENT_BLOCKS, LEAF_SPAN, PAGE};
+use format::superblock::{Attached, Superblock};
+use format::units::{ExtentId, GuestBlock, GuestExtent, LeafNo, index};
+use format::{Context, Error, Kind, Result};
+
+use super::{Bad, Loader};
+use crate::disk::map::Whole;
+use crate::disk::problem::{Problem, What};
+use crate::disk::tail::Tail;
+use crate::segment::page;
+use crate::store::File;
+use crate::store::buf::AlignedBuf;
+
+/// Journal pages read in one batch: 1 MiB.
+const JOURNAL_BATCH: u64 = 256;
+/// Blocks that one record maps, at most: a leaf's. What a record takes in memory stays in
+/// proportion to it.
+const MAP_BLOCKS_MAX: u64 = LEAF_SPAN / BLOCK;
+
+/// Calls `visit` with the pages of the ring, from the head on once around.
+fn each_page(
+    file: &dyn File,
+    sb: &Superblock,
+    visit: &mut dyn FnMut(&[u8; PAGE]) -> Result<()>,
+) -> Result<()> {
+    let (pages, head) = (sb.journal_pages(), sb.journal.position);
+    if sb.journal_offset(pages) > file.size()? {
+        return Err(Error::corrupt("the journal lies past the end of its file: truncated"));
+    }
+    let mut buf = AlignedBuf::zeroed(index(JOURNAL_BATCH.min(pages)) * PAGE);
+    let mut read = |from: u64, to: u64| -> Result<()> {
+        let mut at = from;
+        while at < to {
+            let count = JOURNAL_BATCH.min(to - at);
+            let batch = &mut buf[..index(count) * PAGE];
+            file.read_at(sb.journal_offset(at), batch).context("read", || "the journal".into())?;
+            (0..index(count)).try_for_each(|i| visit(&page(batch, i)))?;
+            at += count;
+        }
+        Ok(())
+    };
+    read(head, pages)?;
+    read(0, head)
+}
+
+impl Loader<'_> {
+    /// Replays the journal, and finds out whether a part of it is missing.
+    pub(super) fn replay_journal(&mut self, file: &dyn File) -> Result<()> {
+        let sb = self.sb;
+        let clean = sb.attached == Attached::No;
+        if clean && !self.how.search_ring {
+            return Ok(());
+        }
+        let mut replay = Replay::new(sb);
+        let mut ended = clean;
+        let mut loss: Option<Error> = None;
+        each_page(file, sb, &mut |page| {
+            let before = replay.at();
+            if !ended {
+                match self.replay_page(&mut replay, page) {
+                    Ok(goes_on) => ended = !goes_on,
+                    Err(e) if e.kind() == Kind::Corrupt => {
+                        ended = true;
+                        loss = Some(e);
+                    }
+                    Err(e) => return Err(e),
+                }
+                self.cursor = if ended { before } else { replay.at() };
+            }
+            if ended && loss.is_none() && replay.proves_loss(page) {
+                loss = Some(Error::corrupt("later ones were durable"));
+            }
+            Ok(())
+        })?;
+        if let Some(e) = loss {
+            self.lose_records(&e);
+        }
+        Ok(())
+    }
+
+    /// Takes one page of the ring; false when the journal ends before it.
+    fn replay_page(&mut self, replay: &mut Replay, page: &[u8; PAGE]) -> Result<bool> {
+        let Step::Records(records) = replay.feed(page)? else { return Ok(false) };
+        for record in &records {
+            self.apply(record)?;
+        }
+        self.replayed.0 += records.len() as u64;
+        Ok(true)
+    }
+
+    fn lose_records(&mut self, why: &Error) {
+        let seq = self.cursor.seq;
+        self.missing.get_or_insert(seq);
+        self.hidden = true;
+        let reason = format!("records from number {seq} on are unreadable: {}", why.reason());
+        let problem = Problem::new(What::JournalLoss, "the journal", &Error::corrupt(reason));
+        self.problems.note(problem);
+    }
+
+    /// Replays what the tail holds behind the journal.
+    pub(super) fn replay_tail(&mut self, tail: Option<&Tail>) -> Result<()> {
+        let from = self.cursor.seq;
+        self.freed.clear();
+        // After a loss nothing joins the journal's end.
+        let Some(tail) = tail.filter(|t| t.next() > from && self.missing.is_none()) else {
+            return Ok(());
+        };
+        let outcome = tail.records(from, tail.next()).and_then(|records| {
+            records.iter().try_for_each(|record| {
+                self.apply(record)?;
+                self.replayed.1 += 1;
+                Ok(())
+            })
+        });
+        match outcome {
+            Err(e) if e.kind() == Kind::Corrupt => {
+                self.lose_records(&e);
+                Ok(())
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// Applies one record; `Corrupt` when no writer makes such a record for this disk.
+    fn apply(&mut self, record: &Record) -> Result<()> {
+        let (block, count) = record.range();
+        if block.0 + count > self.sb.virtual_size.div_ceil(BLOCK) {
+            return Err(Error::corrupt("a record lies past the end of the disk"));
+        }
+        let outcome = match *record {
+            Record::Zero { .. } => {
+                self.dropped.subtract(block, count);
+                let freed = &mut self.freed;
+                self.map.clear(block, count, Whole::Zero, &mut |_, e| freed.push(e))
+            }
+            Record::Map { .. } if count > MAP_BLOCKS_MAX => {
+                return Err(Error::corrupt("a record maps more than a writer ever does"));
+            }
+            Record::Map { target, .. } => {
+                if target.extent() < self.sb.data_start() {
+                    return Err(Error::corrupt("a record points before the data area"));
+                }
+                self.map_extents(block, count, &mut |done| target.plus(done).extent())
+            }
+        };
+        match outcome {
+            Ok(()) => {
+                let last = GuestExtent((block.0 + count - 1) / EXTENT_BLOCKS as u64).leaf();
+                self.dirty.extend((block.extent().leaf().0..=last.0).map(LeafNo));
+            }
+            Err(e) => {
+                // The extent that the record names is in use, and the map does not say so.
+                self.hidden = true;
+                let object = format!("journal record for byte offset {}", block.offset());
+                let problem = Problem::new(What::JournalWaits, object, &e);
+                self.problems.note(problem.costing(block.offset().0, count * BLOCK));
+            }
+        }
+        Ok(())
+    }
+
+    /// Maps `count` blocks from `block` on to the own segment; `extent` names the extent of the
+    /// block so many blocks further.
+    fn map_extents(
+        &mut self,
+        block: GuestBlock,
+        count: u64,
+        extent: &mut dyn FnMut(u64) -> ExtentId,
+    ) -> Result<()> {
+        let mut done = 0;
+        while done < count {
+            let at = block.plus(done);
+            let n = (EXTENT_BLOCKS as u64 - at.in_extent() as u64).min(count - done);
+            let target = extent(done);
+            self.freed.extend(self.map.set_own(at, index(n), target)?);
+            self.dropped.subtract(at, n);
+            if target.0 >= self.own_extents() {
+                let reason = format!("extent {target} lies past the end of its file");
+                let bad = Bad { what: What::Truncated, error: Error::corrupt(reason) };
+                if self.lose_blocks(at.extent(), at.in_extent(), index(n), &bad) {
+                    self.map.clear(at, n, Whole::Zero, &mut |_, _| ())?;
+                }
+            }
+            done += n;
+        }
+        Ok(())
+    }
+}

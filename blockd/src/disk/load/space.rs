@@ -1,0 +1,226 @@
+//! The space map, rebuilt from what the superblock, the map pages and the map name.
+//!
+//! Invariant: an extent or page that anything readable names is used, and so is everything up to the
+//! end of the file when something unreadable may name it.
+
+use std::collections::{BTreeSet, HashSet};
+
+use format::array::ArrayRef;
+use format::entry::BlockState;
+use format::limits::{BLOCKS_PER_EXTENT, EXTENT, LEAF_SPAN};
+use format::node::PageRef;
+use format::space::SpaceMap;
+use format::superblock::{Seal, Superblock};
+use format::tree::Tree;
+use format::units::{BlockId, ExtentId, GuestExtent, LeafNo, PageNo, SegmentIdx};
+use format::{Error, Result};
+
+use super::ranges::Ranges;
+use super::{FILE_EXTENTS_MAX, Loaded, Loader};
+use crate::disk::map::Piece;
+use crate::disk::problem::{Problem, What};
+use crate::disk::seal::sums_bytes_max;
+
+/// True when the sums of a sealed segment lie in its file of `extents` extents and cover no more.
+fn sums_fit(sb: &Superblock, extents: u64) -> bool {
+    let end = ExtentId(extents);
+    sb.sums.page.plus(sb.sums.pages()) <= end.first_page()
+        && sb.sums.bytes <= sums_bytes_max(sb.data_start(), end)
+}
+
+/// Runs of pages of the own segment, a file of `extents` extents, that arrays and the map take: what
+/// for, first page, count.
+fn own_pages(sb: &Superblock, tree: &Tree, extents: u64) -> Vec<(String, PageNo, u64)> {
+    let own = |at: &PageRef| at.segment == sb.own_index;
+    let array = |what: &str, a: ArrayRef| (what.to_owned(), a.page, a.pages());
+    let mut runs = vec![array("segment table", sb.table)];
+    if sums_fit(sb, extents) {
+        runs.push(array("data checksums", sb.sums));
+    }
+    for at in tree.pages().filter(own) {
+        runs.push((format!("inner map page {}", at.page), at.page, 1));
+    }
+    for (leaf, at) in tree.leaves().filter(|(_, at)| own(at)) {
+        let object = format!("map leaf at byte offset {}", leaf.0 * LEAF_SPAN);
+        if let Some(run) = at.vectors {
+            runs.push((object.clone(), run.page, run.count.into()));
+        }
+        runs.push((object, at.page, 1));
+    }
+    runs
+}
+
+/// The extents of segment `own` that a piece lies in, with their virtual extents.
+fn own_extents(piece: &Piece, own: SegmentIdx) -> impl Iterator<Item = (GuestExtent, ExtentId)> {
+    let (first, count) = match piece.state {
+        BlockState::Data { segment, block } if segment == own => (block, piece.count),
+        BlockState::Data { block, .. } => (block, 0),
+        _ => (BlockId(0), 0),
+    };
+    let virtual_first = piece.block.extent();
+    let extents =
+        if count == 0 { 0 } else { first.plus(count - 1).extent().0 - first.extent().0 + 1 };
+    (0..extents).map(move |i| (virtual_first.plus(i), first.extent().plus(i)))
+}
+
+type Rebuilt = (SpaceMap, Vec<(GuestExtent, ExtentId)>);
+
+impl Loader<'_> {
+    /// The space map, and virtual extents whose extent something else names, too.
+    pub(super) fn rebuild_space(&mut self, tree: &Tree) -> Result<Rebuilt> {
+        let mut space = SpaceMap::new(self.sb.data_start());
+        self.check_sums();
+        let extents = self.own_extents();
+        let end = ExtentId(extents).first_page();
+        let mut twice = false;
+        for (object, page, count) in own_pages(self.sb, tree, extents) {
+            // What lies past the end of the file was noticed when it was read.
+            let count = count.min(end.0.saturating_sub(page.0));
+            if let Err(e) = space.claim_pages(page, count) {
+                twice = true;
+                self.problems.note(Problem::new(What::DoubleUse, object, &e));
+            }
+        }
+        let shared = self.claim_data(tree, &mut space)?;
+        self.hidden |= twice || !shared.is_empty();
+        if self.hidden {
+            reserve(&mut space, self.sb, tree, extents);
+        } else {
+            self.hold_freed(&mut space);
+        }
+        Ok((space, shared))
+    }
+
+    /// Extents that only records of the tail let go go the way of all space: the map that a power
+    /// cut brings back names them until those records are in the journal. Test:
+    /// `crash_points::kill::space_freed_by_a_replayed_tail_waits_for_the_journal`.
+    fn hold_freed(&mut self, space: &mut SpaceMap) {
+        let seq = self.cursor.seq.plus(self.replayed.1);
+        for extent in std::mem::take(&mut self.freed) {
+            if extent.0 < self.own_extents() && space.claim(extent).is_ok() {
+                space.retire(extent, seq);
+            }
+        }
+    }
+
+    /// The sums of a sealed segment lie in the file and cover no more than it.
+    fn check_sums(&mut self) {
+        let wrong = match self.sb.seal {
+            Seal::Done if sums_fit(self.sb, self.own_extents()) => return,
+            Seal::Done => "they lie outside the file",
+            _ if self.sb.sums.is_empty() => return,
+            _ => "the segment has checksums before its seal is done",
+        };
+        let error = Error::corrupt(wrong);
+        self.problems.note(Problem::new(What::Digest, "the data checksums", &error));
+    }
+
+    fn claim_data(
+        &mut self,
+        tree: &Tree,
+        space: &mut SpaceMap,
+    ) -> Result<Vec<(GuestExtent, ExtentId)>> {
+        let (start, end) = (self.sb.data_start(), ExtentId(self.own_extents()));
+        let own = self.sb.own_index;
+        let count = self.leaf_count();
+        let named = tree.leaves().map(|(leaf, _)| leaf).filter(|leaf| leaf.0 < count);
+        let leaves: BTreeSet<LeafNo> = named.chain(self.dirty.iter().copied()).collect();
+        let (mut shared, mut problems) = (Vec::new(), Vec::new());
+        // The extents claimed for the virtual extent that is being looked at.
+        let mut present: (GuestExtent, Vec<ExtentId>) = (GuestExtent(u64::MAX), Vec::new());
+        let mut claim = |v: GuestExtent, e: ExtentId| {
+            if present.0 != v {
+                present = (v, Vec::new());
+            }
+            // What lies outside was noticed when the entry was read.
+            if present.1.contains(&e) || e < start || e >= end {
+                return;
+            }
+            let place = || format!("byte offset {}", v.0 * EXTENT);
+            if let Some(first) = present.1.first() {
+                let reason = format!("it owns two extents, {first} and {e}");
+                let problem = Problem::new(What::Nonsense, place(), &Error::corrupt(reason));
+                problems.push(problem.costing(v.0 * EXTENT, EXTENT));
+            }
+            present.1.push(e);
+            if let Err(error) = space.claim(e) {
+                let problem = Problem::new(What::DoubleUse, place(), &error);
+                problems.push(problem.costing(v.0 * EXTENT, EXTENT));
+                shared.push((v, e));
+            }
+        };
+        for leaf in leaves {
+            let first = leaf.first_extent().first_block();
+            let last = leaf.next().first_extent().first_block();
+            for (first, count) in self.damaged.gaps(first, last) {
+                self.map.resolve(first, count, &mut |piece| {
+                    own_extents(&piece, own).for_each(|(v, e)| claim(v, e));
+                    Ok(())
+                })?;
+            }
+        }
+        self.problems.extend(problems);
+        Ok(shared)
+    }
+
+    /// Single extents that a discard in the journal brought back are not damaged any more.
+    pub(super) fn forget_mended(&mut self) {
+        for extent in std::mem::take(&mut self.thin) {
+            if self.map.vector(extent).is_ok() {
+                self.damaged.subtract(extent.first_block(), BLOCKS_PER_EXTENT);
+            }
+        }
+    }
+}
+
+/// Takes every extent up to the end of the file, and every free page beside a map page.
+fn reserve(space: &mut SpaceMap, sb: &Superblock, tree: &Tree, extents: u64) {
+    for (_, page, count) in own_pages(sb, tree, extents) {
+        let first = page.extent().first_page();
+        let end = page.plus(count.max(1) - 1).extent().next().first_page();
+        for p in (first.0..end.0.min(extents * BLOCKS_PER_EXTENT)).map(PageNo) {
+            // A page that is used already is what this is about.
+            let _ = space.claim_pages(p, 1);
+        }
+    }
+    for e in (sb.data_start().0..extents).map(ExtentId) {
+        if space.is_free(e) {
+            let _ = space.claim(e);
+        }
+    }
+}
+
+impl Loaded {
+    /// Extents of the own file that are looked at.
+    pub(crate) fn own_extents(&self) -> u64 {
+        self.own_file().extents.min(FILE_EXTENTS_MAX)
+    }
+
+    /// Runs of pages of the own file that arrays and the map take.
+    pub(crate) fn own_pages(&self) -> Vec<(PageNo, u64)> {
+        let runs = own_pages(&self.superblock, &self.tree, self.own_extents());
+        runs.into_iter().map(|(_, page, count)| (page, count)).collect()
+    }
+
+    /// Takes everything up to the end of the file, so that what is written from now on lies behind
+    /// whatever any state of the segment names.
+    pub(crate) fn reserve_file(&mut self) {
+        let extents = self.own_extents();
+        reserve(&mut self.space, &self.superblock, &self.tree, extents);
+    }
+
+    /// The blocks of the disk that lie in any of these extents of the own segment.
+    pub(crate) fn users(&self, of: &HashSet<ExtentId>) -> Result<Ranges> {
+        let own = self.superblock.own_index;
+        let mut users = Ranges::default();
+        self.pieces(&mut |piece| {
+            for (v, _) in own_extents(&piece, own).filter(|(_, e)| of.contains(e)) {
+                let from = piece.block.max(v.first_block());
+                let to = piece.block.plus(piece.count).min(v.next().first_block());
+                users.add(from, to.0 - from.0);
+            }
+            Ok(())
+        })?;
+        Ok(users)
+    }
+}
