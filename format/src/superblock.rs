@@ -447,7 +447,7 @@ pub fn choose(pages: &[[u8; PAGE]; SUPERBLOCK_COPIES]) -> Result<Chosen> {
     let newest = decoded.iter().flatten().max_by_key(|sb| sb.generation).cloned();
     let Some(newest) = newest else {
         let [first, ..] = decoded;
-        return Err(first.err().expect("no copy is valid"));
+        return Err(first.expect_err("no copy is valid"));
     };
     let complaints = decoded.map(|d| match d {
         Ok(sb) if sb == newest => None,

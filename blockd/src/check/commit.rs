@@ -1,13 +1,13 @@
-//! How a repair changes a segment: one new superblock state, published when everything that it names
-//! is durable.
+//! How a repair changes a segment: one new superblock state, published when everything that it
+//! names is durable.
 //!
 //! Order, and the crash it defends against:
 //! 1. a sync: the present state is durable and not in the host's cache alone;
 //! 2. map pages and copied data go behind the end of the file, where no state of the segment names
 //!    anything — a cut leaves the old state and some unused space; then a sync;
-//! 3. the superblock copies are written one by one with a sync after each, a copy that alone holds the
-//!    newest state, or the older one that is to replace it, last — so at every instant the state
-//!    before or the new one is whole, and a repair that was cut short can be repeated;
+//! 3. the superblock copies are written one by one with a sync after each, a copy that alone holds
+//!    the newest state, or the older one that is to replace it, last — so at every instant the
+//!    state before or the new one is whole, and a repair that was cut short can be repeated;
 //! 4. only then the ring is wiped, if records were given up — before it is still needed.
 //!
 //! Test: `check_and_repair` (`every_crash_point_of_a_repair_…`).

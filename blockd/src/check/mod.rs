@@ -1,8 +1,8 @@
 //! Checking, scrubbing and repairing a disk that nobody has open.
 //!
 //! Invariants:
-//! - [`check`] and [`scrub`] write nothing, and report damage; they fail only when nothing can be said
-//!   (no superblock, no segment table) or the host reports an error.
+//! - [`check`] and [`scrub`] write nothing, and report damage; they fail only when nothing can be
+//!   said (no superblock, no segment table) or the host reports an error.
 //! - Whatever the file holds, there is no panic, and no memory out of proportion to it: everything
 //!   comes in through [`crate::disk::load`].
 //! - The crash tests check what they find with the same code.
@@ -19,7 +19,7 @@ mod scrub;
 use std::sync::Arc;
 
 use format::entry::BlockState;
-use format::limits::{BLOCK, EXTENT};
+use format::limits::BLOCK;
 use format::superblock::{Attached, Seal, State, Superblock};
 use format::{Error, Result};
 use serde::Serialize;
@@ -133,11 +133,7 @@ pub fn check(
 fn examine(file: &Arc<dyn File>, segments: &dyn Segments, tail: Option<&Tail>) -> Result<Examined> {
     let (sb, problems) = newest(file.as_ref())?;
     let how = How { on_damage: OnDamage::Extents, search_ring: true };
-    let loaded = load_state(file, sb, segments, tail, (how, problems))?;
-    examine_loaded(loaded, segments)
-}
-
-fn examine_loaded(mut loaded: Loaded, segments: &dyn Segments) -> Result<Examined> {
+    let mut loaded = load_state(file, sb, segments, tail, (how, problems))?;
     let mut problems = Problems::default();
     problems.extend(std::mem::take(&mut loaded.problems));
     parents::check(&loaded, segments, &mut problems)?;
@@ -240,5 +236,3 @@ fn stats(loaded: &Loaded) -> Result<Stats> {
         unsummed_bytes: None,
     })
 }
-
-const _: () = assert!(EXTENT.is_multiple_of(BLOCK));

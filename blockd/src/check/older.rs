@@ -1,5 +1,5 @@
-//! Older superblock generations. None is kept on purpose; a copy may hold one when a crash or a lost
-//! write kept the newest state from reaching all four.
+//! Older superblock generations. None is kept on purpose; a copy may hold one when a crash or a
+//! lost write kept the newest state from reaching all four.
 //!
 //! An older map is good again only together with every journal record made since: those records
 //! tell which blocks moved, and which of the extents it names hold other data by now. So a
@@ -12,7 +12,7 @@ use format::{Error, Kind, Result};
 
 use crate::disk::load::Loaded;
 use crate::disk::load::ranges::Ranges;
-use crate::disk::problem::{Problem, What};
+use crate::disk::problem::{Problem, Severity};
 use crate::segment::read_copies;
 use crate::store::File;
 
@@ -54,9 +54,7 @@ pub(super) fn check(older: &Loaded, newest: &Loaded) -> Result<()> {
             older.cursor.seq, new.journal.seq
         ));
     }
-    let bad = |p: &&Problem| {
-        matches!(p.what, What::JournalWaits | What::DoubleUse | What::Nonsense | What::Truncated)
-    };
+    let bad = |p: &&Problem| p.what.severity() == Severity::NoWrite;
     if let Some(problem) = older.problems.iter().find(bad) {
         return refuse(format!("it is damaged itself: {}: {}", problem.object, problem.detail));
     }

@@ -1,10 +1,11 @@
 //! The chain of parents: all of it is there, unchanged, and leads nowhere back.
 //!
-//! Whether a parent is missing, or is not the recorded one, was noticed when it was opened; here its
-//! own superblock copies and its own segment table are looked at.
+//! Whether a parent is missing, or is not the recorded one, was noticed when it was opened; here
+//! its own superblock copies and its own segment table are looked at.
 //!
 //! Invariant checked: a parent's table is the beginning of its child's, row by row, since map pages
-//! of the parent mean the same in the child (`docs/format.md` §5). So a chain that passes has no loop.
+//! of the parent mean the same in the child (`docs/format.md` §5). So a chain that passes has no
+//! loop.
 
 use std::collections::HashMap;
 

@@ -132,12 +132,13 @@ pub struct RepairReport {
     pub after: Option<Report>,
 }
 
-/// Repairs a disk that nobody has open. `file` is open for writing, except for a dry run. A tail that
-/// was given and replayed is of no more use afterwards: the caller removes its file.
+/// Repairs a disk that nobody has open. `file` is open for writing, except for a dry run. A tail
+/// that was given and replayed is of no more use afterwards: the caller removes its file.
 ///
 /// # Errors
-/// As [`super::check`], `Unsupported` when a feature forbids writing, `ReadOnly` when the file is not
-/// open for writing, or what the host reports; the disk is then in the state before or after.
+/// As [`super::check`], `Unsupported` when a feature forbids writing, `ReadOnly` when the
+/// file is not open for writing, or what the host reports; the disk is then in the state before or
+/// after.
 pub fn repair(
     file: &Arc<dyn File>,
     segments: &dyn Segments,
@@ -239,6 +240,9 @@ impl Repair<'_> {
     /// Why the map of this disk must not be changed, if it must not.
     fn forbids_changes(&self, before: &Examined) -> Option<&'static str> {
         let any = |what: What| before.problems.any(what);
+        if before.loaded.too_long() {
+            return Some("the file is longer than a segment's can be: cut it back first");
+        }
         if before.loaded.superblock.state == State::Sealed {
             return Some("the segment is sealed: its map never changes; restore it from a copy");
         }

@@ -36,7 +36,8 @@ const SUMS_PER_PAGE: u64 = PAGE as u64 / 4;
 pub struct ScrubReport {
     /// Nothing is wrong.
     pub clean: bool,
-    /// What is wrong: bad blocks by where this disk shows them, and segments that cannot be scrubbed.
+    /// What is wrong: bad blocks by where this disk shows them, and segments that cannot be
+    /// scrubbed.
     pub problems: Vec<Problem>,
     /// Bytes that were compared with their checksums.
     pub summed_bytes: u64,

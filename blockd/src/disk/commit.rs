@@ -27,8 +27,8 @@ impl Disk {
     /// Makes every write that completed before the call durable.
     ///
     /// # Errors
-    /// `NoSpace` when the journal could not be written (nothing is lost; try again), `Failed` when a
-    /// sync failed now or before.
+    /// `NoSpace` when the journal could not be written (nothing is lost; try again), `Failed` when
+    /// a sync failed now or before.
     pub fn flush(&self) -> Result<()> {
         if !self.writable {
             return Ok(());
@@ -78,8 +78,8 @@ impl Disk {
         Ok(())
     }
 
-    /// True when a commit may be made that no checkpoint follows at once. Room for three more must be
-    /// left behind what is in use now: this one, that of the checkpoint after it, and, when the
+    /// True when a commit may be made that no checkpoint follows at once. Room for three more must
+    /// be left behind what is in use now: this one, that of the checkpoint after it, and, when the
     /// process is killed before that checkpoint has flipped, that of the checkpoint at the next
     /// opening, which finds the tail full again. Else the ring is full for ever one day: no
     /// checkpoint has a page left for its own commit. Test: `crash_points::chains`.

@@ -48,10 +48,13 @@ impl Disk {
     /// Reads `buf.len()` bytes from `offset`; both are multiples of 512. Takes no lock.
     ///
     /// # Errors
-    /// `Invalid` outside the disk, `Corrupt` in a damaged range, or what the host reports.
+    /// `Invalid` outside the disk, `Corrupt` in a damaged range, `Failed`, or what the host
+    /// reports.
     pub fn read(&self, lane: usize, offset: u64, buf: &mut [u8]) -> Result<()> {
         // Inside the gate first: a resize must not come between the check and the request.
         let _inside = self.gate.enter(lane);
+        // After a failed sync the host may show less than was written: reads would go back in time.
+        self.check_alive()?;
         self.check_range(offset, buf.len() as u64)?;
         self.read_unchecked(offset, buf).context("read", || self.object())
     }

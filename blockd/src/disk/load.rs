@@ -3,9 +3,10 @@
 //!
 //! Invariants:
 //! - Nothing is written.
-//! - Content decides nothing unchecked: whatever the file says becomes a value, a [`Problem`], or an
-//!   error; never a panic, and never memory out of proportion to the file.
-//! - A host error is not damage: it ends the loading, since to go on would take used space for free.
+//! - Content decides nothing unchecked: whatever the file says becomes a value, a [`Problem`], or
+//!   an error; never a panic, and never memory out of proportion to the file.
+//! - A host error is not damage: it ends the loading, since to go on would take used space for
+//!   free.
 //! - The space map is rebuilt from what the map names after replay, so it cannot disagree with it.
 //!   Where damage hides what is used, everything up to the end of the file counts as used.
 
@@ -27,7 +28,7 @@ use format::units::{ExtentId, GuestBlock, GuestExtent, LeafNo, Seq};
 use format::{Context, Error, Kind, Result};
 
 use super::map::{Map, Piece, Whole};
-use super::problem::{Problem, Problems, What};
+use super::problem::{Problem, Problems, Remedy, What};
 use super::tail::Tail;
 use crate::segment::{self, Segments};
 use crate::store::File;
@@ -45,7 +46,7 @@ pub struct RowFile {
     pub file: Arc<dyn File>,
     /// Added to every extent number.
     pub base: ExtentId,
-    /// Length of the file in extents, rounded down.
+    /// Length of the file in extents, rounded down; at most those of the largest disk.
     pub extents: u64,
 }
 
@@ -162,8 +163,8 @@ pub fn newest(file: &dyn File) -> Result<(Superblock, Problems)> {
     Ok((superblock, problems))
 }
 
-/// Loads the state that `sb` describes: the newest, or for a repair an older one. The problems given
-/// are those found before.
+/// Loads the state that `sb` describes: the newest, or for a repair an older one. The problems
+/// given are those found before.
 ///
 /// # Errors
 /// As [`load`].
@@ -183,24 +184,28 @@ pub fn load_state(
         map: Map::new(sb.own_index),
         problems,
         damaged: Ranges::default(),
-        thin: Vec::new(),
+        thin: BTreeSet::new(),
         dropped: Ranges::default(),
         mended: false,
         dirty: BTreeSet::new(),
         freed: Vec::new(),
+        moved: BTreeSet::new(),
         hidden: false,
         seen: HashSet::new(),
         cursor: sb.journal,
         replayed: (0, 0),
         missing: None,
     };
+    // A repair writes down how long the file is now.
+    loader.mended = how.on_damage == OnDamage::Zero && loader.own_extents() < sb.extents_end.0;
+    loader.meet_arrays();
     let tree = loader.tree()?;
     loader.leaves(&tree)?;
     loader.replay_journal(file.as_ref())?;
     loader.replay_tail(tail)?;
     loader.forget_mended();
     loader.check_end()?;
-    let (space, shared) = loader.rebuild_space(&tree)?;
+    let (space, shared) = loader.rebuild_space(&tree);
     let tree = if how.on_damage == OnDamage::Zero { loader.without_damage(&tree) } else { tree };
     let Loader { map, problems, damaged, dropped, mended, dirty, hidden, .. } = loader;
     let (cursor, replayed, missing) = (loader.cursor, loader.replayed, loader.missing);
@@ -229,6 +234,9 @@ pub fn load_state(
 /// # Errors
 /// `Corrupt` when it cannot be used, or what the host reports.
 pub fn load_table(file: &dyn File, sb: &Superblock) -> Result<SegmentTable> {
+    if sb.table.page.extent() < sb.data_start() {
+        return Err(Error::corrupt("the segment table lies before the data area"));
+    }
     let bytes = segment::read_array(file, sb.table, (SEGMENTS_MAX * ROW_BYTES) as u64)
         .context("read", || "the segment table".into())?;
     let table = SegmentTable::decode(&bytes)?;
@@ -275,6 +283,13 @@ fn open_rows(
             }
         };
         let extents = file.size()? / EXTENT;
+        if i == sb.own_index && extents > FILE_EXTENTS_MAX {
+            let reason = format!("it has {extents} extents, more than the largest disk needs");
+            let error = Error::corrupt(reason).hint("cut the file back to what it was");
+            let problem = Problem::new(What::Nonsense, "the segment file", &error);
+            problems.note(Problem { remedy: Remedy::None, ..problem });
+        }
+        let extents = extents.min(FILE_EXTENTS_MAX);
         if i == sb.own_index && extents < sb.extents_end.0 {
             let reason =
                 format!("it has {extents} extents, its superblock knows {}", sb.extents_end);
@@ -292,6 +307,14 @@ struct Bad {
     error: Error,
 }
 
+impl Bad {
+    /// Whatever is wrong with a part of the map, a repair can give it up.
+    fn problem(&self, object: String) -> Problem {
+        let problem = Problem::new(self.what, object, &self.error);
+        Problem { remedy: Remedy::DropDamaged, ..problem }
+    }
+}
+
 impl From<Error> for Bad {
     fn from(error: Error) -> Self {
         Bad { what: What::MapPage, error }
@@ -307,16 +330,18 @@ struct Loader<'a> {
     problems: Problems,
     damaged: Ranges,
     /// Single extents in `damaged`: a discard of the whole leaf brings them back.
-    thin: Vec<GuestExtent>,
+    thin: BTreeSet<GuestExtent>,
     dropped: Ranges,
     mended: bool,
     dirty: BTreeSet<LeafNo>,
     /// Extents of the own segment that records took from the map; after replay, those of the tail
     /// only. The durable map may name them still.
     freed: Vec<ExtentId>,
+    /// Virtual extents that had another own extent when a record gave them one.
+    moved: BTreeSet<GuestExtent>,
     hidden: bool,
-    /// Map pages met so far. Each has one place in the map, so that what a map takes in memory is
-    /// bounded by the pages it has.
+    /// Pages met so far, those of arrays included. Each has one place in the map, so that what a
+    /// map takes in memory is bounded by the pages it has.
     seen: HashSet<(u16, u64)>,
     cursor: JournalHead,
     replayed: (u64, u64),
@@ -331,7 +356,7 @@ impl Loader<'_> {
     /// Extents that the own file has.
     fn own_extents(&self) -> u64 {
         let row = self.rows.get(usize::from(self.sb.own_index.get())).and_then(Option::as_ref);
-        row.map_or(0, |r| r.extents.min(FILE_EXTENTS_MAX))
+        row.map_or(0, |r| r.extents)
     }
 
     /// The file and byte offset of a run of pages, checked against the file's length, and against
@@ -343,6 +368,10 @@ impl Loader<'_> {
         let first = row.base.file_offset() + at.page.file_offset();
         if first + pages * PAGE as u64 > row.extents * EXTENT {
             let reason = format!("page {} lies past the end of its file", at.page);
+            return Err(Error::corrupt(reason).into());
+        }
+        if at.segment == self.sb.own_index && at.page.extent() < self.sb.data_start() {
+            let reason = format!("page {} lies before the data area", at.page);
             return Err(Error::corrupt(reason).into());
         }
         for page in at.page.0..at.page.0 + pages {
@@ -403,7 +432,7 @@ impl Loader<'_> {
     fn lose(&mut self, first: LeafNo, count: u64, (object, bad): (String, Bad)) {
         let offset = first.0 * LEAF_SPAN;
         let len = (count * LEAF_SPAN).min(self.sb.virtual_size.saturating_sub(offset));
-        self.problems.note(Problem::new(bad.what, object, &bad.error).costing(offset, len));
+        self.problems.note(bad.problem(object).costing(offset, len));
         let (block, blocks) = (first.first_extent().first_block(), count * LEAF_SPAN / BLOCK);
         let zero = self.how.on_damage == OnDamage::Zero;
         self.mended |= zero;

@@ -1,15 +1,15 @@
-//! Resize: one flip changes the size and the map together, so that a power cut finds the old disk or
-//! the new one.
+//! Resize: one flip changes the size and the map together, so that a power cut finds the old disk
+//! or the new one.
 
 use std::sync::atomic::Ordering;
 
 use format::entry::BlockState;
-use format::limits::BLOCK;
+use format::limits::{BLOCK, BLOCKS_PER_EXTENT};
 use format::units::{ExtentId, GuestBlock, LeafNo, check_virtual_size, index};
 use format::{Context, Error, Kind, Result};
 
 use super::Disk;
-use super::map::Whole;
+use super::map::{Piece, Whole};
 use crate::store::buf::AlignedBuf;
 
 impl Disk {
@@ -18,12 +18,12 @@ impl Disk {
     ///
     /// # Errors
     /// `Invalid` for an impossible size, `InUse` when data would be dropped, else as
-    /// [`Disk::checkpoint`]; after a failure the disk must be opened again.
+    /// [`Disk::checkpoint`].
     pub fn resize(&self, size: u64, drop_data: bool) -> Result<()> {
         self.check_writable()?;
         check_virtual_size(size).context("resize", || self.object())?;
-        // Nobody is inside from here on: no request straddles the change, and none comes between the
-        // look for data and the cut.
+        // Nobody is inside from here on: no request straddles the change, and none comes between
+        // the look for data and the cut.
         let closed = self.gate.close();
         let old = self.size();
         let outcome = match size.cmp(&old) {
@@ -42,7 +42,8 @@ impl Disk {
             self.write_unchecked(0, old, &zeroes)?;
         }
         self.run_checkpoint(|sb| sb.virtual_size = size)?;
-        // Release pairs with the Acquire load in `size`: the new range is served once it is durable.
+        // Release pairs with the Acquire load in `size`: the new range is served once it is
+        // durable.
         self.size.store(size, Ordering::Release);
         self.sync()
     }
@@ -53,13 +54,10 @@ impl Disk {
         if !drop_data {
             self.check_no_data(first, count)?;
         }
-        // Records about the dropped range lie before the head of the checkpoint that drops it: replay
-        // must never meet a record past the end of the disk.
+        // Records about the dropped range lie before the head of the checkpoint that drops it:
+        // replay must never meet a record past the end of the disk.
         self.flush()?;
-        // From the first cleared block to the flip memory and disk disagree: nobody else may make a
-        // checkpoint, and a failure ends this opening.
-        let dropped = self.drop_range(first, count, size);
-        let emptied = dropped.map_err(|e| self.fail(e))?;
+        let emptied = self.drop_range(first, count, size)?;
         self.size.store(size, Ordering::Release);
         // Only now does nothing durable name them.
         let mut core = self.core.lock();
@@ -68,19 +66,54 @@ impl Disk {
         self.flush()
     }
 
+    /// Drops the blocks and flips to the new size. From the first cleared block to the flip memory
+    /// and disk disagree, so nobody else may make a checkpoint; a failure puts the blocks back.
     fn drop_range(&self, first: GuestBlock, count: u64, size: u64) -> Result<Vec<ExtentId>> {
         // No punch is under way that would give back, before the flip, what the clearing empties.
         let _no_reclaim = self.reclaiming.lock();
         let mut state = self.checkpoint.lock();
-        let mut emptied = Vec::new();
+        let (mut before, mut emptied) = (Vec::new(), Vec::new());
         if count > 0 {
+            self.map.resolve(first, count, &mut |piece| {
+                before.push(piece);
+                Ok(())
+            })?;
             let mut core = self.core.lock();
             self.map.clear(first, count, Whole::Hole, &mut |_, e| emptied.push(e))?;
             let last = GuestBlock(first.0 + count - 1).extent().leaf();
             core.dirty.extend((first.extent().leaf().0..=last.0).map(LeafNo));
         }
-        self.checkpoint_locked(&mut state, |sb| sb.virtual_size = size)?;
+        let flipped = self.checkpoint_locked(&mut state, |sb| sb.virtual_size = size);
+        flipped.inspect_err(|_| self.put_back(&before))?;
         Ok(emptied)
+    }
+
+    /// Undoes a clearing that no flip followed. The leaves are dirty still. Nobody has changed the
+    /// blocks since: the gate is closed.
+    fn put_back(&self, pieces: &[Piece]) {
+        const SOUND: &str = "what was just cleared is not damaged";
+        let _core = self.core.lock();
+        for piece in pieces {
+            let (segment, first) = match piece.state {
+                BlockState::Hole => continue,
+                BlockState::Zero => {
+                    let cleared =
+                        self.map.clear(piece.block, piece.count, Whole::Zero, &mut |_, _| ());
+                    cleared.expect(SOUND);
+                    continue;
+                }
+                BlockState::Data { segment, block } => (segment, block),
+            };
+            let mut done = 0;
+            while done < piece.count {
+                let at = piece.block.plus(done);
+                let n = (BLOCKS_PER_EXTENT - at.in_extent() as u64).min(piece.count - done);
+                let extent = first.plus(done).extent();
+                let state = &mut |b| BlockState::Data { segment, block: extent.block(b) };
+                self.map.set_blocks(at, index(n), state).expect(SOUND);
+                done += n;
+            }
+        }
     }
 
     fn check_no_data(&self, first: GuestBlock, count: u64) -> Result<()> {

@@ -98,8 +98,9 @@ impl Tail {
         tail
     }
 
-    /// A new tail of the session `epoch` in a file of `dir`, replacing an old one whole or not at all:
-    /// a kill in between must not leave half a tail where a whole one was, nor one of no session.
+    /// A new tail of the session `epoch` in a file of `dir`, replacing an old one whole or not at
+    /// all: a kill in between must not leave half a tail where a whole one was, nor one of no
+    /// session.
     ///
     /// # Errors
     /// What the host reports.

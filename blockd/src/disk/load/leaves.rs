@@ -112,9 +112,22 @@ impl Loader<'_> {
                 Err(bad) => Ok((Leaf::decode_entries(at, &bytes)?, Some(bad))),
             }
         });
+        let mixed = |stored: &Leaf| stored.entries.iter().any(|e| matches!(e, Entry::Mixed { .. }));
         let (mut stored, bad) = match decoded {
-            Ok((_, Some(bad))) if self.how.on_damage == OnDamage::Leaves => {
+            Ok((stored, Some(bad))) if !mixed(&stored) => {
+                // Nothing needs the run, and the next change of the leaf leaves it out.
+                self.problems.note(bad.problem(object));
+                if self.how.on_damage == OnDamage::Zero {
+                    self.mended = true;
+                    self.dirty.insert(leaf);
+                }
+                (stored, None)
+            }
+            Ok((mut stored, Some(bad))) if self.how.on_damage == OnDamage::Leaves => {
                 self.hidden |= own;
+                // What it names past the end of the file must not be given to others.
+                stored.vectors.clear();
+                self.check_targets(leaf, &mut stored);
                 return self.lose(leaf, 1, (object, bad));
             }
             Ok(decoded) => decoded,
@@ -148,8 +161,7 @@ impl Loader<'_> {
             }
             let extent = leaf.first_extent().plus(i as u64);
             let object = format!("block vector at byte offset {}", extent.0 * EXTENT);
-            let problem = Problem::new(bad.what, object, &bad.error);
-            self.problems.note(problem.costing(extent.0 * EXTENT, EXTENT));
+            self.problems.note(bad.problem(object).costing(extent.0 * EXTENT, EXTENT));
             if self.how.on_damage == OnDamage::Zero {
                 *entry = Entry::Zero;
                 self.mended = true;
@@ -157,7 +169,7 @@ impl Loader<'_> {
                 self.dirty.insert(leaf);
             } else {
                 self.damaged.add(extent.first_block(), EXTENT_BLOCKS as u64);
-                self.thin.push(extent);
+                self.thin.insert(extent);
             }
         }
     }
@@ -238,8 +250,7 @@ impl Loader<'_> {
         let block = extent.first_block().plus(first as u64);
         let object = format!("map entry at byte offset {}", block.offset());
         let len = count as u64 * format::limits::BLOCK;
-        let problem = Problem::new(bad.what, object, &bad.error);
-        self.problems.note(problem.costing(block.offset().0, len));
+        self.problems.note(bad.problem(object).costing(block.offset().0, len));
         if self.how.on_damage != OnDamage::Zero {
             return false;
         }

@@ -9,6 +9,8 @@
 //! The last commit of the journal is the exception to the first: damage to it looks like a commit
 //! that a power cut stopped (`docs/format.md` §7).
 
+use std::ops::RangeInclusive;
+
 use format::journal::{Record, Replay, Step};
 use format::limits::{BLOCK, EXTENT_BLOCKS, LEAF_SPAN, PAGE};
 use format::superblock::{Attached, Superblock};
@@ -16,6 +18,7 @@ use format::units::{ExtentId, GuestBlock, GuestExtent, LeafNo, index};
 use format::{Context, Error, Kind, Result};
 
 use super::{Bad, Loader};
+use crate::disk::leaf::damaged;
 use crate::disk::map::Whole;
 use crate::disk::problem::{Problem, What};
 use crate::disk::tail::Tail;
@@ -155,20 +158,27 @@ impl Loader<'_> {
                 self.map_extents(block, count, &mut |done| target.plus(done).extent())
             }
         };
-        match outcome {
-            Ok(()) => {
-                let last = GuestExtent((block.0 + count - 1) / EXTENT_BLOCKS as u64).leaf();
-                self.dirty.extend((block.extent().leaf().0..=last.0).map(LeafNo));
-            }
-            Err(e) => {
-                // The extent that the record names is in use, and the map does not say so.
-                self.hidden = true;
-                let object = format!("journal record for byte offset {}", block.offset());
-                let problem = Problem::new(What::JournalWaits, object, &e);
-                self.problems.note(problem.costing(block.offset().0, count * BLOCK));
-            }
+        let last = GuestExtent((block.0 + count - 1) / EXTENT_BLOCKS as u64).leaf();
+        let leaves = block.extent().leaf()..=last;
+        if let Err(e) = outcome.and_then(|()| self.check_writable(&leaves)) {
+            // The extent that the record names is in use, and the map does not say so.
+            self.hidden = true;
+            let object = format!("journal record for byte offset {}", block.offset());
+            let problem = Problem::new(What::JournalWaits, object, &e);
+            self.problems.note(problem.costing(block.offset().0, count * BLOCK));
+        } else {
+            self.dirty.extend((leaves.start().0..=leaves.end().0).map(LeafNo));
         }
         Ok(())
+    }
+
+    /// Fails for a leaf without vectors: it can be read in part, but no checkpoint could write it.
+    fn check_writable(&self, leaves: &RangeInclusive<LeafNo>) -> Result<()> {
+        let extents = leaves.start().first_extent()..leaves.end().next().first_extent();
+        match self.thin.range(extents).next() {
+            Some(extent) => Err(damaged(extent.first_block())),
+            None => Ok(()),
+        }
     }
 
     /// Maps `count` blocks from `block` on to the own segment; `extent` names the extent of the
@@ -184,6 +194,9 @@ impl Loader<'_> {
             let at = block.plus(done);
             let n = (EXTENT_BLOCKS as u64 - at.in_extent() as u64).min(count - done);
             let target = extent(done);
+            if self.map.own_extent(at.extent())?.is_some_and(|owned| owned != target) {
+                self.moved.insert(at.extent());
+            }
             self.freed.extend(self.map.set_own(at, index(n), target)?);
             self.dropped.subtract(at, n);
             if target.0 >= self.own_extents() {

@@ -1,12 +1,12 @@
 //! The space map, rebuilt from what the superblock, the map pages and the map name.
 //!
-//! Invariant: an extent or page that anything readable names is used, and so is everything up to the
-//! end of the file when something unreadable may name it.
+//! Invariant: an extent or page that anything readable names is used, and so is everything up to
+//! the end of the file when something unreadable may name it.
 
 use std::collections::{BTreeSet, HashSet};
 
 use format::array::ArrayRef;
-use format::entry::BlockState;
+use format::entry::{BlockState, Vector};
 use format::limits::{BLOCKS_PER_EXTENT, EXTENT, LEAF_SPAN};
 use format::node::PageRef;
 use format::space::SpaceMap;
@@ -18,25 +18,33 @@ use format::{Error, Result};
 use super::ranges::Ranges;
 use super::{FILE_EXTENTS_MAX, Loaded, Loader};
 use crate::disk::map::Piece;
-use crate::disk::problem::{Problem, What};
+use crate::disk::problem::{Problem, Remedy, What};
 use crate::disk::seal::sums_bytes_max;
 
-/// True when the sums of a sealed segment lie in its file of `extents` extents and cover no more.
+/// True when the sums of a sealed segment lie in the data area of its file of `extents` extents,
+/// and cover no more.
 fn sums_fit(sb: &Superblock, extents: u64) -> bool {
     let end = ExtentId(extents);
-    sb.sums.page.plus(sb.sums.pages()) <= end.first_page()
-        && sb.sums.bytes <= sums_bytes_max(sb.data_start(), end)
+    let inside = sb.sums.page.extent() >= sb.data_start()
+        && sb.sums.page.plus(sb.sums.pages()) <= end.first_page()
+        && sb.sums.bytes <= sums_bytes_max(sb.data_start(), end);
+    inside || sb.sums.is_empty()
 }
 
-/// Runs of pages of the own segment, a file of `extents` extents, that arrays and the map take: what
-/// for, first page, count.
-fn own_pages(sb: &Superblock, tree: &Tree, extents: u64) -> Vec<(String, PageNo, u64)> {
-    let own = |at: &PageRef| at.segment == sb.own_index;
+/// Pages of the arrays of a segment, whose file has `extents` extents: what for, first page, count.
+fn array_pages(sb: &Superblock, extents: u64) -> Vec<(String, PageNo, u64)> {
     let array = |what: &str, a: ArrayRef| (what.to_owned(), a.page, a.pages());
     let mut runs = vec![array("segment table", sb.table)];
     if sums_fit(sb, extents) {
         runs.push(array("data checksums", sb.sums));
     }
+    runs
+}
+
+/// As [`array_pages`], with the pages of the map.
+fn own_pages(sb: &Superblock, tree: &Tree, extents: u64) -> Vec<(String, PageNo, u64)> {
+    let own = |at: &PageRef| at.segment == sb.own_index;
+    let mut runs = array_pages(sb, extents);
     for at in tree.pages().filter(own) {
         runs.push((format!("inner map page {}", at.page), at.page, 1));
     }
@@ -63,11 +71,33 @@ fn own_extents(piece: &Piece, own: SegmentIdx) -> impl Iterator<Item = (GuestExt
     (0..extents).map(move |i| (virtual_first.plus(i), first.extent().plus(i)))
 }
 
+/// The extents of segment `own` that a vector names, in its order.
+fn owned(vector: &Vector, own: SegmentIdx) -> Vec<ExtentId> {
+    let mut owned = Vec::new();
+    for state in vector {
+        if let BlockState::Data { segment, block } = state
+            && *segment == own
+            && !owned.contains(&block.extent())
+        {
+            owned.push(block.extent());
+        }
+    }
+    owned
+}
+
 type Rebuilt = (SpaceMap, Vec<(GuestExtent, ExtentId)>);
 
 impl Loader<'_> {
+    /// Notes the pages of arrays, so that a map page that lies there is seen to be wrong.
+    pub(super) fn meet_arrays(&mut self) {
+        let own = self.sb.own_index.get();
+        for (_, page, count) in array_pages(self.sb, self.own_extents()) {
+            self.seen.extend((page.0..page.0 + count).map(|p| (own, p)));
+        }
+    }
+
     /// The space map, and virtual extents whose extent something else names, too.
-    pub(super) fn rebuild_space(&mut self, tree: &Tree) -> Result<Rebuilt> {
+    pub(super) fn rebuild_space(&mut self, tree: &Tree) -> Rebuilt {
         let mut space = SpaceMap::new(self.sb.data_start());
         self.check_sums();
         let extents = self.own_extents();
@@ -78,17 +108,20 @@ impl Loader<'_> {
             let count = count.min(end.0.saturating_sub(page.0));
             if let Err(e) = space.claim_pages(page, count) {
                 twice = true;
-                self.problems.note(Problem::new(What::DoubleUse, object, &e));
+                // Map pages that something uses, too, were left out when they were read.
+                let problem = Problem::new(What::DoubleUse, object, &e);
+                self.problems.note(Problem { remedy: Remedy::None, ..problem });
             }
         }
-        let shared = self.claim_data(tree, &mut space)?;
+        let shared = self.claim_data(tree, &mut space);
         self.hidden |= twice || !shared.is_empty();
-        if self.hidden {
+        // A file that is too long is not written to.
+        if self.hidden && extents < FILE_EXTENTS_MAX {
             reserve(&mut space, self.sb, tree, extents);
         } else {
             self.hold_freed(&mut space);
         }
-        Ok((space, shared))
+        (space, shared)
     }
 
     /// Extents that only records of the tail let go go the way of all space: the map that a power
@@ -115,52 +148,49 @@ impl Loader<'_> {
         self.problems.note(Problem::new(What::Digest, "the data checksums", &error));
     }
 
-    fn claim_data(
-        &mut self,
-        tree: &Tree,
-        space: &mut SpaceMap,
-    ) -> Result<Vec<(GuestExtent, ExtentId)>> {
-        let (start, end) = (self.sb.data_start(), ExtentId(self.own_extents()));
-        let own = self.sb.own_index;
+    /// Claims the extents that the map names; returns those that something else names, too.
+    fn claim_data(&mut self, tree: &Tree, space: &mut SpaceMap) -> Vec<(GuestExtent, ExtentId)> {
+        let inside = self.sb.data_start()..ExtentId(self.own_extents());
         let count = self.leaf_count();
         let named = tree.leaves().map(|(leaf, _)| leaf).filter(|leaf| leaf.0 < count);
         let leaves: BTreeSet<LeafNo> = named.chain(self.dirty.iter().copied()).collect();
         let (mut shared, mut problems) = (Vec::new(), Vec::new());
-        // The extents claimed for the virtual extent that is being looked at.
-        let mut present: (GuestExtent, Vec<ExtentId>) = (GuestExtent(u64::MAX), Vec::new());
+        let mut note = |what: What, v: GuestExtent, error: &Error| {
+            let problem = Problem::new(what, format!("byte offset {}", v.0 * EXTENT), error);
+            problems.push(problem.costing(v.0 * EXTENT, EXTENT));
+        };
         let mut claim = |v: GuestExtent, e: ExtentId| {
-            if present.0 != v {
-                present = (v, Vec::new());
-            }
             // What lies outside was noticed when the entry was read.
-            if present.1.contains(&e) || e < start || e >= end {
-                return;
-            }
-            let place = || format!("byte offset {}", v.0 * EXTENT);
-            if let Some(first) = present.1.first() {
-                let reason = format!("it owns two extents, {first} and {e}");
-                let problem = Problem::new(What::Nonsense, place(), &Error::corrupt(reason));
-                problems.push(problem.costing(v.0 * EXTENT, EXTENT));
-            }
-            present.1.push(e);
-            if let Err(error) = space.claim(e) {
-                let problem = Problem::new(What::DoubleUse, place(), &error);
-                problems.push(problem.costing(v.0 * EXTENT, EXTENT));
+            let claimed = if inside.contains(&e) { space.claim(e) } else { Ok(()) };
+            if let Err(error) = claimed {
                 shared.push((v, e));
+                return Some(error);
             }
+            None
         };
         for leaf in leaves {
-            let first = leaf.first_extent().first_block();
-            let last = leaf.next().first_extent().first_block();
-            for (first, count) in self.damaged.gaps(first, last) {
-                self.map.resolve(first, count, &mut |piece| {
-                    own_extents(&piece, own).for_each(|(v, e)| claim(v, e));
-                    Ok(())
-                })?;
+            // A leaf that is damaged as a whole names nothing that is known.
+            for (v, e) in self.map.own_extents(leaf).unwrap_or_default() {
+                if let Some(error) = claim(v, e) {
+                    note(What::DoubleUse, v, &error);
+                }
+            }
+        }
+        for v in std::mem::take(&mut self.moved) {
+            let Ok(owned) = self.map.vector(v).map(|vector| owned(&vector, self.sb.own_index))
+            else {
+                continue;
+            };
+            for e in owned.iter().skip(1) {
+                let reason = format!("it owns two extents, {} and {e}", owned[0]);
+                note(What::Nonsense, v, &Error::corrupt(reason));
+                if let Some(error) = claim(v, *e) {
+                    note(What::DoubleUse, v, &error);
+                }
             }
         }
         self.problems.extend(problems);
-        Ok(shared)
+        shared
     }
 
     /// Single extents that a discard in the journal brought back are not damaged any more.
@@ -191,21 +221,21 @@ fn reserve(space: &mut SpaceMap, sb: &Superblock, tree: &Tree, extents: u64) {
 }
 
 impl Loaded {
-    /// Extents of the own file that are looked at.
-    pub(crate) fn own_extents(&self) -> u64 {
-        self.own_file().extents.min(FILE_EXTENTS_MAX)
-    }
-
     /// Runs of pages of the own file that arrays and the map take.
     pub(crate) fn own_pages(&self) -> Vec<(PageNo, u64)> {
-        let runs = own_pages(&self.superblock, &self.tree, self.own_extents());
+        let runs = own_pages(&self.superblock, &self.tree, self.own_file().extents);
         runs.into_iter().map(|(_, page, count)| (page, count)).collect()
+    }
+
+    /// True when the file is longer than a segment's can be.
+    pub(crate) fn too_long(&self) -> bool {
+        self.own_file().extents >= FILE_EXTENTS_MAX
     }
 
     /// Takes everything up to the end of the file, so that what is written from now on lies behind
     /// whatever any state of the segment names.
     pub(crate) fn reserve_file(&mut self) {
-        let extents = self.own_extents();
+        let extents = self.own_file().extents;
         reserve(&mut self.space, &self.superblock, &self.tree, extents);
     }
 
