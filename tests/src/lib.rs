@@ -4,6 +4,16 @@
 //! [`skip`] and returns. `make test` counts what was skipped and says why, so that a green run
 //! never hides a promise that was not tried.
 
+pub mod around;
+pub mod crash;
+pub mod inspect;
+pub mod kill;
+pub mod model;
+pub mod pattern;
+pub mod rng;
+pub mod sim;
+pub mod wire;
+
 use std::env;
 use std::fs::OpenOptions;
 use std::io::Write;

@@ -1,5 +1,6 @@
 //! The targets by name.
 
+mod image;
 mod journal;
 mod map_page;
 mod segment_table;
@@ -19,11 +20,12 @@ pub struct Target {
 }
 
 /// Every target.
-pub const TARGETS: [Target; 4] = [
+pub const TARGETS: [Target; 5] = [
     Target { name: "superblock", run: superblock::run, seeds: superblock::seeds },
     Target { name: "journal", run: journal::run, seeds: journal::seeds },
     Target { name: "map_page", run: map_page::run, seeds: map_page::seeds },
     Target { name: "segment_table", run: segment_table::run, seeds: segment_table::seeds },
+    Target { name: "image", run: image::run, seeds: image::seeds },
 ];
 
 /// The target called `name`.

@@ -43,7 +43,7 @@ pub fn run(data: &[u8]) -> bool {
 }
 
 /// The page with everything right that is checked before its fields are looked at.
-fn seal(mut page: [u8; PAGE], copy: usize) -> [u8; PAGE] {
+pub fn seal(mut page: [u8; PAGE], copy: usize) -> [u8; PAGE] {
     let copy = u32::try_from(copy).expect("below four");
     put(&mut page, 0, &MAGIC);
     put(&mut page, MAGIC.len(), &VERSION.to_le_bytes());
