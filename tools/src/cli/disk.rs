@@ -1,0 +1,432 @@
+//! The verbs on disks.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+
+use super::LostTail;
+use crate::image::Format;
+use crate::size::{self, NewSize};
+
+/// `disk …`
+#[derive(Debug, Subcommand)]
+pub enum DiskVerb {
+    /// Bring an image into the store as a new disk
+    ///
+    /// Reads raw images, block devices, qcow2 (with backing files, compressed clusters), VMDK and
+    /// VHDX. Holes and zeroes take no space and next to no time. The disk appears when it is
+    /// complete and durable; an import that fails, is stopped or killed leaves nothing behind.
+    ///
+    /// With `--format auto` the format is told by the first bytes. A guest can write any bytes into
+    /// its raw disk: name the format of images that you do not trust.
+    #[command(after_help = "\
+Examples:
+  offshoot disk import debian-13.qcow2 debian
+  offshoot disk import /dev/vg0/old-server old-server --format raw
+  offshoot disk import small.raw data --size 100G")]
+    Import(Import),
+
+    /// Create an empty disk, or one that stands on a sealed disk
+    ///
+    /// A disk with a parent starts out with the parent's content, in an instant, whatever its size,
+    /// and holds only what is written to it. The parent must be sealed.
+    #[command(after_help = "\
+Examples:
+  offshoot disk create scratch --size 10G
+  offshoot disk create web1 --parent debian
+  offshoot disk create web2 --parent debian --size 40G")]
+    Create(Create),
+
+    /// List the disks
+    ///
+    /// ALLOCATED is what the host has allocated for the disk's own data and metadata, DEPTH the
+    /// number of segments below it. States: active, sealed, sealing (`disk seal` was cut short and
+    /// has to be repeated), missing and unreadable (see `disk check`).
+    #[command(visible_alias = "list")]
+    #[command(after_help = "\
+Examples:
+  offshoot disk ls
+  offshoot disk ls --json | jq -r '.[] | select(.state == \"sealed\") | .name'")]
+    Ls,
+
+    /// Show everything about a disk
+    #[command(after_help = "\
+Examples:
+  offshoot disk show web1
+  offshoot disk show web1 --json | jq .dependents")]
+    Show(Name),
+
+    /// List the ranges of a disk, and where their data lies
+    ///
+    /// States: hole (never written, reads as zeroes), zero (written as zeroes or discarded), data
+    /// (with the segment and the offset in its file), damaged (cannot be read).
+    #[command(after_help = "\
+Examples:
+  offshoot disk map web1
+  offshoot disk map web1 --json | jq '[.[] | select(.state == \"data\") | .length] | add'")]
+    Map(Name),
+
+    /// Remove a disk and give its space back
+    ///
+    /// Refused while other disks stand on it; they are named. There is no question and no way back.
+    #[command(visible_alias = "remove")]
+    #[command(after_help = "\
+Examples:
+  offshoot disk rm web1")]
+    Rm(Remove),
+
+    /// Change the size of a disk
+    ///
+    /// New space reads as zeroes. Making a disk smaller is refused when that would drop data,
+    /// unless you say `--drop-data`.
+    #[command(after_help = "\
+Examples:
+  offshoot disk resize web1 40G
+  offshoot disk resize web1 +10G
+  offshoot disk resize web1 -1G --drop-data")]
+    Resize(Resize),
+
+    /// Make a disk immutable, so that others can stand on it
+    ///
+    /// Every block gets a checksum, and the content a digest. There is no way back: to go on
+    /// writing, create a disk over it. A seal that was cut short is finished by sealing again.
+    #[command(after_help = "\
+Examples:
+  offshoot disk seal debian")]
+    Seal(Name),
+
+    /// Give a disk another name
+    #[command(visible_alias = "mv")]
+    #[command(after_help = "\
+Examples:
+  offshoot disk rename web1 www")]
+    Rename(Rename),
+
+    /// Write a disk to an image file
+    ///
+    /// Raw images are sparse, qcow2 images hold only what is there. The file appears under its name
+    /// when it is complete and durable.
+    ///
+    /// With `--diff-from`, only what was changed since that disk is written, by comparing the two
+    /// maps. A raw file then holds the changed ranges at their places and holes elsewhere; the list
+    /// of ranges is printed, and is needed to apply it. A qcow2 file is a whole overlay: it gives
+    /// the disk back when it is put over an export of the other disk.
+    #[command(after_help = "\
+Examples:
+  offshoot disk export web1 /tmp/web1.raw
+  offshoot disk export web1 /tmp/web1.qcow2 --format qcow2 --verify
+  offshoot disk export web1 /tmp/delta.qcow2 --format qcow2 --diff-from debian
+  qemu-img rebase -u -F raw -b debian.raw /tmp/delta.qcow2")]
+    Export(Export),
+
+    /// Compare the contents of two disks, or of a disk and an image
+    ///
+    /// An argument with a slash, or one that names a file and no disk, is an image file; `file:`
+    /// before it says so explicitly. The answer is the exit code: 0 for the same content, 1 for
+    /// different content. Disks of different sizes are different.
+    #[command(after_help = "\
+Examples:
+  offshoot disk compare web1 web2
+  offshoot disk compare web1 ./web1.qcow2
+  offshoot disk compare --all --json web1 file:web1")]
+    Compare(Compare),
+
+    /// Check the structure of a disk
+    ///
+    /// Looks at superblocks, map pages, space used twice, leaks, parents and the journal; changes
+    /// nothing. Exit code 1 says that something was found. With `--data`, the checksums of sealed
+    /// data are verified, too.
+    #[command(after_help = "\
+Examples:
+  offshoot disk check web1
+  offshoot disk check web1 --data --json")]
+    Check(Check),
+
+    /// Repair a disk
+    ///
+    /// Without options, repairs what can be repaired without losing anything: superblock copies and
+    /// leaks. Everything else is done only when asked for, and what is lost is listed. Exit code 1
+    /// says that something is still wrong.
+    #[command(after_help = "\
+Examples:
+  offshoot disk repair web1 --dry-run
+  offshoot disk repair web1 --drop-damaged")]
+    Repair(Repair),
+
+    /// Read the sealed data of a disk and compare it with its checksums
+    ///
+    /// Checksums and digests are made when a disk is sealed; what lies in an active segment has
+    /// none and is counted. Exit code 1 says that something was found.
+    #[command(after_help = "\
+Examples:
+  offshoot disk scrub debian")]
+    Scrub(Name),
+
+    /// Write a part of a disk to standard output
+    #[command(after_help = "\
+Examples:
+  offshoot disk read web1 --length 512 | xxd | head
+  offshoot disk read web1 --offset 1M --length 4k > piece")]
+    Read(Range),
+
+    /// Write standard input to a disk
+    ///
+    /// Stops at the end of the input, after `--length` bytes, or with an error at the end of the
+    /// disk. What was written is flushed before the verb ends, also when it ends early.
+    #[command(after_help = "\
+Examples:
+  offshoot disk write web1 --offset 1M < piece
+  printf 'hello' | offshoot disk write web1 --offset 4095")]
+    Write(Write),
+
+    /// Make a part of a disk read as zeroes, and give its space back
+    ///
+    /// Offset and length are multiples of 512.
+    #[command(after_help = "\
+Examples:
+  offshoot disk discard web1 --offset 1G --length 512M")]
+    Discard(Discard),
+}
+
+/// A disk.
+#[derive(Debug, Args)]
+pub struct Name {
+    /// Name of the disk
+    pub name: String,
+    #[command(flatten)]
+    pub tail: LostTail,
+}
+
+/// `disk import`
+#[derive(Debug, Args)]
+pub struct Import {
+    /// The image file or block device
+    #[arg(value_name = "SRC")]
+    pub source: PathBuf,
+    /// Name of the new disk
+    pub name: String,
+    /// Format of the image
+    #[arg(long, default_value = "auto")]
+    pub format: SourceFormat,
+    /// Make the disk this large; not smaller than the image
+    #[arg(long, value_parser = size::parse)]
+    pub size: Option<u64>,
+}
+
+/// The format of an image that is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SourceFormat {
+    /// Told by its first bytes
+    Auto,
+    /// The bytes of the disk
+    Raw,
+    /// QEMU's format
+    Qcow2,
+    /// VMware's format
+    Vmdk,
+    /// Hyper-V's format
+    Vhdx,
+}
+
+impl SourceFormat {
+    /// The format that was named.
+    #[must_use]
+    pub fn named(self) -> Option<Format> {
+        match self {
+            SourceFormat::Auto => None,
+            SourceFormat::Raw => Some(Format::Raw),
+            SourceFormat::Qcow2 => Some(Format::Qcow2),
+            SourceFormat::Vmdk => Some(Format::Vmdk),
+            SourceFormat::Vhdx => Some(Format::Vhdx),
+        }
+    }
+}
+
+/// `disk create`
+#[derive(Debug, Args)]
+pub struct Create {
+    /// Name of the new disk
+    pub name: String,
+    /// Bytes of the disk: 1M to 64T, a multiple of 512, and not less than the parent has
+    #[arg(long, value_parser = size::parse, required_unless_present = "parent")]
+    pub size: Option<u64>,
+    /// The sealed disk to stand on
+    #[arg(long, value_name = "NAME")]
+    pub parent: Option<String>,
+    /// Bytes of the journal: 64k to 1G, a multiple of 64k
+    ///
+    /// A larger journal means fewer checkpoints under many small first writes, and a longer replay
+    /// after a crash.
+    #[arg(long, value_parser = size::parse, default_value = "16M", value_name = "SIZE")]
+    pub journal: u64,
+}
+
+/// `disk resize`
+#[derive(Debug, Args)]
+pub struct Resize {
+    /// Name of the disk
+    pub name: String,
+    /// The new size; with + or - before it, how much more or less
+    #[arg(value_parser = NewSize::parse, allow_hyphen_values = true)]
+    pub size: NewSize,
+    /// Drop the data that lies past the new end
+    #[arg(long)]
+    pub drop_data: bool,
+    #[command(flatten)]
+    pub tail: LostTail,
+}
+
+/// `disk rm`
+#[derive(Debug, Args)]
+pub struct Remove {
+    /// Name of the disk
+    pub name: String,
+}
+
+/// `disk rename`
+#[derive(Debug, Args)]
+pub struct Rename {
+    /// Name of the disk
+    pub name: String,
+    /// Its new name
+    #[arg(value_name = "NEW")]
+    pub to: String,
+}
+
+/// `disk export`
+#[derive(Debug, Args)]
+pub struct Export {
+    /// Name of the disk
+    pub name: String,
+    /// The file to make
+    #[arg(value_name = "DEST")]
+    pub dest: PathBuf,
+    /// Format of the file
+    #[arg(long, default_value = "raw")]
+    pub format: SinkFormat,
+    /// Write only what was changed since this disk
+    #[arg(long, value_name = "NAME")]
+    pub diff_from: Option<String>,
+    /// Replace the file if there is one
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Verify the checksums of sealed data first
+    #[arg(long)]
+    pub verify: bool,
+    #[command(flatten)]
+    pub tail: LostTail,
+}
+
+/// The format of an image that is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SinkFormat {
+    /// The bytes of the disk, sparse
+    Raw,
+    /// QEMU's format, version 3
+    Qcow2,
+}
+
+impl SinkFormat {
+    /// The format.
+    #[must_use]
+    pub fn format(self) -> Format {
+        match self {
+            SinkFormat::Raw => Format::Raw,
+            SinkFormat::Qcow2 => Format::Qcow2,
+        }
+    }
+}
+
+/// `disk compare`
+#[derive(Debug, Args)]
+pub struct Compare {
+    /// A disk or an image file
+    pub a: String,
+    /// A disk or an image file
+    pub b: String,
+    /// Count all differences instead of stopping at the first
+    #[arg(long)]
+    pub all: bool,
+    /// Format of the image files
+    #[arg(long, default_value = "auto")]
+    pub format: SourceFormat,
+    #[command(flatten)]
+    pub tail: LostTail,
+}
+
+/// `disk check`
+#[derive(Debug, Args)]
+pub struct Check {
+    #[command(flatten)]
+    pub disk: Name,
+    /// Verify the checksums of sealed data, too
+    #[arg(long)]
+    pub data: bool,
+}
+
+/// `disk repair`
+#[derive(Debug, Args)]
+pub struct Repair {
+    #[command(flatten)]
+    pub disk: Name,
+    /// Make damaged ranges readable again, as zeroes; their data is lost
+    #[arg(long)]
+    pub drop_damaged: bool,
+    /// Go back to an older state of the map; what was changed since is lost
+    #[arg(long)]
+    pub older_generation: bool,
+    /// Forget flushed changes that the journal no longer has
+    #[arg(long)]
+    pub accept_journal_loss: bool,
+    /// Give ranges that use one extent twice a copy each; at most one of them holds its own data
+    #[arg(long)]
+    pub unshare: bool,
+    /// Say what would be done, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// A part of a disk.
+#[derive(Debug, Args)]
+pub struct Range {
+    /// Name of the disk
+    pub name: String,
+    /// First byte
+    #[arg(long, value_parser = size::parse, default_value = "0", value_name = "BYTES")]
+    pub offset: u64,
+    /// Number of bytes; without it, to the end of the disk
+    #[arg(long, value_parser = size::parse, value_name = "BYTES")]
+    pub length: Option<u64>,
+    #[command(flatten)]
+    pub tail: LostTail,
+}
+
+/// `disk write`
+#[derive(Debug, Args)]
+pub struct Write {
+    /// Name of the disk
+    pub name: String,
+    /// First byte
+    #[arg(long, value_parser = size::parse, default_value = "0", value_name = "BYTES")]
+    pub offset: u64,
+    /// At most this many bytes; without it, to the end of the input
+    #[arg(long, value_parser = size::parse, value_name = "BYTES")]
+    pub length: Option<u64>,
+    #[command(flatten)]
+    pub tail: LostTail,
+}
+
+/// `disk discard`
+#[derive(Debug, Args)]
+pub struct Discard {
+    /// Name of the disk
+    pub name: String,
+    /// First byte
+    #[arg(long, value_parser = size::parse, value_name = "BYTES")]
+    pub offset: u64,
+    /// Number of bytes
+    #[arg(long, value_parser = size::parse, value_name = "BYTES")]
+    pub length: u64,
+    #[command(flatten)]
+    pub tail: LostTail,
+}

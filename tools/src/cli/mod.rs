@@ -1,0 +1,185 @@
+//! The command line: what can be asked for, and the help that says so.
+//!
+//! The first paragraph of a doc comment is the short help, all of it the long one.
+
+mod disk;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+pub use disk::{
+    Check, Compare, Create, Discard, DiskVerb, Export, Import, Name, Range, Remove, Rename, Repair,
+    Resize, SinkFormat, Write,
+};
+
+const ABOUT_CODES: &str = "\
+Exit codes (stable; with --json, failures also come as an object {\"error\": …}):
+    0  done; for compare, check, scrub and repair: nothing found, nothing left
+    1  compare found a difference; check or scrub found a problem, repair left one
+    2  the command line makes no sense (invalid)
+    3  there is no such store, disk or file (not-found)
+    4  the name is taken (exists)
+    5  another process has the store (busy), or other disks or data depend on it (in-use)
+    6  stored content is damaged (corrupt)
+    7  the host has no space left; nothing was lost (no-space)
+    8  a newer format, or a feature this build does not have (unsupported)
+    9  sealed disk, read-only file system, or no permission (read-only)
+   10  the host reported an I/O error (io)
+   11  a parent segment is missing or is not the recorded one (parent-missing, parent-changed)
+   12  completed but unflushed writes of a live session are missing (tail-lost)
+   13  it failed before and must be opened anew (failed)
+   14  a bug of this program
+  130  a signal stopped it; what was unfinished is gone (cancelled)
+
+Examples:
+  offshoot --store /srv/vms init
+  export OFFSHOOT_STORE=/srv/vms
+  offshoot disk import debian-13.qcow2 debian
+  offshoot disk seal debian
+  offshoot disk create web1 --parent debian
+  offshoot disk ls
+  offshoot disk export web1 /tmp/web1.qcow2 --format qcow2";
+
+/// Delta disks in a store folder: import, fork, check and export them.
+///
+/// A store is a folder that holds virtual disks. A disk is a root (an image of its own) or stands
+/// on a sealed disk, its parent, and holds only what is different from it. Every verb works on the
+/// folder directly, with no daemon running: verbs that change something need the store for
+/// themselves, any number of verbs that read may run side by side.
+///
+/// Sizes and offsets are whole numbers of bytes, or have a suffix: k, M, G or T, by powers of 1024.
+///
+/// Writes go through the host's page cache and are synced before a verb ends. The power may be cut
+/// and the process killed at any moment: the store opens again, what was complete is there, what
+/// was unfinished is gone.
+#[derive(Debug, Parser)]
+#[command(name = "offshoot", version, after_long_help = ABOUT_CODES, max_term_width = 100)]
+#[command(after_help = "`offshoot --help` has the exit codes and examples.")]
+#[command(disable_help_subcommand = false, infer_subcommands = false)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// Options of every verb.
+#[derive(Debug, Args)]
+pub struct Global {
+    /// The folder of the store
+    #[arg(long, short = 's', global = true, env = "OFFSHOOT_STORE", value_name = "DIR")]
+    #[arg(help_heading = "General options")]
+    pub store: Option<PathBuf>,
+
+    /// Print one JSON value instead of text
+    ///
+    /// Results and failures go to standard output as JSON. The exceptions are `disk read`, whose
+    /// standard output is the data and whose JSON goes to standard error. Notes, and failures as
+    /// text, still go to standard error.
+    #[arg(long, global = true, help_heading = "General options")]
+    pub json: bool,
+
+    /// No confirmations, notes or progress
+    #[arg(long, short, global = true, help_heading = "General options")]
+    pub quiet: bool,
+
+    /// Use of the host's page cache by the store's files: buffered, direct or auto
+    ///
+    /// `buffered` goes through the page cache. `direct` bypasses it, and is refused where the file
+    /// system cannot. `auto` is `direct` where possible. What is durable is the same in all of
+    /// them.
+    #[arg(long, global = true, value_name = "MODE", help_heading = "General options")]
+    #[arg(default_value = "buffered", hide_possible_values = true)]
+    pub cache: Cache,
+}
+
+/// Use of the host's page cache.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Cache {
+    /// Past the page cache, or not at all.
+    Direct,
+    /// Through the page cache.
+    Buffered,
+    /// Direct where the file system can.
+    Auto,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Make a store in an empty folder
+    ///
+    /// The folder is created if it does not exist. It should be on a local file system with sparse
+    /// files (ext4, XFS, btrfs).
+    #[command(after_help = "\
+Examples:
+  offshoot --store /srv/vms init")]
+    Init(Init),
+
+    /// Work with the disks of a store
+    #[command(subcommand)]
+    Disk(DiskVerb),
+
+    /// Look after a store as a whole
+    #[command(subcommand)]
+    Store(StoreVerb),
+
+    /// Print a completion script for a shell
+    #[command(after_help = "\
+Examples:
+  offshoot completions bash > /etc/bash_completion.d/offshoot
+  offshoot completions zsh > \"${fpath[1]}/_offshoot\"
+  offshoot completions fish > ~/.config/fish/completions/offshoot.fish")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+/// `init`
+#[derive(Debug, Args)]
+pub struct Init {
+    /// Folder on tmpfs where writes of live disks are kept until they are flushed
+    ///
+    /// It must survive the processes that use the store, and vanish when the host restarts. The
+    /// default is a folder below /dev/shm that carries the identity of the store.
+    #[arg(long, value_name = "DIR")]
+    pub tail_dir: Option<PathBuf>,
+}
+
+/// `store …`
+#[derive(Debug, Subcommand)]
+pub enum StoreVerb {
+    /// Make the catalogue anew from the disks' own files
+    ///
+    /// The catalogue says which disks there are; all of it can be read off the segment files again.
+    /// Use this when the catalogue is damaged or missing, or after segment files were copied into
+    /// the folder. The old catalogue is not needed and is replaced as a whole. Two disks that claim
+    /// one name both stay; one of them gets a new name.
+    #[command(after_help = "\
+Examples:
+  offshoot store rebuild
+  offshoot store rebuild --json | jq '.renamed, .missing'")]
+    Rebuild,
+
+    /// Show the space that the store takes and has left
+    #[command(after_help = "\
+Examples:
+  offshoot store df
+  offshoot store df --json | jq .free")]
+    Df,
+}
+
+/// For verbs that open a disk.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct LostTail {
+    /// Go on although completed, unflushed writes of a live session may be missing
+    ///
+    /// A daemon that was killed leaves completed writes in memory that outlives it. When that is
+    /// gone although the host was not restarted, a disk is not opened, because its client may still
+    /// be running and believe in those writes. Say this only when the client is gone.
+    #[arg(long)]
+    pub accept_lost_tail: bool,
+}

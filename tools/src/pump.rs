@@ -1,0 +1,195 @@
+//! Several threads that work off one list: the shape of import, export and compare.
+//!
+//! Invariants:
+//! - Pieces are handed out in order, one at a time, so when a piece is refused every piece before
+//!   it is done or being done.
+//! - The first error wins; no piece is handed out after it, nor after a signal.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use blockd::store::buf::AlignedBuf;
+use format::Result;
+use format::units::index;
+
+use crate::content::{Content, whole_status};
+use crate::image::RunKind;
+use crate::signals;
+
+/// Bytes of one piece of data, at most.
+pub const PIECE: u64 = 2 << 20;
+
+/// Threads that one verb uses. More than the data path has cores for would only wait.
+#[must_use]
+pub fn lanes() -> usize {
+    thread::available_parallelism().map_or(2, usize::from).clamp(2, 4)
+}
+
+struct Queue<N> {
+    next: N,
+    outcome: Result<()>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A worker that panics takes the process with it when the others are done.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs `work` on [`lanes`] threads until `next` has no more pieces. Each thread has a number below
+/// `lanes()` and a buffer of its own of `bytes` bytes.
+///
+/// # Errors
+/// The first error of `next` or `work`, or `Cancelled`.
+pub fn pump<T>(
+    bytes: usize,
+    next: impl FnMut() -> Result<Option<T>> + Send,
+    work: impl Fn(usize, T, &mut AlignedBuf) -> Result<()> + Sync,
+) -> Result<()> {
+    let queue = Mutex::new(Queue { next, outcome: Ok(()) });
+    let take = || {
+        let mut queue = lock(&queue);
+        if queue.outcome.is_err() {
+            return None;
+        }
+        match signals::check().and_then(|()| (queue.next)()) {
+            Ok(piece) => piece,
+            Err(e) => {
+                queue.outcome = Err(e);
+                None
+            }
+        }
+    };
+    let run = |lane: usize| {
+        let mut buf = AlignedBuf::zeroed(bytes);
+        while let Some(piece) = take() {
+            if let Err(e) = work(lane, piece, &mut buf) {
+                let mut queue = lock(&queue);
+                if queue.outcome.is_ok() {
+                    queue.outcome = Err(e);
+                }
+                return;
+            }
+        }
+    };
+    thread::scope(|scope| {
+        let run = &run;
+        (0..lanes()).for_each(|lane| {
+            scope.spawn(move || run(lane));
+        });
+    });
+    queue.into_inner().unwrap_or_else(PoisonError::into_inner).outcome
+}
+
+/// A range of one kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes; at most [`PIECE`] if it is data.
+    pub len: u64,
+    /// What they are.
+    pub kind: RunKind,
+}
+
+/// The pieces of some ranges of a content, in whole units but for the end of the disk.
+pub struct Walk<'a> {
+    content: &'a dyn Content,
+    unit: u64,
+    ranges: std::vec::IntoIter<(u64, u64)>,
+    at: u64,
+    end: u64,
+}
+
+impl<'a> Walk<'a> {
+    /// All of `content`.
+    #[must_use]
+    pub fn all(content: &'a dyn Content, unit: u64) -> Self {
+        Self::over(content, unit, vec![(0, content.size())])
+    }
+
+    /// The ranges (first byte, end), which are in order, disjoint and start at whole units.
+    #[must_use]
+    pub fn over(content: &'a dyn Content, unit: u64, ranges: Vec<(u64, u64)>) -> Self {
+        Walk { content, unit, ranges: ranges.into_iter(), at: 0, end: 0 }
+    }
+
+    /// The next piece; `None` at the end.
+    ///
+    /// # Errors
+    /// As [`Content::status`].
+    pub fn next(&mut self) -> Result<Option<Piece>> {
+        while self.at >= self.end {
+            let Some((at, end)) = self.ranges.next() else { return Ok(None) };
+            (self.at, self.end) = (at, end);
+        }
+        let offset = self.at;
+        let run = whole_status(self.content, offset, self.end, self.unit)?;
+        let len = match run.kind {
+            RunKind::Data => run.len.min(PIECE - offset % PIECE),
+            _ => run.len,
+        };
+        self.at += len;
+        Ok(Some(Piece { offset, len, kind: run.kind }))
+    }
+
+    /// Bytes of data in all.
+    ///
+    /// # Errors
+    /// As [`Content::status`].
+    pub fn data_bytes(mut self) -> Result<u64> {
+        let mut sum = 0;
+        while let Some(piece) = self.next()? {
+            if piece.kind == RunKind::Data {
+                sum += piece.len;
+            }
+            signals::check()?;
+        }
+        Ok(sum)
+    }
+}
+
+/// The first `len` bytes of a worker's buffer.
+pub fn part(buf: &mut AlignedBuf, len: u64) -> &mut [u8] {
+    &mut buf[..index(len)]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use format::Error;
+
+    use super::*;
+
+    #[test]
+    fn every_piece_is_done_once() {
+        let mut left = 0..1000;
+        let done = Mutex::new(BTreeSet::new());
+
+        pump(
+            1,
+            || Ok(left.next()),
+            |_, n, _| {
+                assert!(lock(&done).insert(n));
+                Ok(())
+            },
+        )
+        .unwrap();
+
+        assert_eq!(lock(&done).len(), 1000);
+    }
+
+    #[test]
+    fn the_first_error_ends_it() {
+        let mut left = 0..;
+        let failing = |_, n, _: &mut AlignedBuf| match n {
+            17 => Err(Error::invalid("seventeen")),
+            _ => Ok(()),
+        };
+
+        let e = pump(1, || Ok(left.next()), failing).unwrap_err();
+
+        assert_eq!(e.reason(), "seventeen");
+        assert!(left.start < 1000);
+    }
+}
