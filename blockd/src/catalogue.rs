@@ -181,7 +181,11 @@ impl Catalogue {
         let copied = memory.set_len(content.len() as u64);
         copied.and_then(|()| memory.write(0, &content))?;
         let mut catalogue = Self::load(memory)?;
-        catalogue.database = None;
+        let database = catalogue.database.take();
+        guarded(|| {
+            drop(database);
+            Ok(())
+        })?;
         Ok(catalogue)
     }
 
@@ -222,6 +226,18 @@ impl Catalogue {
             };
         }
         Ok(())
+    }
+}
+
+impl Drop for Catalogue {
+    fn drop(&mut self) {
+        // The library looks at the file's content when it closes, too. Nothing is lost by a failure:
+        // every change was durable when it was made.
+        let database = self.database.take();
+        let _ = guarded(|| {
+            drop(database);
+            Ok(())
+        });
     }
 }
 

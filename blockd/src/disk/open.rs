@@ -70,13 +70,12 @@ impl Disk {
     /// As [`Disk::open_read_only`], and `ReadOnly` for a sealed disk, `TailLost` when completed writes
     /// of a living client may be missing, `Corrupt` when writing would make damage worse.
     pub fn open(file: Arc<dyn File>, segments: &dyn Segments, options: &Options) -> Result<Self> {
-        // Before anything is read: a killed writer's last writes may still be on their way.
+        // A sealed file may be open for reading only, and then there is no lock to be had.
+        refuse_sealed(&segment::read_superblock(file.as_ref())?.superblock)?;
+        // Before anything else is read: a killed writer's last writes may still be on their way.
         file.lock()?;
         let sb = segment::read_superblock(file.as_ref())?.superblock;
-        if sb.state == State::Sealed {
-            return Err(Error::new(Kind::ReadOnly, "it is sealed: immutable for ever")
-                .hint("create a disk over it: `offshoot disk create NEW --parent NAME`"));
-        }
+        refuse_sealed(&sb)?;
         sb.check_writable_features()?;
         if sb.attached != Attached::No {
             // What the last writer left unsynced is made durable or fails here; then the cache goes,
@@ -227,6 +226,14 @@ impl Disk {
         // The second pair of superblock copies, too, and what was punched.
         self.sync()
     }
+}
+
+fn refuse_sealed(sb: &Superblock) -> Result<()> {
+    if sb.state == State::Active {
+        return Ok(());
+    }
+    Err(Error::new(Kind::ReadOnly, "it is sealed: immutable for ever")
+        .hint("create a disk over it: `offshoot disk create NEW --parent NAME`"))
 }
 
 fn make_dir(dir: &Path) -> Result<()> {

@@ -266,12 +266,13 @@ impl StoreDir {
                     self.notes.push(format!("removed segment {id}, which was never finished"));
                 }
                 "del" => {
-                    let gone = rows.iter().find(|r| r.segment == id);
-                    if let Some(row) = gone {
-                        self.catalogue.apply(&[Change::Remove(row.name.clone())])?;
+                    match rows.iter().find(|r| r.segment == id) {
+                        Some(row) if self.writable => self.forget_deleted(&row.name, id)?,
+                        Some(row) => self.catalogue.apply(&[Change::Remove(row.name.clone())])?,
+                        None if self.writable => self.store.remove(&name)?,
+                        None => {}
                     }
                     if self.writable {
-                        self.store.remove(&name)?;
                         self.notes.push(format!("finished the deletion of segment {id}"));
                     }
                 }

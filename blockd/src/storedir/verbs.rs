@@ -292,6 +292,22 @@ impl StoreDir {
         Ok(())
     }
 
+    /// Takes the row of a deleted disk out of the catalogue, then its file out of the folder.
+    pub(super) fn forget_deleted(&self, name: &str, segment: Uuid) -> Result<()> {
+        let file = deleted_name(segment);
+        // On a full file system the catalogue needs the space that the file has. The name stays until
+        // the row is gone, so that a crash in between is finished at the next opening. What cannot be
+        // cut now goes when the name goes.
+        let _ = self.cut(&file);
+        self.catalogue.apply(&[Change::Remove(name.into())])?;
+        self.store.remove(&file)
+    }
+
+    fn cut(&self, name: &str) -> Result<()> {
+        self.store.open(name, Access::Read)?.set_read_only(false)?;
+        self.store.open(name, Access::Write)?.set_len(0)
+    }
+
     /// Removes a disk and gives its space back.
     ///
     /// # Errors
@@ -317,8 +333,7 @@ impl StoreDir {
         }
         // The deletion is decided, durably, before the catalogue forgets the disk.
         self.store.sync_names()?;
-        self.catalogue.apply(&[Change::Remove(name.into())])?;
-        self.store.remove(&deleted_name(row.segment))?;
+        self.forget_deleted(name, row.segment)?;
         self.store.sync_names()
     }
 }
