@@ -27,7 +27,8 @@ pub fn new_store(dir: &Path) -> Result<StoreDir> {
     StoreDir::open(dir, &options())
 }
 
-/// A store in `dir` whose big data writes go nowhere: for maps of many gibibytes on a small machine.
+/// A store in `dir` whose big data writes go nowhere: for maps of many gibibytes on a small
+/// machine.
 ///
 /// # Errors
 /// What the host reports.
@@ -37,7 +38,8 @@ pub fn metadata_only(dir: &Path) -> Result<StoreDir> {
     StoreDir::open_in(Arc::new(MetadataOnly(inner)), &options())
 }
 
-/// A disk on top of `depth` sealed ones, each of which wrote every `depth`-th extent of `size` bytes.
+/// A disk on top of `depth` sealed ones, each of which wrote every `depth`-th extent of `size`
+/// bytes.
 ///
 /// # Errors
 /// What the host reports.

@@ -231,8 +231,8 @@ impl Catalogue {
 
 impl Drop for Catalogue {
     fn drop(&mut self) {
-        // The library looks at the file's content when it closes, too. Nothing is lost by a failure:
-        // every change was durable when it was made.
+        // The library looks at the file's content when it closes, too. Nothing is lost by a
+        // failure: every change was durable when it was made.
         let database = self.database.take();
         let _ = guarded(|| {
             drop(database);

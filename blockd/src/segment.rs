@@ -1,4 +1,5 @@
-//! A segment file from outside: its superblock copies, its creation, and sealed segments as parents.
+//! A segment file from outside: its superblock copies, its creation, and sealed segments as
+//! parents.
 //!
 //! Invariants:
 //! - A segment appears under its final name only when its content is durable.
@@ -91,9 +92,10 @@ pub fn write_pair(file: &dyn File, sb: &Superblock, pair: Pair) -> Result<()> {
     file.write_many(&ops)
 }
 
-/// Publishes a new superblock state. On entry the second pair must be durable (the caller has synced
-/// since it was written), and everything that `sb` names must be durable. On success the new state is
-/// durable in the first pair and written to the second; the next sync makes that durable too.
+/// Publishes a new superblock state. On entry the second pair must be durable (the caller has
+/// synced since it was written), and everything that `sb` names must be durable. On success the new
+/// state is durable in the first pair and written to the second; the next sync makes that durable
+/// too.
 ///
 /// A power cut while the first pair is written finds the old state whole in the second pair; after
 /// the sync, the new state is whole in the first. Syncing between the pairs is what keeps a torn
@@ -110,9 +112,9 @@ pub fn flip(file: &dyn File, sb: &Superblock) -> Result<()> {
 /// Makes all four copies hold the present state, durably: whatever a crash left half-done is whole
 /// now, and a [`flip`] may follow.
 ///
-/// The first sync comes before anything is written: after a process kill the newest copies may be in
-/// the page cache alone, and to write the other pair then would leave no durable one. Rewriting a
-/// copy with the bytes it holds already cannot tear it.
+/// The first sync comes before anything is written: after a process kill the newest copies may be
+/// in the page cache alone, and to write the other pair then would leave no durable one. Rewriting
+/// a copy with the bytes it holds already cannot tear it.
 ///
 /// # Errors
 /// As [`read_superblock`], or what the host reports.

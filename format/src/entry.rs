@@ -193,7 +193,9 @@ mod tests {
         }
 
         #[test]
-        fn entries_survive_a_round_trip(seg in 0u64..16_000, ext in 0u64..(1 << 40), i in 0usize..16) {
+        fn entries_survive_a_round_trip(
+            seg in 0u64..16_000, ext in 0u64..(1 << 40), i in 0usize..16
+        ) {
             let segment = SegmentIdx::new(seg).unwrap();
             let e = Entry::Uniform { segment, extent: ExtentId(ext) };
             let b = BlockState::Data { segment, block: ExtentId(ext).block(i) };

@@ -1,11 +1,12 @@
-//! The journal: a ring of closed pages that holds what changed in the map since the last checkpoint.
+//! The journal: a ring of closed pages that holds what changed in the map since the last
+//! checkpoint.
 //!
 //! Layout: `docs/format.md` §7. Invariants:
-//! - A page that holds durable records is never rewritten before a checkpoint has moved the head past
-//!   it: each commit starts a new page.
+//! - A page that holds durable records is never rewritten before a checkpoint has moved the head
+//!   past it: each commit starts a new page.
 //! - Replay accepts a page only with the position, sequence number and predecessor it expects, and
-//!   with an epoch not below that of its predecessor. The epoch grows at every opening for writing, so
-//!   what an unfinished commit left behind is never taken for the continuation of a later page.
+//!   with an epoch not below that of its predecessor. The epoch grows at every opening for writing,
+//!   so what an unfinished commit left behind is never taken for the continuation of a later page.
 //! - Records are idempotent: replaying from an earlier head over a map that already holds later
 //!   changes ends in the same map, as long as replay reaches the last change the map holds.
 
@@ -264,8 +265,8 @@ impl Replay {
 
     /// After the end: is `page` proof that durable records are missing? It is when it belongs to a
     /// commit that began later than the point where replay stopped, because a commit begins only
-    /// after the one before it was durable. A page of a later epoch than the superblock knows proves
-    /// that the superblock is an old one.
+    /// after the one before it was durable. A page of a later epoch than the superblock knows
+    /// proves that the superblock is an old one.
     #[must_use]
     pub fn proves_loss(&self, page: &[u8; PAGE]) -> bool {
         self.own_page(page, u64::MAX)

@@ -1,8 +1,9 @@
 //! The Offshoot delta-disk format as a pure core: no I/O, no threads, no clocks, no unsafe.
 //!
 //! The byte-exact description, the invariants and the crash argument for every step are in
-//! `docs/format.md`; the modules follow its sections. Whoever holds the bytes calls in here: the disk
-//! engine, the checker, the fuzz targets and the crash enumeration all use the same decode points.
+//! `docs/format.md`; the modules follow its sections. Whoever holds the bytes calls in here: the
+//! disk engine, the checker, the fuzz targets and the crash enumeration all use the same decode
+//! points.
 #![forbid(unsafe_code)]
 
 pub mod array;

@@ -1,8 +1,8 @@
 //! Map pages: leaves with their vector runs, inner pages, and the pointers between them.
 //!
 //! Layouts: `docs/format.md` §6. Invariants:
-//! - A pointer holds the checksum of what it points at, so a torn, lost or misdirected page write is
-//!   seen by the reader of the parent.
+//! - A pointer holds the checksum of what it points at, so a torn, lost or misdirected page write
+//!   is seen by the reader of the parent.
 //! - A leaf is one page; its vectors are one run of pages inside one extent of the same segment,
 //!   under a checksum of their own, so that a damaged vector run costs only the mixed extents.
 //! - Every mixed entry of a leaf names its own slot, below the number of slots the run has.
@@ -218,8 +218,8 @@ impl Leaf {
         Ok(leaf)
     }
 
-    /// Decodes the leaf page alone; mixed entries then have no vectors behind them. For repair, when
-    /// the vector run is damaged.
+    /// Decodes the leaf page alone; mixed entries then have no vectors behind them. For repair,
+    /// when the vector run is damaged.
     ///
     /// # Errors
     /// `Corrupt` when the page's checksum or an entry is wrong.
@@ -392,7 +392,9 @@ mod tests {
         }
 
         #[test]
-        fn inner_pages_survive_a_round_trip(seg in 0u64..100, page in 0u64..(1 << 44), crc in any::<u32>()) {
+        fn inner_pages_survive_a_round_trip(
+            seg in 0u64..100, page in 0u64..(1 << 44), crc in any::<u32>()
+        ) {
             let r = PageRef {
                 segment: SegmentIdx::new(seg).unwrap(),
                 page: PageNo(page),

@@ -4,7 +4,8 @@
 //! hand out what the map names. Invariants:
 //! - An extent is free only when nothing durable names it, no request that might still touch it is
 //!   under way, and its punch is done: used → pending → punching → free.
-//! - Map pages live in extents of their own; a page is reused only when its extent's mask says free.
+//! - Map pages live in extents of their own; a page is reused only when its extent's mask says
+//!   free.
 //!
 //! The caller says when a pending extent's record is durable and when the requests that could touch
 //! it have ended.

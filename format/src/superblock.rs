@@ -286,9 +286,8 @@ impl Superblock {
 
     /// The one decode point of superblock copies.
     ///
-    /// # Errors
-    /// `Corrupt` for wrong magic, checksum, copy number or any impossible field; `Unsupported` for a
-    /// newer version or an unknown feature that forbids opening.
+    /// # Errors `Corrupt` for wrong magic, checksum, copy number or any impossible field;
+    /// `Unsupported` for a newer version or an unknown feature that forbids opening.
     pub fn decode(page: &[u8; PAGE], copy: usize) -> Result<Self> {
         let raw = Raw::ref_from_bytes(page).expect("a page is a superblock's size");
         raw.check(page, copy)?;
@@ -436,8 +435,8 @@ pub struct Chosen {
 pub fn choose(pages: &[[u8; PAGE]; SUPERBLOCK_COPIES]) -> Result<Chosen> {
     let decoded: [_; SUPERBLOCK_COPIES] =
         std::array::from_fn(|copy| Superblock::decode(&pages[copy], copy));
-    // A copy of a newer version, whole by its checksum, is a newer state than any this build can read:
-    // to go on with an older copy would throw that state away.
+    // A copy of a newer version, whole by its checksum, is a newer state than any this build can
+    // read: to go on with an older copy would throw that state away.
     let is_newer =
         |d: &Result<Superblock>| d.as_ref().is_err_and(|e| e.kind() == Kind::Unsupported);
     if let Some(at) = decoded.iter().position(is_newer) {

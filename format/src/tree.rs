@@ -1,11 +1,11 @@
 //! The inner part of the map: three levels of pointer pages between the superblock and the leaves.
 //!
 //! Layout: `docs/format.md` §6. Invariants:
-//! - A page that is on disk is never changed: a changed node gets a new page, and so does every node
-//!   above it (copy-on-write up to the root).
+//! - A page that is on disk is never changed: a changed node gets a new page, and so does every
+//!   node above it (copy-on-write up to the root).
 //! - A subtree that is all hole or all zero has no pages; its parent says so.
-//! - A node whose page could not be read stays as it was: what lies under it is unreadable and cannot
-//!   be changed, everything else works.
+//! - A node whose page could not be read stays as it was: what lies under it is unreadable and
+//!   cannot be changed, everything else works.
 //!
 //! A [`Tree`] is cheap to clone (nodes are shared until changed): a checkpoint works on a clone and
 //! replaces the original only when its pages are durable.

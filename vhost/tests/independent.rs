@@ -57,6 +57,15 @@ impl Memory {
     }
 }
 
+/// What a sector holds after so many writes.
+fn expected(sector: u64, version: u64) -> [u8; 512] {
+    let mut want = [0; 512];
+    if version > 0 {
+        pattern(sector, version, &mut want);
+    }
+    want
+}
+
 /// A verifying load of the foreign driver.
 fn drive(features: u64) {
     let daemon = Daemon::new(capabilities(2));
@@ -115,11 +124,7 @@ fn drive(features: u64) {
             for done in queue.completions() {
                 assert_eq!(done.ret, 0);
                 if let Some(sector) = sent.remove(&done.context).expect("completes once") {
-                    let mut want = [0; 512];
-                    match versions[&sector] {
-                        0 => {}
-                        version => pattern(sector, version, &mut want),
-                    }
+                    let want = expected(sector, versions[&sector]);
                     assert!(memory.get(done.context) == want, "sector {sector}");
                 }
             }

@@ -1,12 +1,12 @@
 //! Checkpoints: the changed part of the map goes to new pages, and the superblock flips to it.
 //!
 //! Order, and the crash it defends against:
-//! 1. the new head is the cursor of the last commit: replay from there must meet every record that a
-//!    leaf copied later may lack — records may be applied twice, never left out;
+//! 1. the new head is the cursor of the last commit: replay from there must meet every record that
+//!    a leaf copied later may lack — records may be applied twice, never left out;
 //! 2. leaves are copied and written to unused pages: a power cut leaves the old map whole;
-//! 3. a commit: its first sync makes the new pages, and the data that the copied leaves name, durable;
-//!    its journal pages make every record that a copied leaf may already contain durable — else
-//!    replay would go back in time for some blocks and not for others;
+//! 3. a commit: its first sync makes the new pages, and the data that the copied leaves name,
+//!    durable; its journal pages make every record that a copied leaf may already contain durable —
+//!    else replay would go back in time for some blocks and not for others;
 //! 4. the superblock flips to the new pages, and is synced;
 //! 5. pages replaced by the checkpoint before are free now; those replaced by this one wait for the
 //!    next, because the second pair of superblock copies is made durable only there.
@@ -179,7 +179,8 @@ impl Disk {
         self.file.write_many(&ops)
     }
 
-    /// Pages that nothing durable names are free; an extent without pages goes the way of all space.
+    /// Pages that nothing durable names are free; an extent without pages goes the way of all
+    /// space.
     fn drop_pages(&self, pages: &[(PageNo, u8)]) {
         let mut core = self.core.lock();
         for (page, count) in pages {

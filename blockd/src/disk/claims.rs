@@ -2,8 +2,8 @@
 //! blocks are busy.
 //!
 //! Invariants:
-//! - While a claim on an extent is held, every first write to it goes to the same target extent, so a
-//!   virtual extent never owns two extents of the segment.
+//! - While a claim on an extent is held, every first write to it goes to the same target extent, so
+//!   a virtual extent never owns two extents of the segment.
 //! - A block is busy for one holder at a time, from before its data is written until its record is
 //!   published: a sub-block read-modify-write never loses a neighbour's write, and a punch never
 //!   meets a write.
@@ -91,8 +91,8 @@ impl Claims {
     }
 
     /// The extent that the claimed blocks are to be written to: the one another holder chose, else
-    /// the one `owned` finds in the map, else `fresh`. Returns false in the second place when `fresh`
-    /// was not taken.
+    /// the one `owned` finds in the map, else `fresh`. Returns false in the second place when
+    /// `fresh` was not taken.
     ///
     /// # Errors
     /// What `owned` reports.
@@ -110,8 +110,8 @@ impl Claims {
         Ok(entry.target)
     }
 
-    /// True when a holder is about to write into `target`: whoever empties the extent must leave its
-    /// space to that holder. Caller holds core and has changed the map already.
+    /// True when a holder is about to write into `target`: whoever empties the extent must leave
+    /// its space to that holder. Caller holds core and has changed the map already.
     #[must_use]
     pub fn holds(&self, extent: GuestExtent, target: ExtentId) -> bool {
         self.shard(extent).held.lock().get(&extent).is_some_and(|h| h.target == Some(target))

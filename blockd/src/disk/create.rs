@@ -51,9 +51,8 @@ pub struct Parent<'a> {
 impl NewSegment {
     /// Writes the segment under its `.new` name, durable; renaming is the caller's.
     ///
-    /// # Errors
-    /// `Invalid` for an impossible name or size, `Exists`, `NoSpace`, or what the host reports; what
-    /// was made by then is removed.
+    /// # Errors `Invalid` for an impossible name or size, `Exists`, `NoSpace`, or what the host
+    /// reports; what was made by then is removed.
     pub fn write(&self, store: &dyn Store, parent: Option<&Parent<'_>>) -> Result<()> {
         check_name(&self.name)?;
         check_virtual_size(self.virtual_size)?;

@@ -65,8 +65,8 @@ impl IoGate {
         loop {
             let epoch = self.epoch.load(Ordering::SeqCst);
             let counter = &lane.inside[usize::from(epoch % 2 == 1)];
-            // SeqCst with the load below and the pair in `try_advance`: either the advance sees this
-            // count, or this request sees the new epoch and tries again.
+            // SeqCst with the load below and the pair in `try_advance`: either the advance sees
+            // this count, or this request sees the new epoch and tries again.
             counter.fetch_add(1, Ordering::SeqCst);
             let closed = self.closed.load(Ordering::SeqCst);
             if !closed && self.epoch.load(Ordering::SeqCst) == epoch {
@@ -82,7 +82,8 @@ impl IoGate {
     /// Closes the gate and waits until everyone inside has left. One caller at a time.
     #[must_use]
     pub fn close(&self) -> Closed<'_> {
-        // SeqCst with the pair in `enter`: either this sees the count, or that sees the closed gate.
+        // SeqCst with the pair in `enter`: either this sees the count, or that sees the closed
+        // gate.
         self.closed.store(true, Ordering::SeqCst);
         let closed = Closed(self);
         let inside = |lane: &Lane| lane.inside.iter().any(|n| n.load(Ordering::SeqCst) != 0);

@@ -82,8 +82,8 @@ impl Disk {
         row.ok_or_else(|| Error::corrupt(format!("the segment of row {index} is missing")))
     }
 
-    /// Writes `buf` at `offset`; both are multiples of 512. When it returns, the write is complete: a
-    /// read sees it, a flush makes it durable.
+    /// Writes `buf` at `offset`; both are multiples of 512. When it returns, the write is complete:
+    /// a read sees it, a flush makes it durable.
     ///
     /// # Errors
     /// `Invalid` outside the disk, `NoSpace` (nothing changed that was not being written),

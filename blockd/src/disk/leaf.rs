@@ -38,8 +38,8 @@ pub(super) fn damaged(block: GuestBlock) -> Error {
 }
 
 fn state(word: &AtomicU64) -> BlockState {
-    // Acquire pairs with the Release store in `fill_vector`, so that whoever reads data through this
-    // word does so after it was published.
+    // Acquire pairs with the Release store in `fill_vector`, so that whoever reads data through
+    // this word does so after it was published.
     BlockState::from_word(word.load(Ordering::Acquire)).expect("words in memory were checked")
 }
 
@@ -101,7 +101,8 @@ impl Leaf {
         leaf
     }
 
-    // Acquire pairs with the Release store in `store`: whoever sees `Mixed` sees the vector's words.
+    // Acquire pairs with the Release store in `store`: whoever sees `Mixed` sees the vector's
+    // words.
     pub(super) fn entry(&self, i: usize) -> Entry {
         let word = self.entries[i].load(Ordering::Acquire);
         Entry::from_word(word).expect("words in memory were checked when they came in")

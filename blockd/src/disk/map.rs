@@ -23,7 +23,8 @@ use super::leaf::{Leaf, damaged, own_extent, resolve_leaf};
 
 /// What a leaf slot of the map holds.
 #[derive(Debug)]
-// The small variants are two shared values for the whole map: boxing the leaf would only cost readers.
+// The small variants are two shared values for the whole map: boxing the leaf would only cost
+// readers.
 #[allow(clippy::large_enum_variant)]
 enum Slot {
     /// Every block under the leaf is explicitly zero.
@@ -110,7 +111,8 @@ impl Map {
         &self.top[top].get_or_init(new_mid)[mid].get_or_init(new_chunk).leaves[low]
     }
 
-    /// Puts a leaf read from the segment in place. `vectors_damaged` says that its vectors are gone.
+    /// Puts a leaf read from the segment in place. `vectors_damaged` says that its vectors are
+    /// gone.
     pub fn install(&self, leaf: LeafNo, stored: &StoredLeaf, vectors_damaged: bool) {
         let live = Slot::Live(Leaf::from_stored(stored, vectors_damaged));
         self.slot_or_new(leaf).store(Some(Arc::new(live)));
@@ -129,8 +131,8 @@ impl Map {
         }
     }
 
-    /// Calls `visit` with the pieces of `count` blocks from `first` on, in order, as long as they can
-    /// be. Takes no lock and allocates nothing.
+    /// Calls `visit` with the pieces of `count` blocks from `first` on, in order, as long as they
+    /// can be. Takes no lock and allocates nothing.
     ///
     /// # Errors
     /// `Corrupt` in a damaged range, or what `visit` reports.
@@ -243,9 +245,9 @@ impl Map {
         self.set_blocks(first, count, &mut |b| BlockState::Data { segment, block: target.block(b) })
     }
 
-    /// Sets `count` blocks from `first` on to hole or zero, whole leaves at once. Calls `emptied` with
-    /// each virtual extent that loses its own extent, and with that extent. Caller holds the core
-    /// lock.
+    /// Sets `count` blocks from `first` on to hole or zero, whole leaves at once. Calls `emptied`
+    /// with each virtual extent that loses its own extent, and with that extent. Caller holds the
+    /// core lock.
     ///
     /// # Errors
     /// `Corrupt` in a damaged range; what lies before it is changed then.

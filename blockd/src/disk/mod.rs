@@ -2,14 +2,15 @@
 //!
 //! What holds at all times:
 //! - An overwrite of an own block is one data write; nothing else happens.
-//! - A first write is published — record in the tail, then entry in the map — only after its data was
-//!   written, and completes only after it is published.
-//! - A flush makes durable what completed before it was called, or fails; a failed sync is final and
-//!   the disk refuses further work until it is opened anew.
-//! - Space is used again only when nothing durable names it, nobody can still touch it, and its punch
-//!   is done.
+//! - A first write is published — record in the tail, then entry in the map — only after its data
+//!   was written, and completes only after it is published.
+//! - A flush makes durable what completed before it was called, or fails; a failed sync is final
+//!   and the disk refuses further work until it is opened anew.
+//! - Space is used again only when nothing durable names it, nobody can still touch it, and its
+//!   punch is done.
 //!
-//! Lock order: `reclaiming`, `checkpoint`, `commit`, lease, `core`, claim shard. Readers and overwrites take none.
+//! Lock order: `reclaiming`, `checkpoint`, `commit`, lease, `core`, claim shard. Readers and
+//! overwrites take none.
 //!
 //! The crash argument of every step is in `docs/format.md` §9; `tests/tests/crash_points.rs`
 //! enumerates the crash points.

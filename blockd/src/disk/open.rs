@@ -3,10 +3,10 @@
 //! Order of an opening for writing, and the crash it defends against:
 //! 1. the tail's file exists before the superblock says that there is one — else a kill in between
 //!    looks like a lost tail;
-//! 2. all superblock copies hold the present state and are synced — else the flip could tear the only
-//!    durable pair;
-//! 3. the superblock flips to the next epoch before any journal page of that epoch is written — else
-//!    replay would refuse pages whose flush completed.
+//! 2. all superblock copies hold the present state and are synced — else the flip could tear the
+//!    only durable pair;
+//! 3. the superblock flips to the next epoch before any journal page of that epoch is written —
+//!    else replay would refuse pages whose flush completed.
 //!
 //! Test: `crash_points` (operation `open`), `two_crash_domains`.
 
@@ -34,8 +34,8 @@ use crate::store::File;
 /// Most records a tail holds: 3 MiB of memory.
 const TAIL_RECORDS_MAX: u64 = 65_536;
 
-/// Records that a tail holds for a journal of `ring_pages` pages: a quarter of the ring, so that what
-/// is in the tail always fits behind a checkpoint.
+/// Records that a tail holds for a journal of `ring_pages` pages: a quarter of the ring, so that
+/// what is in the tail always fits behind a checkpoint.
 fn tail_capacity(ring_pages: u64) -> u64 {
     (ring_pages * RECORDS_PER_PAGE as u64 / 4).min(TAIL_RECORDS_MAX)
 }
@@ -66,9 +66,9 @@ impl Disk {
 
     /// Opens a disk for reading and writing.
     ///
-    /// # Errors
-    /// As [`Disk::open_read_only`], and `ReadOnly` for a sealed disk, `TailLost` when completed writes
-    /// of a living client may be missing, `Corrupt` when writing would make damage worse.
+    /// # Errors As [`Disk::open_read_only`], and `ReadOnly` for a sealed disk, `TailLost` when
+    /// completed writes of a living client may be missing, `Corrupt` when writing would make damage
+    /// worse.
     pub fn open(file: Arc<dyn File>, segments: &dyn Segments, options: &Options) -> Result<Self> {
         // A sealed file may be open for reading only, and then there is no lock to be had.
         refuse_sealed(&segment::read_superblock(file.as_ref())?.superblock)?;
@@ -78,8 +78,8 @@ impl Disk {
         refuse_sealed(&sb)?;
         sb.check_writable_features()?;
         if sb.attached != Attached::No {
-            // What the last writer left unsynced is made durable or fails here; then the cache goes,
-            // because after a failed sync it shows what the disk does not have.
+            // What the last writer left unsynced is made durable or fails here; then the cache
+            // goes, because after a failed sync it shows what the disk does not have.
             file.sync().context("sync what the last writer left of", || sb.name.clone())?;
             file.forget_cached()?;
         }
@@ -216,8 +216,8 @@ impl Disk {
     /// The last checkpoint of an opening, with further changes to its superblock.
     pub(super) fn finish(&self, change: impl FnOnce(&mut Superblock)) -> Result<()> {
         self.flush()?;
-        // The head of a checkpoint is the cursor before it; a clean disk needs head and cursor equal,
-        // which they are after the flush, since nobody writes any more.
+        // The head of a checkpoint is the cursor before it; a clean disk needs head and cursor
+        // equal, which they are after the flush, since nobody writes any more.
         self.run_checkpoint(|sb| {
             sb.attached = Attached::No;
             change(sb);

@@ -1,4 +1,5 @@
-//! Sealing: the segment becomes immutable, gets a checksum for every data block and a content digest.
+//! Sealing: the segment becomes immutable, gets a checksum for every data block and a content
+//! digest.
 //!
 //! Order, and the crash it defends against: the flip to `Sealed, Pending` comes after a checkpoint
 //! with an empty journal (a sealed segment is never replayed); sums are durable before the flip to

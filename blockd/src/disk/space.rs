@@ -1,8 +1,8 @@
 //! Space of the own segment: leases, growth, and the way back of what is no longer named.
 //!
 //! Order on the way back, and the crash it defends against:
-//! 1. the record that no longer names the extent is durable — else a power cut brings back a map that
-//!    names an extent which holds another's data by now;
+//! 1. the record that no longer names the extent is durable — else a power cut brings back a map
+//!    that names an extent which holds another's data by now;
 //! 2. every request that began before has ended — else a late write lands in another's data;
 //! 3. the punch is done — else it wipes what the next owner wrote (the loss of a queued punch).
 //!
@@ -111,8 +111,8 @@ impl Disk {
         let Some(claim) = self.claims.try_claim(p.extent, mask(p.first, p.count)) else {
             return;
         };
-        // With a target, so that whoever empties the extent meanwhile leaves it alone until the punch
-        // is done.
+        // With a target, so that whoever empties the extent meanwhile leaves it alone until the
+        // punch is done.
         let owned = self.claims.target(&claim, || self.map.own_extent(p.extent), None);
         let owned = owned.is_ok_and(|e| e == Some(p.target));
         let vector = self.map.vector(p.extent);
@@ -125,8 +125,8 @@ impl Disk {
         self.release(&mut core, claim);
     }
 
-    /// Gives host space back. A host that cannot, or fails to, keeps its space for now: the range is
-    /// unused either way, so nothing depends on it and no flush fails for it.
+    /// Gives host space back. A host that cannot, or fails to, keeps its space for now: the range
+    /// is unused either way, so nothing depends on it and no flush fails for it.
     fn punch(&self, offset: u64, len: u64) {
         match self.file.punch(offset, len) {
             Err(e) if e.kind() != Kind::Unsupported => {

@@ -1,11 +1,11 @@
-//! The tail: records of completed changes that are not in the journal yet, in memory that may outlive
-//! the process.
+//! The tail: records of completed changes that are not in the journal yet, in memory that may
+//! outlive the process.
 //!
 //! Layout: `docs/format.md` §8. Invariants:
 //! - A record is whole before the next-word names it (`Release`), so a kill in mid-record leaves a
 //!   tail that ends before it.
-//! - Sequence numbers are those of the journal: a record leaves the tail only after the journal page
-//!   that holds it is durable.
+//! - Sequence numbers are those of the journal: a record leaves the tail only after the journal
+//!   page that holds it is durable.
 //! - On tmpfs the tail disappears by itself at power loss, so a record never outlives its data.
 //!
 //! Writers hold the disk's core lock; readers of a dead process's tail are alone.
@@ -48,8 +48,8 @@ impl Words {
     fn get(&self) -> &[AtomicU64] {
         match self {
             Words::Heap(words) => words,
-            // SAFETY: `at` points at `len` words of a mapping that lives as long as `self`, zeroed or
-            // written by a tail of the same layout; any bit pattern is a valid `AtomicU64`.
+            // SAFETY: `at` points at `len` words of a mapping that lives as long as `self`, zeroed
+            // or written by a tail of the same layout; any bit pattern is a valid `AtomicU64`.
             Words::Mapped { at, len, .. } => unsafe {
                 std::slice::from_raw_parts(at.as_ptr(), *len)
             },
@@ -260,8 +260,8 @@ impl Tail {
             word.store(value, Ordering::Relaxed);
         }
         slot[SLOT_WORDS - 1].store(sum(seq, &bytes).into(), Ordering::Relaxed);
-        // Release (in `set`): the record is whole before the counter names it, in memory that another
-        // process reads after a kill; pairs with the Acquire load in `word`.
+        // Release (in `set`): the record is whole before the counter names it, in memory that
+        // another process reads after a kill; pairs with the Acquire load in `word`.
         self.set(W_NEXT, seq.next().0);
         seq
     }
@@ -317,8 +317,8 @@ fn sum(seq: Seq, record: &[u8; RECORD_BYTES]) -> u32 {
 }
 
 fn map_file(file: &std::fs::File, words: usize, path: PathBuf) -> std::io::Result<Words> {
-    // SAFETY: a fresh shared mapping at an address the kernel chooses; nothing else refers to it. The
-    // file is at least this long and its blocks are reserved, so access does not fault.
+    // SAFETY: a fresh shared mapping at an address the kernel chooses; nothing else refers to it.
+    // The file is at least this long and its blocks are reserved, so access does not fault.
     let at = unsafe {
         rustix::mm::mmap(
             std::ptr::null_mut(),

@@ -30,8 +30,8 @@ impl Disk {
         self.zero(lane, offset, len).context("discard", || self.object())
     }
 
-    /// Writes zeroes. With `unmap` the space may be given back, without it the blocks stay allocated
-    /// so that later writes cannot run out of space.
+    /// Writes zeroes. With `unmap` the space may be given back, without it the blocks stay
+    /// allocated so that later writes cannot run out of space.
     ///
     /// # Errors
     /// As [`Disk::write`].

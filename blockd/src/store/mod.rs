@@ -138,16 +138,16 @@ pub trait File: Send + Sync {
     }
 
     /// Forbids (or allows again) opening the file for writing, as far as the host can: permission
-    /// bits. Durable when it returns. Handles that are open stay as they are. Works on a handle that
-    /// is open for reading.
+    /// bits. Durable when it returns. Handles that are open stay as they are. Works on a handle
+    /// that is open for reading.
     ///
     /// # Errors
     /// What the host reports.
     fn set_read_only(&self, read_only: bool) -> Result<()>;
 
-    /// Keeps other openings of the file from taking this lock, in this process or another, for as long
-    /// as this one lives **and has I/O under way**: writes that a killed process left with the kernel
-    /// still hold it. Waits a little for such writes to end.
+    /// Keeps other openings of the file from taking this lock, in this process or another, for as
+    /// long as this one lives **and has I/O under way**: writes that a killed process left with the
+    /// kernel still hold it. Waits a little for such writes to end.
     ///
     /// # Errors
     /// `Busy` when somebody else has it.

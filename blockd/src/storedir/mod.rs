@@ -1,10 +1,10 @@
-//! A store: a folder with an identity, a lock, a catalogue and segments, and what can be done with the
-//! disks in it.
+//! A store: a folder with an identity, a lock, a catalogue and segments, and what can be done with
+//! the disks in it.
 //!
 //! Invariants:
-//! - The segments are the truth, the catalogue is derived. A disk exists from the moment its segment
-//!   has its final name, and is gone from the moment that name is gone; the catalogue follows, and
-//!   catches up at the next opening if a crash came between.
+//! - The segments are the truth, the catalogue is derived. A disk exists from the moment its
+//!   segment has its final name, and is gone from the moment that name is gone; the catalogue
+//!   follows, and catches up at the next opening if a crash came between.
 //! - One process has a store for writing, or any number for reading (a lock of the open file, which
 //!   ends with the process).
 //! - Nothing in a segment names a path; identities are resolved here.
@@ -139,9 +139,8 @@ impl StoreDir {
 
     /// Opens a store.
     ///
-    /// # Errors
-    /// `NotFound` when the folder is no store, `Busy` when another process has it, `Corrupt` when the
-    /// catalogue cannot be used, or what the host reports.
+    /// # Errors `NotFound` when the folder is no store, `Busy` when another process has it,
+    /// `Corrupt` when the catalogue cannot be used, or what the host reports.
     pub fn open(dir: &Path, options: &OpenOptions) -> Result<Self> {
         let shown = dir.display().to_string();
         let file_options = FileStoreOptions { cache: options.cache };

@@ -1,8 +1,8 @@
 //! What can be done with the disks of a store: create, import, open, rename, seal, remove.
 //!
-//! Order of a change, and the crash it defends against: for creation, content durable, then the final
-//! name, then the catalogue; for deletion, the name goes first (`.del`), then the catalogue, then the
-//! file. At every point the folder alone says whether the disk exists.
+//! Order of a change, and the crash it defends against: for creation, content durable, then the
+//! final name, then the catalogue; for deletion, the name goes first (`.del`), then the catalogue,
+//! then the file. At every point the folder alone says whether the disk exists.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -104,8 +104,8 @@ impl StoreDir {
         };
         let uneven = !inherited.is_multiple_of(BLOCK);
         if size > inherited && uneven && parent.is_some() {
-            // The parent's last block is partial, and may hold what a larger parent had there. A resize
-            // zeroes it before it becomes visible.
+            // The parent's last block is partial, and may hold what a larger parent had there. A
+            // resize zeroes it before it becomes visible.
             segment.virtual_size = inherited;
         }
         segment.write(self.store.as_ref(), parent.as_ref())?;
@@ -217,8 +217,8 @@ impl StoreDir {
         if row.sealed { file.set_read_only(true) } else { Ok(()) }
     }
 
-    /// Seals a disk: immutable from now on, and fit to be a parent. `progress` gets the bytes summed
-    /// and in all.
+    /// Seals a disk: immutable from now on, and fit to be a parent. `progress` gets the bytes
+    /// summed and in all.
     ///
     /// # Errors
     /// `NotFound`, `Invalid` when it is sealed already, or as [`Disk::seal`].
@@ -295,9 +295,9 @@ impl StoreDir {
     /// Takes the row of a deleted disk out of the catalogue, then its file out of the folder.
     pub(super) fn forget_deleted(&self, name: &str, segment: Uuid) -> Result<()> {
         let file = deleted_name(segment);
-        // On a full file system the catalogue needs the space that the file has. The name stays until
-        // the row is gone, so that a crash in between is finished at the next opening. What cannot be
-        // cut now goes when the name goes.
+        // On a full file system the catalogue needs the space that the file has. The name stays
+        // until the row is gone, so that a crash in between is finished at the next opening. What
+        // cannot be cut now goes when the name goes.
         let _ = self.cut(&file);
         self.catalogue.apply(&[Change::Remove(name.into())])?;
         self.store.remove(&file)

@@ -61,7 +61,8 @@ impl Content {
         self.pages.count() * PAGE as u64
     }
 
-    /// The next range of present pages from byte `from` on: first byte, and the byte behind the last.
+    /// The next range of present pages from byte `from` on: first byte, and the byte behind the
+    /// last.
     #[must_use]
     pub fn next_data(&self, from: u64) -> Option<(u64, u64)> {
         let page = PAGE as u64;
