@@ -6,6 +6,7 @@
 
 pub mod around;
 pub mod crash;
+pub mod flat;
 pub mod inspect;
 pub mod kill;
 pub mod model;
