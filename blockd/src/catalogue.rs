@@ -47,6 +47,10 @@ pub struct DiskRow {
     /// The label in the segment is behind: a rename is not finished.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub relabel: bool,
+    /// A change of the segment is under way that this row tells of: after a crash the row may be
+    /// behind.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub changing: bool,
 }
 
 /// One change of the catalogue.
@@ -299,6 +303,7 @@ mod tests {
             parents: vec![],
             created: 0,
             relabel: false,
+            changing: false,
         }
     }
 

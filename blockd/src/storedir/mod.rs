@@ -248,13 +248,20 @@ impl StoreDir {
     }
 
     /// Brings the catalogue in line with the segments after a crash: finishes deletions, drops
-    /// segments that were never finished, takes in finished ones that it does not know.
+    /// segments that were never finished, takes in finished ones that it does not know, and reads
+    /// off again the rows of those that were being changed.
     fn catch_up(&mut self) -> Result<()> {
         let rows = self.catalogue.rows();
         let known: HashSet<Uuid> = rows.iter().map(|r| r.segment).collect();
         for row in rows.iter().filter(|r| r.relabel && self.writable) {
             self.finish_rename(row.clone())?;
             self.notes.push(format!("finished renaming disk {}", row.name));
+        }
+        for row in rows.iter().filter(|r| r.changing) {
+            // The mark stays where the segment cannot be read, for the next opening to try again.
+            if let Err(e) = self.reread(row) {
+                self.notes.push(format!("disk {} may be listed as it was before: {e}", row.name));
+            }
         }
         for name in self.store.names()? {
             let Some((id, suffix)) = name.split_once('.') else { continue };
@@ -280,6 +287,13 @@ impl StoreDir {
             }
         }
         Ok(())
+    }
+
+    /// Makes the row of a disk anew from its segment.
+    fn reread(&self, row: &DiskRow) -> Result<DiskRow> {
+        let row = DiskRow { name: row.name.clone(), ..self.row_of(row.segment)? };
+        self.catalogue.apply(&[Change::Put(row.clone())])?;
+        Ok(row)
     }
 
     /// Segments in the folder that the catalogue does not know.
@@ -330,6 +344,7 @@ impl StoreDir {
             parents,
             created: sb.created,
             relabel: false,
+            changing: false,
         })
     }
 

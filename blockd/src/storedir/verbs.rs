@@ -2,7 +2,9 @@
 //!
 //! Order of a change, and the crash it defends against: for creation, content durable, then the
 //! final name, then the catalogue; for deletion, the name goes first (`.del`), then the catalogue,
-//! then the file. At every point the folder alone says whether the disk exists.
+//! then the file. At every point the folder alone says whether the disk exists. What a row tells of
+//! a segment (size, sealed or not, name) changes between two transactions: the first marks the row,
+//! so that after a crash in between the next opening looks at the segment.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -232,25 +234,36 @@ impl StoreDir {
         let file = self.segment_file(row.segment, Access::Read)?;
         let sb = segment::read_superblock(file.as_ref())?.superblock;
         let options = self.disk_options();
-        match sb.seal {
-            Seal::Done if row.sealed => {
-                return Err(Error::invalid("it is sealed already").on(format!("disk {name}")));
-            }
-            // A crash came between the seal and what follows it.
-            Seal::Done => file.set_read_only(true)?,
+        if sb.seal == Seal::Done {
+            // A crash may have come between the seal and the mode of its file.
+            file.set_read_only(true)?;
+        }
+        if sb.seal == Seal::Done && row.sealed {
+            return Err(Error::invalid("it is sealed already").on(format!("disk {name}")));
+        }
+        self.changing(&row, || match sb.seal {
+            Seal::Done => Ok(()),
             Seal::Pending => {
                 let file = self.segment_file(row.segment, Access::Write)?;
-                Disk::finish_seal(file, self, &options, progress)?;
+                Disk::finish_seal(file, self, &options, progress).map(|_| ())
             }
             Seal::None => {
                 let disk = self.open_disk(name, Access::Write, &options)?;
-                disk.seal(progress)?;
+                disk.seal(progress).map(|_| ())
             }
-        }
+        })
+    }
+
+    /// Runs a change of a disk's segment that its row tells of: the row is marked first, and read
+    /// off the segment afterwards, whether the change succeeded or not. Swapped, a crash between
+    /// the change and its row leaves a catalogue that tells the old state and does not know it.
+    /// Test: `crash_points::storedir::the_catalogue_catches_up_after_a_crash`.
+    fn changing(&self, row: &DiskRow, change: impl FnOnce() -> Result<()>) -> Result<DiskRow> {
+        self.catalogue.apply(&[Change::Put(DiskRow { changing: true, ..row.clone() })])?;
+        let changed = change();
         self.sealed.lock().remove(&row.segment);
-        let row = DiskRow { name: name.into(), ..self.row_of(row.segment)? };
-        self.catalogue.apply(&[Change::Put(row.clone())])?;
-        Ok(row)
+        let reread = self.reread(row);
+        changed.and(reread)
     }
 
     /// Changes the size of a disk.
@@ -260,12 +273,11 @@ impl StoreDir {
     pub fn resize(&self, name: &str, size: u64, drop_data: bool) -> Result<DiskRow> {
         self.check_writable()?;
         let row = self.disk(name)?;
-        let disk = self.open_disk(name, Access::Write, &self.disk_options())?;
-        let resized = disk.resize(size, drop_data);
-        disk.close().and(resized)?;
-        let row = DiskRow { virtual_size: size, ..row };
-        self.catalogue.apply(&[Change::Put(row.clone())])?;
-        Ok(row)
+        self.changing(&row, || {
+            let disk = self.open_disk(name, Access::Write, &self.disk_options())?;
+            let resized = disk.resize(size, drop_data);
+            disk.close().and(resized)
+        })
     }
 
     /// Segments that the catalogue does not know may stand on a disk, too.
