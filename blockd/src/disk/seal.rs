@@ -154,9 +154,18 @@ impl Disk {
     /// error from it leaves the disk sealed, with its sums to be made by sealing again.
     ///
     /// # Errors
-    /// As [`Disk::checkpoint`], or what `progress` reports.
+    /// As [`Disk::checkpoint`], or what `progress` reports; `Corrupt` when a part of the map is
+    /// damaged: the disk is then closed and not sealed.
     pub fn seal(self, progress: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<[u8; 32]> {
         self.check_writable()?;
+        // Before the flip: a sealed map is never mended, and one with a gap cannot be summed.
+        let blocks = self.size().div_ceil(BLOCK);
+        let whole = self.map.resolve(GuestBlock(0), blocks, &mut |_| Ok(()));
+        if let Err(e) = whole.context("seal", || self.object()) {
+            // The error that counts is the first one: what does not close now is as after a crash.
+            let _ = self.close();
+            return Err(e);
+        }
         let sealed = self.seal_inner(progress).context("seal", || self.object())?;
         self.tail.remove()?;
         Ok(sealed)
