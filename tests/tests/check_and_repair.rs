@@ -176,23 +176,70 @@ fn damaged_vectors_cost_the_mixed_extents() {
 
 /// Story: writes to sound extents of a leaf without vectors were accepted and journaled, and the
 /// next checkpoint, which cannot write such a leaf, moved the journal's head past them: flushed and
-/// gone.
+/// gone. Later the whole leaf was given up, sound extents included.
 #[test]
-fn nothing_is_accepted_for_a_leaf_that_no_checkpoint_can_write() {
+fn a_leaf_without_its_vectors_serves_its_sound_extents_and_takes_no_change() {
     let mut sample = closed();
-    let run = sample.leaf_at(0).vectors.expect("leaf 0 has mixed extents");
+    let at = sample.leaf_at(0);
+    let run = at.vectors.expect("leaf 0 has mixed extents");
     sample.flip(run.page.file_offset() + 200, 5);
+    let byte = |extent: u64| extent * EXTENT;
     sample.session(|disk, contents| {
-        let sound = (300 * 128, 8);
-        if disk.write(0, sound.0 * SECTOR as u64, &bytes(77, sound.0, sound.1)).is_ok() {
-            contents.extend((sound.0..sound.0 + sound.1).map(|sector| (sector, 77)));
+        // In place, in an extent of its own: no map changes.
+        put(disk, contents, 77, (128, 8));
+        let refused = [
+            ("first write", disk.write(0, byte(300), &bytes(78, 300 * 128, 8))),
+            ("part of a block", disk.write(0, byte(300) + 512, &bytes(78, 300 * 128 + 1, 1))),
+            ("write to a damaged extent", disk.write(0, byte(10), &bytes(78, 10 * 128, 8))),
+            ("write over both", disk.write(0, byte(9), &bytes(78, 9 * 128, 256))),
+            ("discard of a sound extent", disk.discard(0, byte(1), EXTENT)),
+            ("discard of a damaged extent", disk.discard(0, byte(10), EXTENT)),
+            ("discard of the leaf", disk.discard(0, 0, LEAF_SPAN)),
+            ("discard of two leaves", disk.discard(0, LEAF_SPAN - EXTENT, 2 * EXTENT)),
+            ("zeroes", disk.write_zeroes(0, byte(1), EXTENT, true)),
+            ("a smaller disk", disk.resize(LEAF_SPAN / 2, true)),
+        ];
+        for (what, outcome) in refused {
+            assert_eq!(outcome.expect_err(what).kind(), Kind::Corrupt, "{what}");
         }
+        put(disk, contents, 79, (LEAF + 30 * 128, 256));
         disk.flush().unwrap();
         disk.checkpoint().unwrap();
     });
+    assert_eq!(sample.leaf_at(0), at, "the reference stays");
+    let mixed = BTreeSet::from([5, 10, 12]);
+    let lost = |sample: &Sample| -> BTreeSet<u64> {
+        sample.lost_blocks().iter().map(|block| block / 16).collect()
+    };
+    assert_eq!(lost(&sample), mixed);
 
-    let lost = sample.lost_blocks();
-    assert!(!lost.is_empty() && lost.iter().all(|b| blocks_of_leaf(0).contains(b)));
+    sample.flip(run.page.file_offset() + 200, 5);
+
+    assert_eq!(lost(&sample), BTreeSet::new());
+    assert!(sample.check().unwrap().clean);
+}
+
+/// Story: the flip to sealed came before anything looked at the whole map. The disk was left sealed
+/// for ever, with sums that nobody could make.
+#[test]
+fn a_disk_with_a_damaged_map_is_not_sealed() {
+    for vectors in [false, true] {
+        let mut sample = closed();
+        let at = sample.leaf_at(0);
+        let run = at.vectors.expect("leaf 0 has mixed extents");
+        sample.flip(if vectors { run.page } else { at.page }.file_offset() + 200, 5);
+        let (store, disk) = sample.open().unwrap();
+        put(&disk, &mut sample.contents, 80, (LEAF + 30 * 128, 8));
+
+        let error = disk.seal(&mut |_, _| Ok(())).unwrap_err();
+
+        assert_eq!(error.kind(), Kind::Corrupt, "{error}");
+        sample.image = store.live_image();
+        let report = sample.check().unwrap();
+        assert_eq!((report.stats.state, report.stats.attached), ("active", "no"));
+        let (_store, disk) = sample.open_read_only().unwrap();
+        assert_eq!(sample.read_back(&disk).wrong, [""; 0]);
+    }
 }
 
 #[test]

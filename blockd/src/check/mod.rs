@@ -132,7 +132,7 @@ pub fn check(
 
 fn examine(file: &Arc<dyn File>, segments: &dyn Segments, tail: Option<&Tail>) -> Result<Examined> {
     let (sb, problems) = newest(file.as_ref())?;
-    let how = How { on_damage: OnDamage::Extents, search_ring: true };
+    let how = How { on_damage: OnDamage::Keep, search_ring: true };
     let mut loaded = load_state(file, sb, segments, tail, (how, problems))?;
     let mut problems = Problems::default();
     problems.extend(std::mem::take(&mut loaded.problems));

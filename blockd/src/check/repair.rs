@@ -15,7 +15,7 @@ use std::sync::Arc;
 use format::entry::BlockState;
 use format::limits::{BLOCK, EXTENT_BLOCKS};
 use format::superblock::{Attached, State, Superblock};
-use format::units::index;
+use format::units::{GuestExtent, index};
 use format::{Error, Result};
 use serde::Serialize;
 
@@ -289,7 +289,7 @@ impl Repair<'_> {
     }
 
     fn load(&self, sb: Superblock) -> Result<Loaded> {
-        let on_damage = if self.options.drop_damaged { OnDamage::Zero } else { OnDamage::Leaves };
+        let on_damage = if self.options.drop_damaged { OnDamage::Zero } else { OnDamage::Keep };
         let how = How { on_damage, search_ring: true };
         load_state(self.file, sb, self.segments, self.tail, (how, Problems::default()))
     }
@@ -368,7 +368,18 @@ impl Repair<'_> {
         if !self.options.unshare || loaded.shared.is_empty() {
             return Ok(());
         }
-        let shared = std::mem::take(&mut loaded.shared);
+        let changes = |v: &GuestExtent| loaded.map.check_changes(v.first_block(), 1).is_ok();
+        let (shared, stuck): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut loaded.shared).into_iter().partition(|(v, _)| changes(v));
+        if !stuck.is_empty() {
+            self.refused.push(format!(
+                "unsharing {} extents under damaged map pages: drop damaged ranges as well",
+                stuck.len()
+            ));
+        }
+        if shared.is_empty() {
+            return Ok(());
+        }
         let extents: HashSet<_> = shared.iter().map(|(_, e)| *e).collect();
         for range in loaded.users(&extents)?.in_bytes(self.newest.virtual_size) {
             self.lost.push(Loss { range, why: Why::Shared });

@@ -69,7 +69,7 @@ pub fn scrub(
     progress: &mut dyn FnMut(u64, u64) -> Result<()>,
 ) -> Result<ScrubReport> {
     let (sb, problems) = newest(file.as_ref())?;
-    let how = How { on_damage: OnDamage::Extents, search_ring: false };
+    let how = How { on_damage: OnDamage::Keep, search_ring: false };
     let loaded = load_state(file, sb, segments, None, (how, problems))?;
     let mut report = scrub_loaded(&loaded, segments, progress)?;
     // What cannot be reached through a damaged map was not read.
@@ -160,7 +160,7 @@ fn part(
         return Ok(None);
     }
     let object = || format!("segment {segment}");
-    let how = How { on_damage: OnDamage::Extents, search_ring: false };
+    let how = How { on_damage: OnDamage::Keep, search_ring: false };
     let state =
         load_state(&file.file, superblock.clone(), segments, None, (how, Problems::default()));
     let runs = state.and_then(|state| {

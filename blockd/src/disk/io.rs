@@ -131,6 +131,9 @@ impl Disk {
     }
 
     fn first_write(&self, lane: usize, offset: u64, buf: &[u8]) -> Result<()> {
+        // Before anything is recorded: a record about a damaged leaf could never leave the journal.
+        let (first, count) = blocks_of(offset, buf.len() as u64);
+        self.map.check_changes(first, count)?;
         let mut parts: Vec<Part<'_>> = Vec::new();
         let mut outcome = self.prepare(lane, offset, buf, &mut parts);
         if outcome.is_ok() {

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use format::limits::{BLOCK, EXTENT, LEAF_SPAN, PAGE, SEGMENTS_MAX};
 use format::node::PageRef;
 use format::space::SpaceMap;
-use format::superblock::{Chosen, JournalHead, State, Superblock, choose};
+use format::superblock::{Chosen, JournalHead, Superblock, choose};
 use format::table::{ROW_BYTES, SegmentTable};
 use format::tree::Tree;
 use format::units::{ExtentId, GuestBlock, GuestExtent, LeafNo, Seq};
@@ -53,11 +53,9 @@ pub struct RowFile {
 /// What to make of a part of the map that cannot be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnDamage {
-    /// It stays unreadable, whole leaves at a time: who writes to the disk could change other
-    /// extents of a leaf without vectors, and no checkpoint could write that leaf.
-    Leaves,
-    /// It stays unreadable, as little as can be: for disks that are only read.
-    Extents,
+    /// It stays unreadable, as little as can be, and the map refuses every change of a leaf that
+    /// has lost its vectors: no checkpoint could write such a leaf.
+    Keep,
     /// It becomes explicitly zero, as little as can be, before the journal is replayed over it.
     Zero,
 }
@@ -137,11 +135,8 @@ impl Loaded {
 /// When the superblock or the segment table cannot be used, or the host reports an error.
 pub fn load(file: &Arc<dyn File>, segments: &dyn Segments, tail: Option<&Tail>) -> Result<Loaded> {
     let (sb, problems) = newest(file.as_ref())?;
-    let on_damage = match sb.state {
-        State::Active => OnDamage::Leaves,
-        State::Sealed => OnDamage::Extents,
-    };
-    let how = How { on_damage, search_ring: problems.any(What::SuperblockCopy) };
+    let search_ring = problems.any(What::SuperblockCopy);
+    let how = How { on_damage: OnDamage::Keep, search_ring };
     load_state(file, sb, segments, tail, (how, problems))
 }
 
@@ -184,7 +179,6 @@ pub fn load_state(
         map: Map::new(sb.own_index),
         problems,
         damaged: Ranges::default(),
-        thin: BTreeSet::new(),
         dropped: Ranges::default(),
         mended: false,
         dirty: BTreeSet::new(),
@@ -203,7 +197,6 @@ pub fn load_state(
     loader.leaves(&tree)?;
     loader.replay_journal(file.as_ref())?;
     loader.replay_tail(tail)?;
-    loader.forget_mended();
     loader.check_end()?;
     let (space, shared) = loader.rebuild_space(&tree);
     let tree = if how.on_damage == OnDamage::Zero { loader.without_damage(&tree) } else { tree };
@@ -329,8 +322,6 @@ struct Loader<'a> {
     map: Map,
     problems: Problems,
     damaged: Ranges,
-    /// Single extents in `damaged`: a discard of the whole leaf brings them back.
-    thin: BTreeSet<GuestExtent>,
     dropped: Ranges,
     mended: bool,
     dirty: BTreeSet<LeafNo>,

@@ -225,7 +225,7 @@ impl Map {
         for (b, slot) in vector.iter_mut().enumerate().skip(first.in_extent()).take(count) {
             *slot = state(b);
         }
-        self.live_leaf(extent.leaf(), &mut |leaf| leaf.store(extent.in_leaf(), &vector));
+        self.live_leaf(first, &mut |leaf| leaf.store(extent.in_leaf(), &vector))?;
         let after = own_extent(&vector, self.own);
         Ok(before.filter(|_| before != after))
     }
@@ -265,6 +265,7 @@ impl Map {
             let leaf = at.extent().leaf();
             let leaf_end = leaf.next().first_extent().first_block();
             if at == leaf.first_extent().first_block() && leaf_end <= end {
+                self.check_changes(at, 1)?;
                 self.own_extents(leaf)?.into_iter().for_each(|(v, e)| emptied(v, e));
                 self.install_whole(leaf, to);
                 at = leaf_end;
@@ -279,15 +280,44 @@ impl Map {
         Ok(())
     }
 
-    fn live_leaf(&self, leaf: LeafNo, change: &mut dyn FnMut(&Leaf)) {
-        let slot = self.slot_or_new(leaf);
-        if let Some(Slot::Live(live)) = slot.load().as_deref() {
-            return change(live);
+    /// Refuses changes of `count` blocks from `first` on that the map would not take. Damage
+    /// neither comes nor goes while a disk is open: who has asked may change them later, too.
+    ///
+    /// # Errors
+    /// `Corrupt` where the map page is damaged, or has lost its vectors: what can be read there
+    /// stays as it is, because no checkpoint could write such a leaf.
+    pub fn check_changes(&self, first: GuestBlock, count: u64) -> Result<()> {
+        let end = first.plus(count);
+        let mut at = first;
+        while at < end {
+            let leaf = at.extent().leaf();
+            let held = self.slot(leaf).map(ArcSwapOption::load);
+            match held.as_ref().and_then(|h| h.as_deref()) {
+                Some(Slot::Damaged) => return Err(damaged(at)),
+                Some(Slot::Live(live)) if live.vectors_damaged => return Err(damaged(at)),
+                _ => at = leaf.next().first_extent().first_block(),
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes the leaf of a block, which is made if there is none yet.
+    fn live_leaf(&self, block: GuestBlock, change: &mut dyn FnMut(&Leaf)) -> Result<()> {
+        let slot = self.slot_or_new(block.extent().leaf());
+        match slot.load().as_deref() {
+            Some(Slot::Damaged) => return Err(damaged(block)),
+            Some(Slot::Live(live)) if live.vectors_damaged => return Err(damaged(block)),
+            Some(Slot::Live(live)) => {
+                change(live);
+                return Ok(());
+            }
+            Some(Slot::Zero) | None => {}
         }
         let zero = matches!(slot.load().as_deref(), Some(Slot::Zero));
         let fresh = Leaf::filled(if zero { Entry::Zero } else { Entry::Hole });
         change(&fresh);
         slot.store(Some(Arc::new(Slot::Live(fresh))));
+        Ok(())
     }
 
     /// Every extent of the own segment that blocks under `leaf` lie in, with its virtual extent.

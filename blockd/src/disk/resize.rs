@@ -74,6 +74,7 @@ impl Disk {
         let mut state = self.checkpoint.lock();
         let (mut before, mut emptied) = (Vec::new(), Vec::new());
         if count > 0 {
+            self.map.check_changes(first, count)?;
             self.map.resolve(first, count, &mut |piece| {
                 before.push(piece);
                 Ok(())

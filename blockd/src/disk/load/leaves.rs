@@ -123,13 +123,6 @@ impl Loader<'_> {
                 }
                 (stored, None)
             }
-            Ok((mut stored, Some(bad))) if self.how.on_damage == OnDamage::Leaves => {
-                self.hidden |= own;
-                // What it names past the end of the file must not be given to others.
-                stored.vectors.clear();
-                self.check_targets(leaf, &mut stored);
-                return self.lose(leaf, 1, (object, bad));
-            }
             Ok(decoded) => decoded,
             Err(bad) => {
                 self.hidden |= own;
@@ -139,7 +132,7 @@ impl Loader<'_> {
         let mut vectors_damaged = false;
         if let Some(bad) = bad {
             self.hidden |= own;
-            vectors_damaged = self.how.on_damage == OnDamage::Extents;
+            vectors_damaged = self.how.on_damage == OnDamage::Keep;
             self.lose_vectors(leaf, &mut stored, &bad);
         }
         self.check_targets(leaf, &mut stored);
@@ -169,7 +162,6 @@ impl Loader<'_> {
                 self.dirty.insert(leaf);
             } else {
                 self.damaged.add(extent.first_block(), EXTENT_BLOCKS as u64);
-                self.thin.insert(extent);
             }
         }
     }

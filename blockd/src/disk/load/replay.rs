@@ -9,8 +9,6 @@
 //! The last commit of the journal is the exception to the first: damage to it looks like a commit
 //! that a power cut stopped (`docs/format.md` §7).
 
-use std::ops::RangeInclusive;
-
 use format::journal::{Record, Replay, Step};
 use format::limits::{BLOCK, EXTENT_BLOCKS, LEAF_SPAN, PAGE};
 use format::superblock::{Attached, Superblock};
@@ -18,7 +16,6 @@ use format::units::{ExtentId, GuestBlock, GuestExtent, LeafNo, index};
 use format::{Context, Error, Kind, Result};
 
 use super::{Bad, Loader};
-use crate::disk::leaf::damaged;
 use crate::disk::map::Whole;
 use crate::disk::problem::{Problem, What};
 use crate::disk::tail::Tail;
@@ -160,9 +157,10 @@ impl Loader<'_> {
         };
         let last = GuestExtent((block.0 + count - 1) / EXTENT_BLOCKS as u64).leaf();
         let leaves = block.extent().leaf()..=last;
-        if let Err(e) = outcome.and_then(|()| self.check_writable(&leaves)) {
+        if let Err(e) = outcome {
             // The extent that the record names is in use, and the map does not say so.
             self.hidden = true;
+            self.hide_stale(leaves.start().0, leaves.end().0);
             let object = format!("journal record for byte offset {}", block.offset());
             let problem = Problem::new(What::JournalWaits, object, &e);
             self.problems.note(problem.costing(block.offset().0, count * BLOCK));
@@ -172,13 +170,14 @@ impl Loader<'_> {
         Ok(())
     }
 
-    /// Fails for a leaf without vectors: it can be read in part, but no checkpoint could write it.
-    fn check_writable(&self, leaves: &RangeInclusive<LeafNo>) -> Result<()> {
-        let extents = leaves.start().first_extent()..leaves.end().next().first_extent();
-        match self.thin.range(extents).next() {
-            Some(extent) => Err(damaged(extent.first_block())),
-            None => Ok(()),
-        }
+    /// A record stopped at a leaf that takes no change. What can still be read of that leaf and of
+    /// those behind it, up to leaf `last`, is older than what was flushed: it becomes unreadable.
+    fn hide_stale(&mut self, first: u64, last: u64) {
+        let start = |leaf: u64| LeafNo(leaf).first_extent().first_block();
+        let refuses = |leaf: &u64| self.map.check_changes(start(*leaf), 1).is_err();
+        let Some(stopped) = (first..=last).find(refuses) else { return };
+        (stopped..=last).for_each(|l| self.map.install_whole(LeafNo(l), Whole::Damaged));
+        self.damaged.add(start(stopped), (last + 1 - stopped) * (LEAF_SPAN / BLOCK));
     }
 
     /// Maps `count` blocks from `block` on to the own segment; `extent` names the extent of the

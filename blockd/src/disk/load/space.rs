@@ -192,15 +192,6 @@ impl Loader<'_> {
         self.problems.extend(problems);
         shared
     }
-
-    /// Single extents that a discard in the journal brought back are not damaged any more.
-    pub(super) fn forget_mended(&mut self) {
-        for extent in std::mem::take(&mut self.thin) {
-            if self.map.vector(extent).is_ok() {
-                self.damaged.subtract(extent.first_block(), BLOCKS_PER_EXTENT);
-            }
-        }
-    }
 }
 
 /// Takes every extent up to the end of the file, and every free page beside a map page.
