@@ -791,14 +791,18 @@ fn every_crash_point_of_a_repair_that_drops_damage_can_be_repeated() {
     every_crash_point_of(sample, RepairOptions { leaks: true, ..DROP }, &after);
 }
 
-#[test]
-fn every_crash_point_of_a_repair_that_goes_back_can_be_repeated() {
-    let mut sample = half_flipped();
+/// The root of the newest state is damaged, so that a repair goes back to the state before.
+fn every_crash_point_of_going_back(mut sample: Sample) {
     let root = sample.tree().pages().next().expect("a root").page.file_offset();
     sample.flip(root + 1, 1);
     let options = RepairOptions { older_generation: true, ..RepairOptions::default() };
     let after = sample.clone();
     every_crash_point_of(sample, options, &after);
+}
+
+#[test]
+fn every_crash_point_of_a_repair_that_goes_back_can_be_repeated() {
+    every_crash_point_of_going_back(half_flipped());
 }
 
 /// Story: the only copy of the newest state was overwritten first. A cut left the older one alone,
@@ -820,11 +824,7 @@ fn a_repair_that_goes_back_keeps_the_only_copy_of_each_state_to_the_last() {
     sample.flip(SUPERBLOCK_OFFSETS[1] + 9, 1);
     sample.flip(SUPERBLOCK_OFFSETS[2] + 9, 1);
     assert!(sample.lost_blocks().is_empty());
-    let root = sample.tree().pages().next().expect("a root").page.file_offset();
-    sample.flip(root + 1, 1);
-    let options = RepairOptions { older_generation: true, ..RepairOptions::default() };
-    let after = sample.clone();
-    every_crash_point_of(sample, options, &after);
+    every_crash_point_of_going_back(sample);
 }
 
 #[test]
