@@ -5,5 +5,6 @@ pub mod check;
 pub mod diff;
 pub mod disk;
 pub mod segment;
+pub mod serve;
 pub mod store;
 pub mod storedir;

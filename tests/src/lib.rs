@@ -9,6 +9,7 @@ pub mod crash;
 pub mod flat;
 pub mod inspect;
 pub mod kill;
+pub mod load;
 pub mod model;
 pub mod pattern;
 pub mod rng;

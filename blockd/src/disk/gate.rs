@@ -27,6 +27,15 @@ pub struct IoGate {
 #[derive(Debug)]
 pub struct Inside<'a>(&'a AtomicU64);
 
+/// A request inside the gate, for a caller that cannot borrow it: which counter it is in. Must be
+/// given to [`IoGate::leave`].
+#[derive(Debug)]
+#[must_use = "space is never used again while a pass is out"]
+pub struct Pass {
+    lane: usize,
+    parity: usize,
+}
+
 /// How long who waits at a closed gate sleeps between looks: closing is rare and short.
 const CLOSED_WAIT: Duration = Duration::from_micros(50);
 
@@ -61,22 +70,41 @@ impl IoGate {
     /// Enters on behalf of queue `lane`; waits while the gate is closed.
     #[must_use]
     pub fn enter(&self, lane: usize) -> Inside<'_> {
-        let lane = &self.lanes[lane % self.lanes.len()];
+        loop {
+            if let Some(pass) = self.try_enter(lane) {
+                return Inside(self.counter(&pass));
+            }
+            std::thread::sleep(CLOSED_WAIT);
+        }
+    }
+
+    /// Enters on behalf of queue `lane`, or says that the gate is closed.
+    pub fn try_enter(&self, lane: usize) -> Option<Pass> {
         loop {
             let epoch = self.epoch.load(Ordering::SeqCst);
-            let counter = &lane.inside[usize::from(epoch % 2 == 1)];
+            let pass = Pass { lane: lane % self.lanes.len(), parity: usize::from(epoch % 2 == 1) };
             // SeqCst with the load below and the pair in `try_advance`: either the advance sees
             // this count, or this request sees the new epoch and tries again.
-            counter.fetch_add(1, Ordering::SeqCst);
+            self.counter(&pass).fetch_add(1, Ordering::SeqCst);
             let closed = self.closed.load(Ordering::SeqCst);
             if !closed && self.epoch.load(Ordering::SeqCst) == epoch {
-                return Inside(counter);
+                return Some(pass);
             }
-            counter.fetch_sub(1, Ordering::Release);
+            self.leave(pass);
             if closed {
-                std::thread::sleep(CLOSED_WAIT);
+                return None;
             }
         }
+    }
+
+    fn counter(&self, pass: &Pass) -> &AtomicU64 {
+        &self.lanes[pass.lane].inside[pass.parity]
+    }
+
+    /// Leaves with the pass of [`IoGate::try_enter`].
+    pub fn leave(&self, pass: Pass) {
+        // Release pairs with the SeqCst load in `try_advance`, as in the drop of `Inside`.
+        self.counter(&pass).fetch_sub(1, Ordering::Release);
     }
 
     /// Closes the gate and waits until everyone inside has left. One caller at a time.

@@ -9,7 +9,6 @@
 //! which syncs the data before it writes the journal. Test: `crash_points`, `two_crash_domains`.
 
 use format::entry::BlockState;
-use format::journal::Record;
 use format::limits::{BLOCK, EXTENT};
 use format::units::{ExtentId, GuestBlock, GuestExtent, index};
 use format::{Context, Error, Result};
@@ -77,7 +76,7 @@ impl Disk {
         })
     }
 
-    fn row(&self, index: u16) -> Result<&super::load::RowFile> {
+    pub(super) fn row(&self, index: u16) -> Result<&super::load::RowFile> {
         let row = self.rows.get(usize::from(index)).and_then(Option::as_ref);
         row.ok_or_else(|| Error::corrupt(format!("the segment of row {index} is missing")))
     }
@@ -186,7 +185,7 @@ impl Disk {
         Ok(())
     }
 
-    fn target(&self, lane: usize, claim: &Claim) -> Result<ExtentId> {
+    pub(super) fn target(&self, lane: usize, claim: &Claim) -> Result<ExtentId> {
         let owned = || self.map.own_extent(claim.extent);
         if let Some(target) = self.claims.target(claim, owned, None)? {
             return Ok(target);
@@ -264,15 +263,8 @@ impl Disk {
         };
         let mut outcome = Ok(());
         for p in parts {
-            let record = Record::Map {
-                block: p.block,
-                count: p.count as u64,
-                target: p.target.block(p.block.in_extent()),
-            };
-            // Record before entry: a reader that saw the entry has seen data that a kill must keep.
-            core.tail.append(&record);
-            core.dirty.insert(p.block.extent().leaf());
-            outcome = outcome.and(self.map.set_own(p.block, p.count, p.target).map(|_| ()));
+            let published = self.publish_part(&mut core, p.block, p.count, p.target);
+            outcome = outcome.and(published);
             self.release(&mut core, p.claim);
         }
         outcome

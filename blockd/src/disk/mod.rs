@@ -25,6 +25,7 @@ mod leaf;
 pub mod load;
 pub mod map;
 mod open;
+pub mod plan;
 pub mod problem;
 mod resize;
 pub mod seal;
@@ -210,15 +211,20 @@ impl Disk {
     /// What the host reports.
     pub fn facts(&self) -> Result<Facts> {
         let superblock = self.checkpoint.lock().superblock.clone();
-        let used_pages = self.commit.lock().used_pages;
         Ok(Facts {
             superblock,
             table: self.table.clone(),
             extents_used: self.core.lock().space.used_count(),
             allocated: self.file.allocated()?,
             map_bytes: self.map.memory_bytes(),
-            journal_pages: (used_pages, self.journal_pages),
+            journal_pages: self.journal_use(),
         })
+    }
+
+    /// Journal pages in use, and in all.
+    #[must_use]
+    pub fn journal_use(&self) -> (u64, u64) {
+        (self.commit.lock().used_pages, self.journal_pages)
     }
 
     /// Checks a byte range of a request: in sectors, inside the disk.

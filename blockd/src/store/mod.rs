@@ -10,6 +10,7 @@
 //! - A rename replaces its target atomically.
 //! - An error from `sync` is final for what it covered: the engine never syncs again and trusts it.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use format::{Error, Result};
@@ -165,9 +166,26 @@ pub trait File: Send + Sync {
         Ok(())
     }
 
+    /// The file of the host behind this one, for callers that move bytes with a ring of their own.
+    /// `None` when there is none.
+    fn raw(&self) -> Option<RawFile<'_>> {
+        None
+    }
+
     /// True when the file is open for direct I/O (buffers and offsets that are not aligned to
     /// [`buf::ALIGN`] then take a detour through a bounce buffer).
     fn is_direct(&self) -> bool;
+}
+
+/// A file of the host, and what it asks of a transfer that goes to it as it is.
+#[derive(Debug, Clone, Copy)]
+pub struct RawFile<'a> {
+    /// The open file.
+    pub fd: BorrowedFd<'a>,
+    /// Multiple at which buffers must start; 1 when the file goes through the page cache.
+    pub memory_align: usize,
+    /// Multiple of which offsets and lengths must be; 1 when the file goes through the page cache.
+    pub offset_align: u64,
 }
 
 /// A flat folder of files. Names are plain file names, never paths.

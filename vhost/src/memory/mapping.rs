@@ -185,6 +185,21 @@ pub(crate) unsafe fn copy_out(dst: *mut u8, src: &[u8]) {
     bytes(tail, &mut at);
 }
 
+/// Writes zeroes to shared memory.
+///
+/// # Safety
+/// `dst` is valid for `len` bytes.
+pub(crate) unsafe fn zero_out(dst: *mut u8, len: usize) {
+    const ZEROES: [u8; 4096] = [0; 4096];
+    let mut done = 0;
+    while done < len {
+        let part = (len - done).min(ZEROES.len());
+        // SAFETY: inside the range the caller vouches for.
+        unsafe { copy_out(dst.wrapping_add(done), &ZEROES[..part]) };
+        done += part;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

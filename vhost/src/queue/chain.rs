@@ -8,7 +8,7 @@
 //! `segments` and holds the guest address of each, for the dirty log.
 
 use super::RingError;
-use crate::memory::mapping::{copy_in, copy_out};
+use crate::memory::mapping::{copy_in, copy_out, zero_out};
 use crate::memory::{GuestAddr, Memory};
 use crate::util::{low32, wide};
 
@@ -56,6 +56,37 @@ impl Segment {
     pub fn part(&self, offset: usize, len: usize) -> Segment {
         assert!(offset <= self.len() && len <= self.len() - offset);
         Segment::new(self.base().wrapping_add(offset), len)
+    }
+}
+
+/// Bytes of guest memory that a worker touches itself. They are valid while the chain that the
+/// segment belongs to is out, and the guest may change them at any time.
+impl Segment {
+    /// Writes zeroes.
+    pub fn zero(&self) {
+        // SAFETY: all bytes of a segment, which is valid while the chain is out. The guest may
+        // look on, and nobody here has a reference to the bytes.
+        unsafe { zero_out(self.base(), self.len()) };
+    }
+
+    /// Copies `src` to the front of the segment.
+    ///
+    /// # Panics
+    /// When it does not fit.
+    pub fn copy_from(&self, src: &[u8]) {
+        assert!(src.len() <= self.len());
+        // SAFETY: as in `zero`, and the length was checked.
+        unsafe { copy_out(self.base(), src) };
+    }
+
+    /// Copies the front of the segment to `dst`.
+    ///
+    /// # Panics
+    /// When the segment is shorter.
+    pub fn copy_to(&self, dst: &mut [u8]) {
+        assert!(dst.len() <= self.len());
+        // SAFETY: as in `zero`, and the length was checked.
+        unsafe { copy_in(dst, self.base()) };
     }
 }
 

@@ -22,7 +22,7 @@ use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::fs::{Advice, FallocateFlags, Mode, SeekFrom, Stat};
 use rustix::io::{Errno, pread, retry_on_intr};
 
-use super::super::{File, ReadOp, WriteOp, range_end};
+use super::super::{File, RawFile, ReadOp, WriteOp, range_end};
 use super::bounce::{self, Align};
 use super::host;
 use super::lock::LockKind;
@@ -255,6 +255,12 @@ impl File for FileHandle {
 
     fn is_direct(&self) -> bool {
         self.direct.is_some()
+    }
+
+    fn raw(&self) -> Option<RawFile<'_>> {
+        let (memory_align, offset_align) =
+            self.direct.map_or((1, 1), |align| (align.memory, align.offset as u64));
+        Some(RawFile { fd: self.fd.as_fd(), memory_align, offset_align })
     }
 }
 

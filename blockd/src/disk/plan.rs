@@ -1,0 +1,356 @@
+//! Requests in two halves, for a caller that moves the data itself: a plan says where the bytes of
+//! a request lie, and after the caller has moved them, a first write is published.
+//!
+//! The halves are those of [`Disk::read`] and [`Disk::write`]; what differs is that nothing here
+//! waits for another request. Where a wait would be needed (a busy block, a partial block that must
+//! be completed from older content) the answer is [`Planned::Slow`], and the caller hands the
+//! request to a thread that may wait.
+//!
+//! Contract, and the crash it defends against:
+//! - A [`Pass`] is held from before the plan is made until the last transfer has ended: else space
+//!   that a transfer still touches is given to another extent.
+//! - [`Disk::publish`] is called only after every transfer of the plan succeeded: a record that a
+//!   killed process leaves must not name a block whose data never arrived.
+//!
+//! Test: `tests/tests/vhost_user.rs` (`killed_under_load_…`), and the unit tests below.
+
+use format::entry::BlockState;
+use format::journal::Record;
+use format::limits::{BLOCK, EXTENT};
+use format::units::{ExtentId, GuestBlock, GuestExtent, index};
+use format::{Context, Error, Kind, Result};
+
+use super::claims::{Claim, mask};
+use super::gate::Pass;
+use super::{Disk, blocks_of};
+use crate::store::RawFile;
+
+/// Bytes that one plan covers at most.
+pub const WINDOW: u64 = 1 << 20;
+/// Transfers that one plan has at most.
+pub const TRANSFERS_MAX: usize = 64;
+
+/// Where the bytes of a transfer are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// Nowhere: they read as zeroes.
+    Zeroes,
+    /// In the file of a row of the segment table, at this byte offset.
+    File {
+        /// Row of the segment table.
+        row: u16,
+        /// Byte offset in the file.
+        offset: u64,
+    },
+}
+
+/// Neighbouring bytes of a request that lie together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Transfer {
+    /// Where they are.
+    pub place: Place,
+    /// Number of bytes.
+    pub len: u64,
+}
+
+/// An extent that a first write is giving space to.
+#[derive(Debug)]
+struct Part {
+    claim: Claim,
+    target: ExtentId,
+    block: GuestBlock,
+    count: usize,
+}
+
+/// A reusable plan. One that has been filled by [`Disk::plan_write`] must go to [`Disk::publish`]
+/// or [`Disk::abandon`]: it may hold claims.
+#[derive(Debug)]
+pub struct Plan {
+    transfers: Vec<Transfer>,
+    parts: Vec<Part>,
+    bytes: u64,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Plan {
+            transfers: Vec::with_capacity(TRANSFERS_MAX),
+            parts: Vec::with_capacity(index(WINDOW / EXTENT) + 1),
+            bytes: 0,
+        }
+    }
+}
+
+/// What came of planning a write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Planned {
+    /// Move the bytes of the plan, then publish.
+    Ready,
+    /// Somebody would have to wait: use [`Disk::write`] on a thread that may. Nothing is held.
+    Slow,
+}
+
+impl Plan {
+    /// The transfers, in the order of the request's bytes.
+    #[must_use]
+    pub fn transfers(&self) -> &[Transfer] {
+        &self.transfers
+    }
+
+    /// Bytes from the start of the planned range that the plan covers.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Whether there is something to publish.
+    #[must_use]
+    pub fn is_first_write(&self) -> bool {
+        !self.parts.is_empty()
+    }
+
+    fn clear(&mut self) {
+        debug_assert!(self.parts.is_empty(), "claims of an earlier plan are held");
+        self.transfers.clear();
+        self.bytes = 0;
+    }
+
+    /// Adds bytes to the plan; false when it is full.
+    fn add(&mut self, place: Place, len: u64) -> bool {
+        if let Some(last) = self.transfers.last_mut() {
+            let follows = match (last.place, place) {
+                (Place::Zeroes, Place::Zeroes) => true,
+                (Place::File { row: a, offset: x }, Place::File { row: b, offset: y }) => {
+                    a == b && x + last.len == y
+                }
+                _ => false,
+            };
+            if follows {
+                last.len += len;
+                self.bytes += len;
+                return true;
+            }
+        }
+        if self.transfers.len() == TRANSFERS_MAX {
+            return false;
+        }
+        self.transfers.push(Transfer { place, len });
+        self.bytes += len;
+        true
+    }
+}
+
+/// End of the window that begins at `offset`.
+fn window_end(offset: u64, len: u64) -> u64 {
+    ((offset / WINDOW + 1) * WINDOW).min(offset + len)
+}
+
+impl Disk {
+    /// Lets a request of queue `lane` in; `None` while the disk is closed to requests for a moment.
+    #[must_use]
+    pub fn enter(&self, lane: usize) -> Option<Pass> {
+        self.gate.try_enter(lane)
+    }
+
+    /// Lets a request out that came in with `pass`.
+    pub fn leave(&self, pass: Pass) {
+        self.gate.leave(pass);
+    }
+
+    /// Says where to read the first bytes of `offset..offset + len`, both multiples of 512. Takes
+    /// no lock and allocates nothing.
+    ///
+    /// # Errors
+    /// As [`Disk::read`].
+    pub fn plan_read(&self, offset: u64, len: u64, plan: &mut Plan) -> Result<()> {
+        plan.clear();
+        self.check_alive()?;
+        self.check_range(offset, len)?;
+        self.resolve_into(offset, window_end(offset, len), plan, &mut |_| true)
+            .context("read", || self.object())
+            .map(|_| ())
+    }
+
+    /// Says where to write the first bytes of `offset..offset + len`, both multiples of 512.
+    /// Allocates nothing and takes no lock when every block lies in the own segment already.
+    ///
+    /// # Errors
+    /// As [`Disk::write`]; nothing is held then.
+    pub fn plan_write(
+        &self,
+        lane: usize,
+        offset: u64,
+        len: u64,
+        plan: &mut Plan,
+    ) -> Result<Planned> {
+        plan.clear();
+        self.check_writable()?;
+        self.check_range(offset, len)?;
+        let end = window_end(offset, len);
+        let own = self.map.own();
+        let mut is_own =
+            |state| matches!(state, BlockState::Data { segment, .. } if segment == own);
+        let outcome = match self.resolve_into(offset, end, plan, &mut is_own) {
+            Ok(true) => Ok(Planned::Ready),
+            Ok(false) => self.plan_first_write(lane, offset, end, plan),
+            Err(e) => Err(e),
+        };
+        outcome.context("write", || self.object())
+    }
+
+    /// Fills `plan` with the places of a range as long as `wanted` says yes; false when it said no.
+    fn resolve_into(
+        &self,
+        offset: u64,
+        end: u64,
+        plan: &mut Plan,
+        wanted: &mut dyn FnMut(BlockState) -> bool,
+    ) -> Result<bool> {
+        let (first, count) = blocks_of(offset, end - offset);
+        let (mut all, mut room) = (true, true);
+        self.map.resolve(first, count, &mut |piece| {
+            all = all && wanted(piece.state);
+            if !all || !room {
+                return Ok(());
+            }
+            let from = piece.block.offset().0.max(offset);
+            let to = (piece.block.offset().0 + piece.count * BLOCK).min(end);
+            let place = match piece.state {
+                BlockState::Hole | BlockState::Zero => Place::Zeroes,
+                BlockState::Data { segment, block } => {
+                    let base = self.row(segment.get())?.base.file_offset();
+                    let inside = from - piece.block.offset().0;
+                    let offset = base + block.file_offset() + inside;
+                    Place::File { row: segment.get(), offset }
+                }
+            };
+            room = plan.add(place, to - from);
+            Ok(())
+        })?;
+        Ok(all)
+    }
+
+    fn plan_first_write(
+        &self,
+        lane: usize,
+        offset: u64,
+        end: u64,
+        plan: &mut Plan,
+    ) -> Result<Planned> {
+        plan.clear();
+        // The last block of the disk may be a partial one: it is whole as far as the disk goes.
+        let ends_whole = end.is_multiple_of(BLOCK) || end == self.size();
+        if !offset.is_multiple_of(BLOCK) || !ends_whole {
+            return Ok(Planned::Slow);
+        }
+        let outcome = self.claim_parts(lane, offset, end, plan);
+        if !matches!(outcome, Ok(Planned::Ready)) {
+            self.abandon(plan);
+        }
+        outcome
+    }
+
+    fn claim_parts(&self, lane: usize, offset: u64, end: u64, plan: &mut Plan) -> Result<Planned> {
+        let mut at = offset;
+        while at < end {
+            let extent = GuestExtent(at / EXTENT);
+            let stop = ((extent.0 + 1) * EXTENT).min(end);
+            let (block, count) = blocks_of(at, stop - at);
+            let count = index(count);
+            // The state of a block that is damaged must be known before it is given away.
+            self.map.vector(extent)?;
+            let Some(claim) = self.claims.try_claim(extent, mask(block.in_extent(), count)) else {
+                return Ok(Planned::Slow);
+            };
+            // In the plan whatever happens next, so that it is released.
+            plan.parts.push(Part { claim, target: ExtentId(0), block, count });
+            let part = plan.parts.last_mut().expect("just pushed");
+            part.target = self.target(lane, &part.claim)?;
+            let offset = part.target.file_offset() + at % EXTENT;
+            plan.add(Place::File { row: self.map.own().get(), offset }, stop - at);
+            at = stop;
+        }
+        Ok(Planned::Ready)
+    }
+
+    /// Publishes a first write whose transfers have all succeeded, and ends its claims. False, with
+    /// nothing changed, when the tail has no room: flush, then try again.
+    ///
+    /// # Errors
+    /// `Corrupt` in a damaged range; the claims have ended then, too.
+    pub fn publish_plan(&self, plan: &mut Plan) -> Result<bool> {
+        if plan.parts.is_empty() {
+            return Ok(true);
+        }
+        let mut core = self.core.lock();
+        if core.tail.room() < plan.parts.len() as u64 {
+            return Ok(false);
+        }
+        let mut outcome = Ok(());
+        for part in plan.parts.drain(..) {
+            let set = self.publish_part(&mut core, part.block, part.count, part.target);
+            outcome = outcome.and(set);
+            self.release(&mut core, part.claim);
+        }
+        outcome.context("write", || self.object()).map(|()| true)
+    }
+
+    /// Record, then entry: a reader that saw the entry has seen data that a kill must keep.
+    pub(super) fn publish_part(
+        &self,
+        core: &mut super::Core,
+        block: GuestBlock,
+        count: usize,
+        target: ExtentId,
+    ) -> Result<()> {
+        let first = target.block(block.in_extent());
+        core.tail.append(&Record::Map { block, count: count as u64, target: first });
+        core.dirty.insert(block.extent().leaf());
+        self.map.set_own(block, count, target).map(|_| ())
+    }
+
+    /// Ends the claims of a plan that is not published: its write failed.
+    pub fn abandon(&self, plan: &mut Plan) {
+        if !plan.parts.is_empty() {
+            let mut core = self.core.lock();
+            plan.parts.drain(..).for_each(|part| self.release(&mut core, part.claim));
+        }
+        plan.clear();
+    }
+
+    /// The files of all rows of the segment table, for a caller that moves bytes itself.
+    ///
+    /// # Errors
+    /// `Unsupported` when a file is not one of the host.
+    pub fn raw_files(&self) -> Result<Vec<Option<RawFile<'_>>>> {
+        let foreign = || {
+            Error::new(Kind::Unsupported, "its store has no files of the host").on(self.object())
+        };
+        let mut files = Vec::with_capacity(self.rows.len());
+        for row in &self.rows {
+            let raw = row.as_ref().map(|row| row.file.raw().ok_or_else(foreign));
+            files.push(raw.transpose()?);
+        }
+        Ok(files)
+    }
+
+    /// Whether one sync of the own file makes everything durable that has completed: true when no
+    /// record waits for the journal. A caller that syncs by itself must report a failure to
+    /// [`Disk::sync_failed`].
+    #[must_use]
+    pub fn one_sync_suffices(&self) -> bool {
+        let core = self.core.lock();
+        core.tail.head() == core.tail.next() && self.check_alive().is_ok()
+    }
+
+    /// A sync of the own file failed: this opening of the disk is at its end.
+    pub fn sync_failed(&self, error: Error) -> Error {
+        self.fail(error.tried("sync"))
+    }
+
+    /// Whether the disk was opened for writing.
+    #[must_use]
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+}

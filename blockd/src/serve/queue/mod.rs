@@ -1,0 +1,314 @@
+//! The worker of one virtqueue: a thread with a ring of its own.
+//!
+//! Over and over it looks at what completed, takes what the guest offers, hands both to the kernel
+//! in one call, tells the guest of what is done in one notification, and when there was nothing of
+//! all this polls for a while that adapts itself, then sleeps until a doorbell rings.
+//!
+//! Invariants:
+//! - Reads and overwrites neither allocate nor lock nor log (`tests/tests/hot_path.rs`).
+//! - A request is inside the gate of its disk from before it is planned until its last transfer
+//!   has ended, and nothing waits inside it for another request of the same queue.
+//! - A request is answered once, after its bytes were moved and, if it was a first write,
+//!   published; a write in write-through mode only when it is durable.
+//! - When the queue is stopped, what is in work is finished and answered, except for what is held:
+//!   that stays marked in the in-flight area and is done by whoever serves the ring next.
+
+mod poll;
+mod request;
+mod ring;
+mod slot;
+
+use std::collections::VecDeque;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::SyncSender;
+use std::time::{Duration, Instant};
+
+use format::{Error, Result};
+use vhost_blk::blk::{Limits, Status};
+use vhost_blk::session::{ActiveQueue, Control};
+
+use super::hold;
+use super::slow::{Mailbox, Outcome};
+use super::volume::Volume;
+use poll::Poller;
+use ring::{Bell, DataRing, Done};
+use slot::{Phase, Slot};
+
+/// Most requests that one queue has in work.
+const SLOTS_MAX: u32 = 128;
+/// How soon a request is tried again that came to a closed gate.
+const GATE_WAIT: Duration = Duration::from_micros(200);
+
+/// What a worker and who started it share.
+#[derive(Debug, Default)]
+pub(super) struct WorkerState {
+    /// Counts the rounds of the worker.
+    rounds: AtomicU64,
+    ended: AtomicBool,
+}
+
+impl WorkerState {
+    /// Rounds that the worker has begun.
+    pub(super) fn rounds(&self) -> u64 {
+        self.rounds.load(Ordering::Acquire) // pairs with the store in `Worker::run`
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire) // pairs with the store at the end of `Worker::run`
+    }
+}
+
+/// What a worker is started with.
+pub(super) struct Setup {
+    /// The disk.
+    pub(super) volume: Arc<Volume>,
+    /// The ring of the guest.
+    pub(super) queue: ActiveQueue,
+    /// What requests are checked against.
+    pub(super) limits: Limits,
+    /// Most microseconds to poll before sleeping; 0 for never.
+    pub(super) poll_us_max: u32,
+    /// Answer to a question for the serial number.
+    pub(super) serial: [u8; 20],
+    /// For the starter to look at.
+    pub(super) state: Arc<WorkerState>,
+}
+
+/// A file, and what it asks of buffers.
+#[derive(Debug, Clone, Copy)]
+struct FileTraits {
+    fd: i32,
+    memory_align: usize,
+    offset_align: u64,
+}
+
+struct Worker {
+    volume: Arc<Volume>,
+    queue: ActiveQueue,
+    limits: Limits,
+    serial: [u8; 20],
+    state: Arc<WorkerState>,
+    lane: usize,
+    ring: DataRing,
+    files: Vec<Option<FileTraits>>,
+    mailbox: Arc<Mailbox>,
+    outcomes: Vec<Outcome>,
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    /// Slots to be started, in the order of their arrival.
+    ready: VecDeque<u32>,
+    held: Vec<u32>,
+    /// When to look at `ready` again although nothing rings.
+    wake_at: Option<Instant>,
+    retry_at: Option<Instant>,
+    resumes: u64,
+    refused: u64,
+    finished: bool,
+    poller: Poller,
+}
+
+/// Runs the worker of a queue until the queue is stopped. `started` is told once whether it could
+/// begin.
+pub(super) fn work(setup: Setup, started: &SyncSender<Result<Arc<Mailbox>>>) {
+    let state = Arc::clone(&setup.state);
+    match Worker::new(setup) {
+        Ok(mut worker) => {
+            let _ = started.send(Ok(Arc::clone(&worker.mailbox)));
+            worker.run();
+        }
+        Err(e) => {
+            let _ = started.send(Err(e));
+        }
+    }
+    state.ended.store(true, Ordering::Release); // pairs with the load in `has_ended`
+}
+
+impl Worker {
+    fn new(setup: Setup) -> Result<Worker> {
+        let Setup { volume, queue, limits, poll_us_max, serial, state } = setup;
+        let traits = |raw: Option<crate::store::RawFile<'_>>| {
+            raw.map(|raw| FileTraits {
+                fd: raw.fd.as_raw_fd(),
+                memory_align: raw.memory_align,
+                offset_align: raw.offset_align,
+            })
+        };
+        let files: Vec<_> = volume.disk().raw_files()?.into_iter().map(traits).collect();
+        // A row without a file is never named by the map of an open disk; -1 keeps its place.
+        let fds: Vec<i32> = files.iter().map(|f| f.map_or(-1, |f| f.fd)).collect();
+        let mut ring = DataRing::new(&fds)?;
+        let mailbox = Mailbox::new()?;
+        volume.register(&mailbox);
+        ring.watch(Bell::Kick, std::os::fd::AsFd::as_fd(queue.kick()))?;
+        ring.watch(Bell::Control, queue.control_fd())?;
+        ring.watch(Bell::Mail, std::os::fd::AsFd::as_fd(&*mailbox))?;
+        let resumes = volume.hold().resumes();
+        Ok(Worker {
+            lane: usize::from(queue.index()),
+            volume,
+            queue,
+            limits,
+            serial,
+            state,
+            ring,
+            files,
+            mailbox,
+            outcomes: Vec::with_capacity(SLOTS_MAX as usize),
+            slots: (0..SLOTS_MAX).map(|_| Slot::default()).collect(),
+            free: (0..SLOTS_MAX).rev().collect(),
+            ready: VecDeque::with_capacity(SLOTS_MAX as usize),
+            held: Vec::with_capacity(SLOTS_MAX as usize),
+            wake_at: None,
+            retry_at: None,
+            resumes,
+            refused: 0,
+            finished: false,
+            poller: Poller::new(poll_us_max),
+        })
+    }
+
+    fn run(&mut self) {
+        loop {
+            // Release pairs with the load in `rounds`: what this round sees, it sees after the
+            // starter's change.
+            self.state.rounds.fetch_add(1, Ordering::Release);
+            let stopping = self.queue.control() == Control::Stop;
+            let mut progress = self.reap();
+            progress |= self.read_mail();
+            progress |= self.retry_held();
+            if !stopping {
+                progress |= self.fetch();
+            }
+            self.start_ready();
+            if let Err(error) = self.ring.submit() {
+                self.give_up(&error);
+                return;
+            }
+            if std::mem::take(&mut self.finished) {
+                self.queue.publish();
+                progress = true;
+            }
+            if stopping && self.is_drained() {
+                self.drop_held();
+                return;
+            }
+            if !progress && !self.ring.has_completions() {
+                self.idle(stopping);
+            }
+        }
+    }
+
+    /// Nothing is left that will end by itself.
+    fn is_drained(&self) -> bool {
+        self.free.len() + self.held.len() == self.slots.len()
+    }
+
+    /// Takes completions from the ring.
+    fn reap(&mut self) -> bool {
+        let mut any = false;
+        while let Some(done) = self.ring.next() {
+            any = true;
+            match done {
+                Done::Transfer { slot, part, result } => self.moved(slot, part, result),
+                Done::Bell { bell, again: false, result } => self.watch_again(bell, result),
+                Done::Bell { .. } => {}
+            }
+        }
+        any
+    }
+
+    fn watch_again(&mut self, bell: Bell, result: i32) {
+        use std::os::fd::AsFd;
+        if result < 0 {
+            // A doorbell that cannot be watched was no eventfd: the front end's own affair. The
+            // queue is looked at whenever something else wakes the worker.
+            tracing::debug!(queue = self.lane, ?bell, result, "a doorbell cannot be watched");
+            return;
+        }
+        let watched = match bell {
+            Bell::Kick => self.ring.watch(bell, self.queue.kick().as_fd()),
+            Bell::Control => self.ring.watch(bell, self.queue.control_fd()),
+            Bell::Mail => self.ring.watch(bell, (*self.mailbox).as_fd()),
+        };
+        if let Err(error) = watched {
+            tracing::warn!(queue = self.lane, %error, "a doorbell is no longer watched");
+        }
+    }
+
+    /// Takes requests from the guest as long as there are free slots.
+    fn fetch(&mut self) -> bool {
+        let mut now = None;
+        // A resize shows at once.
+        self.limits.sectors = self.volume.disk().size() / vhost_blk::blk::SECTOR;
+        while let Some(number) = self.free.pop() {
+            let slot = &mut self.slots[number as usize];
+            let Some(request) = self.queue.take(&self.limits, &mut slot.chain, &mut slot.list)
+            else {
+                self.free.push(number);
+                break;
+            };
+            slot.start(request, *now.get_or_insert_with(Instant::now));
+            self.volume.lane(self.lane).began();
+            self.ready.push_back(number);
+        }
+        if self.queue.refused() != self.refused {
+            // Those were answered on the way, and the guest is to see it.
+            self.refused = self.queue.refused();
+            self.volume.lane(self.lane).set_refused(self.refused);
+            self.finished = true;
+        }
+        now.is_some()
+    }
+
+    fn retry_held(&mut self) -> bool {
+        if self.held.is_empty() {
+            return false;
+        }
+        let resumes = self.volume.hold().resumes();
+        let due = self.retry_at.is_none_or(|at| Instant::now() >= at);
+        if !due && resumes == self.resumes {
+            return false;
+        }
+        self.resumes = resumes;
+        self.retry_at = Some(Instant::now() + hold::RETRY);
+        for number in self.held.drain(..) {
+            self.slots[number as usize].phase = Phase::Ready;
+            self.ready.push_back(number);
+        }
+        true
+    }
+
+    /// The queue stops while requests are held: they stay in the in-flight area, undone.
+    fn drop_held(&mut self) {
+        for number in std::mem::take(&mut self.held) {
+            let slot = &mut self.slots[number as usize];
+            if std::mem::take(&mut slot.held) {
+                self.volume.end_hold();
+            }
+            self.volume.lane(self.lane).dropped();
+        }
+    }
+
+    /// The ring itself failed: nothing can be moved any more, and what is in work stays undone.
+    fn give_up(&mut self, error: &Error) {
+        tracing::error!(disk = %self.volume.name(), queue = self.lane, %error, "a queue ends");
+        self.drop_held();
+    }
+
+    fn finish(&mut self, number: u32, status: Status, now: Instant) {
+        let slot = &mut self.slots[number as usize];
+        debug_assert!(slot.pass.is_none() && slot.moving == 0);
+        if std::mem::take(&mut slot.held) {
+            self.volume.end_hold();
+        }
+        let took = now.saturating_duration_since(slot.began);
+        let (kind, bytes) = (slot.kind(), slot.bytes());
+        self.volume.lane(self.lane).ended(kind, bytes, took, status == Status::Ok);
+        self.queue.finish(&mut slot.chain, status);
+        slot.phase = Phase::Free;
+        self.free.push(number);
+        self.finished = true;
+    }
+}

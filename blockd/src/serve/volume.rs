@@ -1,0 +1,358 @@
+//! An open disk in service.
+//!
+//! Invariants:
+//! - Nobody but the volume's front doors uses the disk; [`Volume::close`] takes the disk back only
+//!   when all of them are gone.
+//! - A lane belongs to a queue worker or to a thread of a front door; lanes may be shared, at the
+//!   price of sharing counters.
+
+use std::sync::{Arc, Weak};
+use std::time::Instant;
+
+use format::{Error, Kind, Result};
+use parking_lot::Mutex;
+
+use super::cache_mode::{self, CacheMode};
+use super::hold::{self, Change, Hold};
+use super::limits::{Limits, Throttle};
+use super::slow::{Errand, Mailbox, SlowLane};
+use super::stats::{self, LaneStats, OpKind, VolumeStats};
+use crate::disk::{Disk, Options};
+use crate::store::Access;
+use crate::storedir::StoreDir;
+
+/// What happens to a volume that somebody may want to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VolumeEvent {
+    /// Requests are held, for this reason.
+    Held(String),
+    /// Nothing is held any more.
+    Resumed,
+    /// The disk failed and answers errors until it is opened anew.
+    Failed(String),
+    /// A front end connected; its process id, if the host tells.
+    Connected(Option<u32>),
+    /// A front end is gone; why, if it was not in order.
+    Disconnected(Option<String>),
+    /// The guest broke a queue.
+    QueueFailed(u16, String),
+}
+
+/// Who is told of events. Called from data threads: it must not wait.
+pub trait Observer: Send + Sync {
+    /// Something happened to the volume of this name.
+    fn event(&self, volume: &str, event: VolumeEvent);
+}
+
+/// How to open a volume.
+#[derive(Clone)]
+pub struct VolumeOptions {
+    /// Lanes: as many as queues will be served at the same time.
+    pub lanes: usize,
+    /// Open the disk for reading only.
+    pub read_only: bool,
+    /// Limits from the start.
+    pub limits: Limits,
+    /// Open although completed writes of a living client may be missing.
+    pub accept_lost_tail: bool,
+    /// Who is told of events.
+    pub observer: Option<Arc<dyn Observer>>,
+}
+
+impl Default for VolumeOptions {
+    fn default() -> Self {
+        VolumeOptions {
+            lanes: 8,
+            read_only: false,
+            limits: Limits::default(),
+            accept_lost_tail: false,
+            observer: None,
+        }
+    }
+}
+
+/// An open disk in service.
+pub struct Volume {
+    name: String,
+    // Before the disk: its threads end first.
+    slow: SlowLane,
+    disk: Arc<Disk>,
+    throttle: Throttle,
+    hold: Hold,
+    lanes: Box<[LaneStats]>,
+    workers: Mutex<Vec<Weak<Mailbox>>>,
+    cache_mode: CacheMode,
+    observer: Option<Arc<dyn Observer>>,
+    failure_told: std::sync::atomic::AtomicBool,
+}
+
+impl Volume {
+    /// Opens a disk of a store and takes it into service. Completed writes survive the death of
+    /// this process.
+    ///
+    /// # Errors
+    /// As [`StoreDir::open_disk`], or what the host reports.
+    pub fn open(dir: &StoreDir, name: &str, options: &VolumeOptions) -> Result<Arc<Volume>> {
+        let disk_options = Options {
+            lanes: options.lanes,
+            live: true,
+            accept_lost_tail: options.accept_lost_tail,
+            ..dir.disk_options()
+        };
+        let access = if options.read_only { Access::Read } else { Access::Write };
+        let disk = dir.open_disk(name, access, &disk_options)?;
+        let tail_dir = &dir.identity().tail_dir;
+        let cache_mode = CacheMode::in_file(cache_mode::path_in(tail_dir, disk.segment()));
+        Volume::assemble(disk, name, options, cache_mode)
+    }
+
+    /// Takes an open disk into service.
+    ///
+    /// # Errors
+    /// What the host reports.
+    pub fn over(disk: Disk, name: &str, options: &VolumeOptions) -> Result<Arc<Volume>> {
+        Volume::assemble(disk, name, options, CacheMode::default())
+    }
+
+    fn assemble(
+        disk: Disk,
+        name: &str,
+        options: &VolumeOptions,
+        cache_mode: CacheMode,
+    ) -> Result<Arc<Volume>> {
+        let disk = Arc::new(disk);
+        Ok(Arc::new(Volume {
+            name: name.to_owned(),
+            slow: SlowLane::start(&disk, name)?,
+            disk,
+            throttle: Throttle::new(options.limits),
+            hold: Hold::default(),
+            lanes: (0..options.lanes.max(1)).map(|_| LaneStats::default()).collect(),
+            workers: Mutex::default(),
+            cache_mode,
+            observer: options.observer.clone(),
+            failure_told: std::sync::atomic::AtomicBool::new(false),
+        }))
+    }
+
+    /// Name of the disk.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The disk.
+    #[must_use]
+    pub fn disk(&self) -> &Disk {
+        &self.disk
+    }
+
+    /// Counters and state.
+    #[must_use]
+    pub fn stats(&self) -> VolumeStats {
+        let mut sums = stats::sum(&self.lanes);
+        sums.held = self.hold.info();
+        sums.journal_pages = self.disk.journal_use();
+        sums.map_bytes = self.disk.map().memory_bytes() as u64;
+        sums
+    }
+
+    /// Changes the limits; requests that wait for the old ones look again within a second.
+    pub fn set_limits(&self, limits: Limits) {
+        self.throttle.set(limits);
+        self.wake_workers();
+    }
+
+    /// Has held requests tried again now.
+    pub fn resume(&self) {
+        self.hold.resume();
+        self.wake_workers();
+    }
+
+    /// Ends the waiting of held requests on threads: they fail with what the host said. The first
+    /// step of taking a disk out of service that cannot be written to.
+    pub fn give_up_held(&self) {
+        self.hold.close();
+        self.wake_workers();
+    }
+
+    /// Takes the disk out of service and closes it in order. All front doors have been stopped.
+    ///
+    /// # Errors
+    /// `Busy` when one has not, else as [`Disk::close`].
+    pub fn close(self: Arc<Self>) -> Result<()> {
+        let cache_file = self.cache_mode.clone_file();
+        self.into_disk()?.close()?;
+        cache_file.forget();
+        Ok(())
+    }
+
+    /// Takes the disk out of service and leaves it as a killed process would: what completed is in
+    /// its tail and goes to who opens it next. Nothing waits for the host.
+    ///
+    /// # Errors
+    /// `Busy` when a front door has not been stopped.
+    pub fn abandon(self: Arc<Self>) -> Result<()> {
+        self.into_disk().map(drop)
+    }
+
+    fn into_disk(self: Arc<Self>) -> Result<Disk> {
+        let name = self.name.clone();
+        let busy =
+            || Error::new(Kind::Busy, "it is in use").tried("close").on(format!("disk {name}"));
+        let volume = Arc::into_inner(self).ok_or_else(busy)?;
+        let Volume { slow, disk, .. } = volume;
+        drop(slow);
+        Arc::into_inner(disk).ok_or_else(busy)
+    }
+
+    pub(super) fn lane(&self, lane: usize) -> &LaneStats {
+        &self.lanes[lane % self.lanes.len()]
+    }
+
+    pub(super) fn cache_mode(&self) -> &CacheMode {
+        &self.cache_mode
+    }
+
+    pub(super) fn throttle(&self) -> &Throttle {
+        &self.throttle
+    }
+
+    pub(super) fn hold(&self) -> &Hold {
+        &self.hold
+    }
+
+    pub(super) fn send(&self, errand: Errand) {
+        self.slow.send(errand);
+    }
+
+    /// Lets a worker be woken when something changes for all.
+    pub(super) fn register(&self, mailbox: &Arc<Mailbox>) {
+        let mut workers = self.workers.lock();
+        workers.retain(|w| w.strong_count() > 0);
+        workers.push(Arc::downgrade(mailbox));
+    }
+
+    fn wake_workers(&self) {
+        self.workers.lock().iter().filter_map(Weak::upgrade).for_each(|m| m.wake());
+    }
+
+    pub(super) fn tell(&self, event: VolumeEvent) {
+        if let Some(observer) = &self.observer {
+            observer.event(&self.name, event);
+        }
+    }
+
+    /// A request is held from now on.
+    pub(super) fn begin_hold(&self, error: &Error) {
+        if self.hold.begin(error) == Change::First {
+            tracing::warn!(disk = %self.name, %error, "requests are held until the host has space");
+            self.tell(VolumeEvent::Held(error.to_string()));
+        }
+    }
+
+    /// A held request is not held any more.
+    pub(super) fn end_hold(&self) {
+        if self.hold.end() == Change::Last {
+            tracing::info!(disk = %self.name, "held requests go on");
+            self.tell(VolumeEvent::Resumed);
+        }
+    }
+
+    /// A request failed and is answered so. Logged and told once if the whole disk failed.
+    pub(super) fn note_failure(&self, error: &Error) {
+        use std::sync::atomic::Ordering::Relaxed; // told once, orders nothing
+        if error.kind() == Kind::Failed && !self.failure_told.swap(true, Relaxed) {
+            tracing::error!(disk = %self.name, %error, "the disk failed");
+            self.tell(VolumeEvent::Failed(error.to_string()));
+        }
+    }
+}
+
+/// Requests from threads that may wait: the same limits, holding and counters as on a queue.
+impl Volume {
+    /// Reads `buf.len()` bytes at `offset`, both multiples of 512.
+    ///
+    /// # Errors
+    /// As [`Disk::read`].
+    pub fn read(&self, lane: usize, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let len = buf.len() as u64;
+        self.serve(lane, OpKind::Read, len, &mut |disk| disk.read(lane, offset, buf))
+    }
+
+    /// Writes `buf` at `offset`, both multiples of 512; with `durable` it also survives a power cut
+    /// when this returns.
+    ///
+    /// # Errors
+    /// As [`Disk::write`], but waits while the host has no space.
+    pub fn write(&self, lane: usize, offset: u64, buf: &[u8], durable: bool) -> Result<()> {
+        self.serve(lane, OpKind::Write, buf.len() as u64, &mut |disk| {
+            disk.write(lane, offset, buf)?;
+            if durable { disk.flush() } else { Ok(()) }
+        })
+    }
+
+    /// Makes everything durable that completed before.
+    ///
+    /// # Errors
+    /// As [`Disk::flush`], but waits while the host has no space.
+    pub fn flush(&self, lane: usize) -> Result<()> {
+        self.serve(lane, OpKind::Flush, 0, &mut Disk::flush)
+    }
+
+    /// Makes a range read as zeroes and gives its space back.
+    ///
+    /// # Errors
+    /// As [`Disk::discard`], but waits while the host has no space.
+    pub fn discard(&self, lane: usize, offset: u64, len: u64) -> Result<()> {
+        self.serve(lane, OpKind::Discard, len, &mut |disk| disk.discard(lane, offset, len))
+    }
+
+    /// Writes zeroes; with `unmap` the space may be given back.
+    ///
+    /// # Errors
+    /// As [`Disk::write_zeroes`], but waits while the host has no space.
+    pub fn write_zeroes(&self, lane: usize, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        self.serve(lane, OpKind::WriteZeroes, len, &mut |disk| {
+            disk.write_zeroes(lane, offset, len, unmap)
+        })
+    }
+
+    fn serve(
+        &self,
+        lane: usize,
+        kind: OpKind,
+        bytes: u64,
+        f: &mut dyn FnMut(&Disk) -> Result<()>,
+    ) -> Result<()> {
+        let stats = self.lane(lane);
+        let start = Instant::now();
+        stats.began();
+        while let Some(wait) = self.throttle.take(bytes) {
+            std::thread::sleep(wait);
+        }
+        let mut held = false;
+        let outcome = loop {
+            let seen = self.hold.resumes();
+            match f(&self.disk) {
+                Err(e) if hold::is_held(&e) => {
+                    if !std::mem::replace(&mut held, true) {
+                        self.begin_hold(&e);
+                    }
+                    if !self.hold.wait(seen) {
+                        break Err(e);
+                    }
+                }
+                outcome => break outcome,
+            }
+        };
+        if held {
+            self.end_hold();
+        }
+        if let Err(e) = &outcome {
+            self.note_failure(e);
+        }
+        stats.ended(kind, bytes, start.elapsed(), outcome.is_ok());
+        outcome
+    }
+}

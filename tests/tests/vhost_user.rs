@@ -1,0 +1,234 @@
+//! A disk of a real store behind a real vhost-user socket: what a guest is told is true.
+
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockd::serve::vhost::{VhostOptions, VhostServer};
+use blockd::serve::{Limits, Volume, VolumeOptions};
+use blockd::store::Access;
+use blockd::store::file::CacheMode;
+use blockd::storedir::{NewDisk, OpenOptions, StoreDir, boot_id};
+use offshoot_tests::load::Load;
+use offshoot_tests::pattern::{self, Found};
+use offshoot_tests::rng::seed;
+use tempfile::TempDir;
+use vhost_blk::client::{Client, ClientQueue, Op, Options, Span};
+use vhost_blk::queue::F_RING_PACKED;
+
+const SIZE: u64 = 64 << 20;
+const SECTORS: u64 = SIZE / 512;
+
+struct Bench {
+    _dir: TempDir,
+    store: StoreDir,
+    socket: PathBuf,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("store");
+        StoreDir::init(&path, None).unwrap();
+        let how = OpenOptions { access: Access::Write, cache: CacheMode::Auto, boot: boot_id() };
+        let store = StoreDir::open(&path, &how).unwrap();
+        store.create(&NewDisk::root("disk", SIZE)).unwrap();
+        Bench { socket: dir.path().join("blk.sock"), store, _dir: dir }
+    }
+
+    fn volume(&self, options: &VolumeOptions) -> Arc<Volume> {
+        Volume::open(&self.store, "disk", options).unwrap()
+    }
+
+    fn serve(&self, volume: &Arc<Volume>, options: VhostOptions) -> VhostServer {
+        let _ = std::fs::remove_file(&self.socket);
+        let listener = UnixListener::bind(&self.socket).unwrap();
+        VhostServer::start(Arc::clone(volume), listener, options).unwrap()
+    }
+
+    fn connect(&self, options: Options) -> (Client, Vec<ClientQueue>) {
+        let wanted = options.features & F_RING_PACKED != 0;
+        let (client, queues) = Client::connect(&self.socket, options).unwrap();
+        assert_eq!(client.features() & F_RING_PACKED != 0, wanted);
+        (client, queues)
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.store.identity().tail_dir);
+    }
+}
+
+fn options(queues: u16) -> Options {
+    Options { queues, data_size: 2 << 20, ..Options::default() }
+}
+
+fn packed(queues: u16) -> Options {
+    let options = options(queues);
+    Options { features: options.features | F_RING_PACKED, ..options }
+}
+
+/// Reads the disk offline and compares it with what the loads expect.
+fn compare_offline(bench: &Bench, loads: &[Load]) {
+    let disk = bench.store.open_disk("disk", Access::Read, &bench.store.disk_options()).unwrap();
+    let mut bytes = vec![0; usize::try_from(SIZE).unwrap()];
+    disk.read(0, 0, &mut bytes).unwrap();
+    for load in loads {
+        let (start, tags) = load.expected();
+        for (sector, tag) in (start..).zip(tags) {
+            let at = usize::try_from(sector * 512).unwrap();
+            let want = if *tag == 0 { Found::Zero } else { Found::Tag(*tag) };
+            assert_eq!(pattern::look(&bytes[at..at + 512], sector), want, "sector {sector}");
+        }
+    }
+}
+
+/// The loads of all queues at once, each on its part of the disk.
+fn run_all(queues: Vec<ClientQueue>, requests: u64, seed: u64) -> Vec<Load> {
+    let part = SECTORS / queues.len() as u64;
+    let loads: Vec<Load> =
+        (0..).zip(queues).map(|(i, queue)| Load::new(queue, i * part, part, seed + i)).collect();
+    std::thread::scope(|s| {
+        let run = |mut load: Load| {
+            s.spawn(move || {
+                load.run(&mut |done| done < requests);
+                load.verify();
+                load
+            })
+        };
+        let threads: Vec<_> = loads.into_iter().map(run).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    })
+}
+
+fn verified_load(client: Options, serve: VhostOptions) {
+    let seed = seed(11);
+    println!("repeat with OFFSHOOT_SEED={seed} cargo test -p offshoot-tests --test vhost_user");
+    let bench = Bench::new();
+    let volume = bench.volume(&VolumeOptions::default());
+    let server = bench.serve(&volume, serve);
+    let (front, queues) = bench.connect(client);
+
+    let loads = run_all(queues, 4000, seed);
+
+    assert_eq!(server.status().queues_running, usize::from(client.queues));
+    drop(front);
+    server.stop();
+    let stats = volume.stats();
+    assert_eq!(stats.in_flight, 0);
+    assert!(stats.kinds.iter().all(|k| k.errors == 0 && k.requests > 0), "{stats:?}");
+    volume.close().unwrap();
+    compare_offline(&bench, &loads);
+}
+
+#[test]
+fn every_request_of_a_verified_load_is_served_right_on_split_rings() {
+    verified_load(options(2), VhostOptions { queues: 2, ..VhostOptions::default() });
+}
+
+#[test]
+fn every_request_of_a_verified_load_is_served_right_on_packed_rings() {
+    verified_load(packed(2), VhostOptions { queues: 2, poll_us_max: 0, ..VhostOptions::default() });
+}
+
+fn span(queue: &ClientQueue, len: u32) -> Span {
+    Span { offset: queue.data().0, len }
+}
+
+fn write(queue: &mut ClientQueue, tag: u32, sector: u64, count: u64) -> u8 {
+    let bytes = pattern::bytes(tag, sector, count);
+    queue.arena().write(queue.data().0, &bytes);
+    let span = span(queue, u32::try_from(bytes.len()).unwrap());
+    queue.run(Op::Write, sector * 512, &[span], 20_000).unwrap().status
+}
+
+fn read(queue: &mut ClientQueue, sector: u64) -> Found {
+    let span = span(queue, 512);
+    assert_eq!(queue.run(Op::Read, sector * 512, &[span], 20_000).unwrap().status, 0);
+    let mut bytes = [0; 512];
+    queue.arena().read(queue.data().0, &mut bytes);
+    pattern::look(&bytes, sector)
+}
+
+#[test]
+fn a_larger_disk_is_served_as_soon_as_it_is_larger() {
+    let bench = Bench::new();
+    let volume = bench.volume(&VolumeOptions::default());
+    let server = bench.serve(&volume, VhostOptions::default());
+    let (_front, mut queues) = bench.connect(options(1));
+    let queue = &mut queues[0];
+    assert_eq!(write(queue, 1, SECTORS, 8), 1, "past the end");
+
+    volume.disk().resize(2 * SIZE, false).unwrap();
+    server.config_changed();
+
+    assert_eq!(write(queue, 2, SECTORS, 8), 0);
+    assert_eq!(read(queue, SECTORS + 7), Found::Tag(2));
+}
+
+#[test]
+fn a_read_only_disk_refuses_writes_and_serves_reads() {
+    let bench = Bench::new();
+    let volume = bench.volume(&VolumeOptions::default());
+    let _server = bench.serve(&volume, VhostOptions { read_only: true, ..Default::default() });
+    let (_front, mut queues) = bench.connect(options(1));
+    assert_eq!(write(&mut queues[0], 1, 0, 8), 1);
+    assert_eq!(read(&mut queues[0], 0), Found::Zero);
+}
+
+#[test]
+fn a_second_front_end_may_connect_and_not_run() {
+    let bench = Bench::new();
+    let volume = bench.volume(&VolumeOptions::default());
+    let server = bench.serve(&volume, VhostOptions::default());
+    let (first, mut queues) = bench.connect(options(1));
+    assert_eq!(write(&mut queues[0], 3, 0, 8), 0);
+
+    assert!(Client::connect(&bench.socket, options(1)).is_err(), "two guests on one disk");
+
+    assert_eq!(read(&mut queues[0], 0), Found::Tag(3));
+    drop(first);
+    drop(queues);
+    let end = std::time::Instant::now() + Duration::from_secs(10);
+    while server.status().queues_running > 0 {
+        assert!(std::time::Instant::now() < end, "the first front end's queue stops");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let (_second, mut queues) = bench.connect(options(1));
+    assert_eq!(read(&mut queues[0], 0), Found::Tag(3));
+}
+
+#[test]
+fn limits_are_kept() {
+    let bench = Bench::new();
+    let limits = Limits { iops: 200, ..Limits::default() };
+    let volume = bench.volume(&VolumeOptions { limits, ..VolumeOptions::default() });
+    let _server = bench.serve(&volume, VhostOptions::default());
+    let (_front, mut queues) = bench.connect(options(1));
+    let start = std::time::Instant::now();
+    let mut requests = 0;
+    while start.elapsed() < Duration::from_secs(2) {
+        assert_eq!(read(&mut queues[0], 8), Found::Zero);
+        requests += 1;
+    }
+    assert!((250..=450).contains(&requests), "{requests} in two seconds, 200/s allowed");
+    volume.set_limits(Limits::default());
+    let start = std::time::Instant::now();
+    (0..500).for_each(|_| assert_eq!(read(&mut queues[0], 8), Found::Zero));
+    assert!(start.elapsed() < Duration::from_secs(2), "limits that were lifted are gone");
+}
+
+#[test]
+fn the_serial_number_is_the_name() {
+    let bench = Bench::new();
+    let volume = bench.volume(&VolumeOptions::default());
+    let _server = bench.serve(&volume, VhostOptions::default());
+    let (_front, mut queues) = bench.connect(options(1));
+    let span = span(&queues[0], 20);
+    assert_eq!(queues[0].run(Op::GetId, 0, &[span], 20_000).unwrap().status, 0);
+    let mut id = [0xff; 20];
+    queues[0].arena().read(span.offset, &mut id);
+    assert_eq!(&id, b"disk\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+}
