@@ -8,10 +8,11 @@ use std::sync::atomic::Ordering;
 
 use common::{DISK_SIZE, Daemon, Event, SERIAL, capabilities, load, packed, pattern};
 use vhost_blk::blk::{Capabilities, Status};
-use vhost_blk::client::{Client, ClientQueue, Op, Options, Span};
-use vhost_blk::proto::feature;
+use vhost_blk::client::{Client, ClientQueue, FrontEnd, Op, Options, Span};
+use vhost_blk::proto::{feature, request};
 use vhost_blk::queue::{F_EVENT_IDX, F_INDIRECT_DESC};
 use vhost_blk::session::End;
+use zerocopy::IntoBytes;
 
 const OK: u8 = Status::Ok as u8;
 const IOERR: u8 = Status::IoError as u8;
@@ -231,4 +232,25 @@ fn driver_that_cannot_flush_gets_write_through() {
     let sector = span(&queues[0], 0, 512);
     run(&mut queues[0], Op::Write, 0, &[sector]);
     assert_eq!(daemon.disk.counters.write_through_writes.load(Ordering::Relaxed), 1);
+}
+
+/// A front end (QEMU) read the configuration once, before it had negotiated anything, and showed
+/// that copy to its guest for ever. It got the cache mode of a driver that cannot flush, so the
+/// guest saw "write through" on a volatile cache, never sent a flush, and would have lost what it
+/// had synced.
+#[test]
+fn cache_mode_read_before_negotiation_is_the_one_that_negotiation_leads_to() {
+    let cached_at = |capabilities: Capabilities, remembered: Option<bool>| {
+        let daemon = Daemon::new(capabilities);
+        *daemon.cache.lock().unwrap() = remembered;
+        let mut front = FrontEnd::connect(daemon.path()).unwrap();
+        front.tell(request::SET_PROTOCOL_FEATURES, &feature::CONFIG, &[]).unwrap();
+        let mut question = [32u32, 1, 0].as_bytes().to_vec();
+        question.push(0xff);
+        front.ask_bytes(request::GET_CONFIG, &question).unwrap()[12]
+    };
+    assert_eq!(cached_at(capabilities(1), None), 1);
+    assert_eq!(cached_at(capabilities(1), Some(false)), 0);
+    let durable = Capabilities { volatile_cache: false, ..capabilities(1) };
+    assert_eq!(cached_at(durable, None), 0);
 }

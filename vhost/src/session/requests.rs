@@ -110,6 +110,17 @@ impl Session {
         }
     }
 
+    /// The cache mode in the configuration space. Some front ends read the space once, before the
+    /// driver has negotiated anything, and show the driver that copy for ever: until then it is
+    /// what a driver finds that takes all that is offered. Who can read the field by the
+    /// specification has taken the cache mode switch.
+    fn shown_write_back(&self, device: &dyn Device) -> bool {
+        if self.features & !F_PROTOCOL_FEATURES != 0 {
+            return self.write_back(device);
+        }
+        self.cache_choice.unwrap_or(true) && device.capabilities().volatile_cache
+    }
+
     pub(super) fn apply_write_cache(&mut self, device: &mut dyn Device) -> Result<()> {
         let write_back = self.write_back(device);
         // Relaxed, here and below: only this thread writes it; see `ActiveQueue::write_back`.
@@ -190,7 +201,7 @@ impl Session {
         let (head, bytes) = config(message)?;
         let mut bytes = vec![0; bytes.len()];
         let caps = device.capabilities();
-        if read_config(&caps, self.write_back(device), head.offset, &mut bytes) {
+        if read_config(&caps, self.shown_write_back(device), head.offset, &mut bytes) {
             return Ok(Answer::Bytes(concat(&head, &bytes)));
         }
         // A reply without bytes is the protocol's way to say no.
