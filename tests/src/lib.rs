@@ -7,6 +7,7 @@
 pub mod around;
 pub mod crash;
 pub mod flat;
+pub mod guest;
 pub mod inspect;
 pub mod kill;
 pub mod load;
