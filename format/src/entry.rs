@@ -110,6 +110,12 @@ impl Entry {
         }
     }
 
+    /// True for the word of a mixed extent.
+    #[must_use]
+    pub fn word_is_mixed(word: u64) -> bool {
+        word & KIND_MASK == 3
+    }
+
     /// State of block `i` of the extent; `None` for a mixed extent.
     #[must_use]
     pub fn block(self, i: usize) -> Option<BlockState> {
@@ -175,13 +181,124 @@ pub fn summarise(vector: &Vector) -> Entry {
     if same { candidate } else { Entry::Mixed { slot: 0 } }
 }
 
+/// The extent of `segment` that the word of an entry or of a block names, if it names one.
+#[must_use]
+pub fn extent_in(word: u64, segment: SegmentIdx) -> Option<ExtentId> {
+    let mask = KIND_MASK | (SEGMENT_MASK << SEGMENT_SHIFT);
+    (word & mask == 2 | place(segment, ExtentId(0))).then(|| extent_of(word))
+}
+
+/// The words of the sixteen block states of an extent: what can be told from words is told without
+/// decoding them, for callers that change a block at a time.
+///
+/// Invariant: every word is that of a [`BlockState`], so none of them needs a second check.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VectorWords([u64; EXTENT_BLOCKS]);
+
+impl VectorWords {
+    /// The blocks of an extent that is not mixed, from the word of its entry.
+    #[must_use]
+    pub fn of_entry(word: u64) -> Self {
+        debug_assert!(!Entry::word_is_mixed(word));
+        let step = block_step(word);
+        VectorWords(std::array::from_fn(|b| word + b as u64 * step))
+    }
+
+    /// The words as they are; each must be that of a [`BlockState`].
+    #[must_use]
+    pub fn of_words(words: [u64; EXTENT_BLOCKS]) -> Self {
+        debug_assert!(words.iter().all(|word| BlockState::from_word(*word).is_ok()));
+        VectorWords(words)
+    }
+
+    /// The words.
+    #[must_use]
+    pub fn as_words(&self) -> &[u64; EXTENT_BLOCKS] {
+        &self.0
+    }
+
+    /// Sets the state of block `b`.
+    pub fn set(&mut self, b: usize, state: BlockState) {
+        self.0[b] = state.to_word();
+    }
+
+    /// The word of the entry that [`summarise`] gives for these states.
+    #[must_use]
+    pub fn summary(&self) -> u64 {
+        let first = self.0[0];
+        let step = block_step(first);
+        let same = (0..).zip(&self.0).all(|(b, word)| *word == first.wrapping_add(b * step));
+        // A block that says it is not the first of its extent belongs to no uniform one.
+        if same && (first >> BLOCK_SHIFT) & BLOCK_MASK == 0 {
+            first
+        } else {
+            Entry::Mixed { slot: 0 }.to_word()
+        }
+    }
+
+    /// The extent of `segment` that the first block with data there lies in, if any.
+    #[must_use]
+    pub fn extent_in(&self, segment: SegmentIdx) -> Option<ExtentId> {
+        self.0.iter().find_map(|word| extent_in(*word, segment))
+    }
+}
+
+impl From<&Vector> for VectorWords {
+    fn from(vector: &Vector) -> Self {
+        VectorWords(vector.map(BlockState::to_word))
+    }
+}
+
+/// What the words of an extent that is not mixed grow by from block to block.
+fn block_step(word: u64) -> u64 {
+    if word & KIND_MASK == 2 { 1 << BLOCK_SHIFT } else { 0 }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
 
+    /// States that often agree with their neighbours', and then with one of them changed.
+    fn vectors() -> impl Strategy<Value = Vector> {
+        let data = |block: u64| BlockState::Data {
+            segment: SegmentIdx::new(block % 3).unwrap(),
+            block: ExtentId(block / 3).block(0),
+        };
+        let state =
+            prop_oneof![Just(BlockState::Hole), Just(BlockState::Zero), (0u64..9).prop_map(data),];
+        let at = |state: BlockState, b: usize| match state {
+            BlockState::Data { segment, block } => {
+                BlockState::Data { segment, block: block.extent().block(b) }
+            }
+            state => state,
+        };
+        (state.clone(), state, any::<u16>(), 0usize..16).prop_map(move |(a, b, mask, shift)| {
+            std::array::from_fn(|i| {
+                let state = if mask & (1 << i) == 0 { a } else { b };
+                at(state, if mask == 0 { (i + shift) % 16 } else { i })
+            })
+        })
+    }
+
     proptest! {
+        #[test]
+        fn words_tell_what_states_tell(vector in vectors(), segment in 0u64..4) {
+            let words = VectorWords::from(&vector);
+            let segment = SegmentIdx::new(segment).unwrap();
+            let lies_in = |state: &BlockState| match state {
+                BlockState::Data { segment: s, block } if *s == segment => Some(block.extent()),
+                _ => None,
+            };
+
+            prop_assert_eq!(words.summary(), summarise(&vector).to_word());
+            prop_assert_eq!(words.extent_in(segment), vector.iter().find_map(lies_in));
+            if !Entry::word_is_mixed(words.summary()) {
+                prop_assert_eq!(VectorWords::of_entry(words.summary()), words);
+            }
+        }
+
         #[test]
         fn any_word_decodes_to_itself_or_is_refused(word: u64) {
             if let Ok(e) = Entry::from_word(word) {

@@ -259,6 +259,31 @@ fn on_the_simulated_store() {
     });
 }
 
+/// Replay applies the records of neighbouring extents together. Those of one extent keep their
+/// order, also around a discard of several extents.
+#[test]
+fn records_of_one_extent_are_replayed_in_order() {
+    with_seeds("records_of_one_extent_are_replayed_in_order", 10, |seed| {
+        let mut rng = Rng::new(seed);
+        let mut script = Script::empty(SECTORS);
+        script.open().unwrap();
+        for _ in 0..400 {
+            let first = rng.below(6 * EXTENT / BLOCK) * BLOCK;
+            match rng.below(8) {
+                0 => script.discard(first, 3 * EXTENT).unwrap(),
+                1..=3 => script.discard(first, BLOCK).unwrap(),
+                _ => {
+                    script.write(first, BLOCK).unwrap();
+                }
+            }
+        }
+        script.flush().unwrap();
+        script.kill();
+        script.open().unwrap();
+        compare(&script);
+    });
+}
+
 /// A child over a parent full of data, on slow calls, with free space in single extents.
 fn raced(seed: u64) -> Script {
     let mut parent = Script::empty(SECTORS);

@@ -99,9 +99,9 @@ fn draft(loaded: &mut Loaded, generation: Generation) -> Result<Vec<(PageNo, Ali
     let own = loaded.superblock.own_index;
     let mut writes: Vec<(PageNo, AlignedBuf)> = Vec::new();
     let mut tree = loaded.tree.clone();
-    for leaf in &loaded.dirty {
+    for leaf in loaded.dirty.iter() {
         // A damaged leaf stays as it is on disk; no record was replayed over it.
-        let Some(encoded) = loaded.map.encode(*leaf) else { continue };
+        let Some(encoded) = loaded.map.encode(leaf) else { continue };
         let ptr = match encoded {
             Encoded::Whole(ptr) => ptr,
             Encoded::Leaf(bytes) => {
@@ -117,7 +117,7 @@ fn draft(loaded: &mut Loaded, generation: Generation) -> Result<Vec<(PageNo, Ali
             }
         };
         let unreadable = |_| Error::corrupt("the map page above a changed leaf is damaged");
-        tree.set_leaf(*leaf, ptr).map_err(unreadable)?;
+        tree.set_leaf(leaf, ptr).map_err(unreadable)?;
     }
     let space = &mut loaded.space;
     let written = tree.write_dirty(own, generation, &mut || space.take_pages(1))?;

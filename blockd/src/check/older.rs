@@ -66,7 +66,7 @@ pub(super) fn differences(older: &Loaded, newest: &Loaded) -> Ranges {
     let mut differ = Ranges::default();
     let named = |loaded: &Loaded| -> Vec<LeafNo> {
         let named = loaded.tree.leaves().map(|(leaf, _)| leaf);
-        named.chain(loaded.dirty.iter().copied()).collect()
+        named.chain(loaded.dirty.iter()).collect()
     };
     let count = LeafNo::count_for(newest.superblock.virtual_size);
     for leaf in named(older).into_iter().chain(named(newest)).filter(|leaf| leaf.0 < count) {

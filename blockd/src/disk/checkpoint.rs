@@ -13,15 +13,14 @@
 //!
 //! Test: `crash_points` (orders swapped: `crash_points::swapped_orders_are_caught`).
 
-use std::collections::BTreeSet;
-
 use format::limits::{EXTENT, PAGE};
 use format::node::{LeafBytes, NodePtr};
 use format::superblock::Superblock;
 use format::tree::Tree;
-use format::units::{ExtentId, Generation, LeafNo, PageNo, index};
+use format::units::{ExtentId, Generation, PageNo, index};
 use format::{Error, Result};
 
+use super::leafset::LeafSet;
 use super::map::Encoded;
 use super::{Checkpoint, Core, Disk};
 use crate::segment;
@@ -67,7 +66,7 @@ impl Disk {
             let written = self.write_draft(&draft).and_then(|()| self.commit_once());
             written.inspect_err(|_| self.drop_pages(&draft.taken)).map(|()| draft)
         });
-        let draft = drafted.inspect_err(|_| self.core.lock().dirty.extend(dirty))?;
+        let draft = drafted.inspect_err(|_| self.core.lock().dirty.extend(dirty.iter()))?;
         let mut sb = state.superblock.clone();
         sb.generation = sb.generation.next();
         sb.root = draft.tree.root();
@@ -93,7 +92,7 @@ impl Disk {
         Ok(())
     }
 
-    fn draft(&self, state: &Checkpoint, dirty: &BTreeSet<LeafNo>) -> Result<Draft> {
+    fn draft(&self, state: &Checkpoint, dirty: &LeafSet) -> Result<Draft> {
         let mut draft = Draft { tree: state.tree.clone(), ..Draft::default() };
         let outcome = self.fill_draft(&mut draft, state.superblock.generation.next(), dirty);
         if outcome.is_err() {
@@ -102,29 +101,24 @@ impl Disk {
         outcome.map(|()| draft)
     }
 
-    fn fill_draft(
-        &self,
-        draft: &mut Draft,
-        generation: Generation,
-        dirty: &BTreeSet<LeafNo>,
-    ) -> Result<()> {
-        for leaf in dirty {
+    fn fill_draft(&self, draft: &mut Draft, generation: Generation, dirty: &LeafSet) -> Result<()> {
+        for leaf in dirty.iter() {
             let mut core = self.core.lock();
-            let Some(encoded) = self.map.encode(*leaf) else { continue };
+            let Some(encoded) = self.map.encode(leaf) else { continue };
             let ptr = match encoded {
                 Encoded::Whole(ptr) => ptr,
                 Encoded::Leaf(bytes) => self.place_leaf(&mut core, draft, bytes, generation)?,
             };
             drop(core);
             let unreadable = |_| Error::corrupt("the map page above a changed leaf is damaged");
-            let old = draft.tree.leaf(*leaf).map_err(unreadable)?;
+            let old = draft.tree.leaf(leaf).map_err(unreadable)?;
             if let NodePtr::Page(at) = old
                 && at.segment == self.map.own()
             {
                 draft.replaced.push((at.page, 1));
                 draft.replaced.extend(at.vectors.map(|v| (v.page, v.count)));
             }
-            draft.tree.set_leaf(*leaf, ptr).map_err(unreadable)?;
+            draft.tree.set_leaf(leaf, ptr).map_err(unreadable)?;
         }
         let mut core = self.core.lock();
         let taken = &mut draft.taken;

@@ -2,17 +2,18 @@
 //!
 //! Invariants: those of the map (`map.rs`); this is where entries and vectors are ordered.
 
+use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
-use format::entry::{BlockState, Entry, Vector, summarise};
+use format::entry::{BlockState, Entry, Vector, VectorWords, extent_in};
 use format::limits::{EXTENT_BLOCKS, LEAF_ENTRIES, VECTOR_PAGES_MAX, VECTORS_PER_PAGE};
 use format::node::Leaf as StoredLeaf;
 use format::units::{ExtentId, GuestBlock, SegmentIdx};
 use format::{Error, Result};
 
-type VectorWords = [AtomicU64; EXTENT_BLOCKS];
-type VectorPage = [VectorWords; VECTORS_PER_PAGE];
+type StoredWords = [AtomicU64; EXTENT_BLOCKS];
+type VectorPage = [StoredWords; VECTORS_PER_PAGE];
 
 /// The vectors of a leaf, made a page at a time. A vector belongs to its extent for good.
 #[derive(Debug)]
@@ -38,8 +39,8 @@ pub(super) fn damaged(block: GuestBlock) -> Error {
 }
 
 fn state(word: &AtomicU64) -> BlockState {
-    // Acquire pairs with the Release store in `fill_vector`, so that whoever reads data through
-    // this word does so after it was published.
+    // Acquire pairs with the Release stores in `fill_vector` and `change`, so that whoever reads
+    // data through this word does so after it was published.
     BlockState::from_word(word.load(Ordering::Acquire)).expect("words in memory were checked")
 }
 
@@ -52,14 +53,14 @@ impl Vectors {
         })
     }
 
-    fn get(&self, i: usize) -> Option<&VectorWords> {
+    fn get(&self, i: usize) -> Option<&StoredWords> {
         // Acquire pairs with the Release store in `get_or_take`: the page is there.
         let number = self.numbers[i].load(Ordering::Acquire).checked_sub(1).map(usize::from)?;
         Some(&self.pages[number / VECTORS_PER_PAGE].get()?[number % VECTORS_PER_PAGE])
     }
 
     /// Caller holds the core lock: nobody else takes vectors.
-    fn get_or_take(&self, i: usize) -> &VectorWords {
+    fn get_or_take(&self, i: usize) -> &StoredWords {
         if let Some(words) = self.get(i) {
             return words;
         }
@@ -90,7 +91,7 @@ impl Leaf {
             let word = match entry {
                 Entry::Mixed { slot } => {
                     if let Some(vector) = stored.vectors.get(usize::from(*slot)) {
-                        leaf.fill_vector(i, vector);
+                        leaf.fill_vector(i, &VectorWords::from(vector));
                     }
                     Entry::Mixed { slot: 0 }.to_word()
                 }
@@ -101,14 +102,14 @@ impl Leaf {
         leaf
     }
 
-    // Acquire pairs with the Release store in `store`: whoever sees `Mixed` sees the vector's
+    // Acquire pairs with the Release store in `change`: whoever sees `Mixed` sees the vector's
     // words.
     pub(super) fn entry(&self, i: usize) -> Entry {
         let word = self.entries[i].load(Ordering::Acquire);
         Entry::from_word(word).expect("words in memory were checked when they came in")
     }
 
-    fn vector_slot(&self, i: usize) -> Option<&VectorWords> {
+    fn vector_slot(&self, i: usize) -> Option<&StoredWords> {
         self.vectors.get()?.get(i)
     }
 
@@ -129,32 +130,70 @@ impl Leaf {
         }
     }
 
-    pub(super) fn own_extent(&self, i: usize, own: SegmentIdx) -> Option<ExtentId> {
-        match self.entry(i) {
-            Entry::Uniform { segment, extent } => (segment == own).then_some(extent),
-            Entry::Mixed { .. } => self.vector_slot(i)?.iter().find_map(|word| match state(word) {
-                BlockState::Data { segment, block } if segment == own => Some(block.extent()),
-                _ => None,
-            }),
-            Entry::Hole | Entry::Zero => None,
+    /// The words of the blocks of extent `i`, and its vector if it is mixed; `None` when that is
+    /// gone.
+    fn words(&self, i: usize) -> Option<(VectorWords, Option<&StoredWords>)> {
+        // Acquire: as in `entry`.
+        let word = self.entries[i].load(Ordering::Acquire);
+        if !Entry::word_is_mixed(word) {
+            return Some((VectorWords::of_entry(word), None));
+        }
+        let stored = self.vector_slot(i)?;
+        // Acquire: as in `state`.
+        let words = std::array::from_fn(|b| stored[b].load(Ordering::Acquire));
+        Some((VectorWords::of_words(words), Some(stored)))
+    }
+
+    /// The extent of segment `own` that blocks of extent `i` lie in, if any; `None` when its vector
+    /// is gone.
+    pub(super) fn own_extent(&self, i: usize, own: SegmentIdx) -> Option<Option<ExtentId>> {
+        // Acquire: as in `entry` and in `state`.
+        let word = self.entries[i].load(Ordering::Acquire);
+        if !Entry::word_is_mixed(word) {
+            return Some(extent_in(word, own));
+        }
+        let mut words = self.vector_slot(i)?.iter().map(|word| word.load(Ordering::Acquire));
+        Some(words.find_map(|word| extent_in(word, own)))
+    }
+
+    fn fill_vector(&self, i: usize, words: &VectorWords) {
+        let stored = self.vectors.get_or_init(Vectors::new).get_or_take(i);
+        for (slot, word) in stored.iter().zip(words.as_words()) {
+            // Release pairs with the Acquire loads in `state` and `words`.
+            slot.store(*word, Ordering::Release);
         }
     }
 
-    fn fill_vector(&self, i: usize, vector: &Vector) {
-        let words = self.vectors.get_or_init(Vectors::new).get_or_take(i);
-        for (word, state) in words.iter().zip(vector) {
-            // Release pairs with the Acquire load in `state`.
-            word.store(state.to_word(), Ordering::Release);
+    /// Sets `blocks` of extent `i`. Gives back the extents of segment `own` that its blocks lay in
+    /// before and lie in now; `None`, and nothing is changed, when its vector is gone. Caller holds
+    /// the core lock.
+    pub(super) fn change(
+        &self,
+        i: usize,
+        blocks: Range<usize>,
+        own: SegmentIdx,
+        state: &mut dyn FnMut(usize) -> BlockState,
+    ) -> Option<(Option<ExtentId>, Option<ExtentId>)> {
+        let (old, stored) = self.words(i)?;
+        let mut new = old;
+        blocks.for_each(|b| new.set(b, state(b)));
+        let summary = new.summary();
+        match stored {
+            Some(stored) if Entry::word_is_mixed(summary) => {
+                for (b, word) in new.as_words().iter().enumerate() {
+                    if *word != old.as_words()[b] {
+                        // Release pairs with the Acquire loads in `state` and `words`.
+                        stored[b].store(*word, Ordering::Release);
+                    }
+                }
+            }
+            None if Entry::word_is_mixed(summary) => self.fill_vector(i, &new),
+            _ => {}
         }
-    }
-
-    pub(super) fn store(&self, i: usize, vector: &Vector) {
-        let entry = summarise(vector);
-        if matches!(entry, Entry::Mixed { .. }) {
-            self.fill_vector(i, vector);
-        }
-        // Release pairs with the Acquire load in `entry`; it comes after the vector was filled.
-        self.entries[i].store(entry.to_word(), Ordering::Release);
+        // Release pairs with the Acquire loads in `entry` and `words`; it comes after the vector
+        // was filled.
+        self.entries[i].store(summary, Ordering::Release);
+        Some((old.extent_in(own), new.extent_in(own)))
     }
 
     /// Bytes of memory that the vectors take.
@@ -164,14 +203,6 @@ impl Leaf {
             size_of::<Vectors>() + pages * size_of::<VectorPage>()
         })
     }
-}
-
-/// The extent of segment `own` that one of the blocks lies in, if any.
-pub(super) fn own_extent(vector: &Vector, own: SegmentIdx) -> Option<ExtentId> {
-    vector.iter().find_map(|state| match state {
-        BlockState::Data { segment, block } if *segment == own => Some(block.extent()),
-        _ => None,
-    })
 }
 
 pub(super) fn resolve_leaf(

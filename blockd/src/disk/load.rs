@@ -18,6 +18,7 @@ mod space;
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
+use format::journal::Record;
 use format::limits::{BLOCK, EXTENT, LEAF_SPAN, PAGE, SEGMENTS_MAX};
 use format::node::PageRef;
 use format::space::SpaceMap;
@@ -27,6 +28,7 @@ use format::tree::Tree;
 use format::units::{ExtentId, GuestBlock, GuestExtent, LeafNo, Seq};
 use format::{Context, Error, Kind, Result};
 
+use super::leafset::LeafSet;
 use super::map::{Map, Piece, Whole};
 use super::problem::{Problem, Problems, Remedy, What};
 use super::tail::Tail;
@@ -86,7 +88,7 @@ pub struct Loaded {
     /// Where a writer continues the journal.
     pub cursor: JournalHead,
     /// Leaves that differ from what is on disk.
-    pub dirty: BTreeSet<LeafNo>,
+    pub dirty: LeafSet,
     /// Records replayed, from the journal and from the tail.
     pub replayed: (u64, u64),
     /// First journal record that should be there and is not.
@@ -181,7 +183,8 @@ pub fn load_state(
         damaged: Ranges::default(),
         dropped: Ranges::default(),
         mended: false,
-        dirty: BTreeSet::new(),
+        dirty: LeafSet::default(),
+        waiting: Vec::new(),
         freed: Vec::new(),
         moved: BTreeSet::new(),
         hidden: false,
@@ -324,7 +327,9 @@ struct Loader<'a> {
     damaged: Ranges,
     dropped: Ranges,
     mended: bool,
-    dirty: BTreeSet<LeafNo>,
+    dirty: LeafSet,
+    /// Records that were found good and are not applied yet.
+    waiting: Vec<Record>,
     /// Extents of the own segment that records took from the map; after replay, those of the tail
     /// only. The durable map may name them still.
     freed: Vec<ExtentId>,

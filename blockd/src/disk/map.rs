@@ -19,7 +19,7 @@ use format::limits::{EXTENT_BLOCKS, INNER_FANOUT, LEAF_ENTRIES};
 use format::node::{Leaf as StoredLeaf, LeafBytes, NodePtr, encode_leaf};
 use format::units::{ExtentId, GuestBlock, GuestExtent, LeafNo, SegmentIdx, index};
 
-use super::leaf::{Leaf, damaged, own_extent, resolve_leaf};
+use super::leaf::{Leaf, damaged, resolve_leaf};
 
 /// What a leaf slot of the map holds.
 #[derive(Debug)]
@@ -205,7 +205,15 @@ impl Map {
     /// # Errors
     /// `Corrupt` in a damaged range.
     pub fn own_extent(&self, extent: GuestExtent) -> Result<Option<ExtentId>> {
-        Ok(own_extent(&self.vector(extent)?, self.own))
+        let held = self.slot(extent.leaf()).map(ArcSwapOption::load);
+        let damaged = || damaged(extent.first_block());
+        match held.as_ref().and_then(|h| h.as_deref()) {
+            None | Some(Slot::Zero) => Ok(None),
+            Some(Slot::Damaged) => Err(damaged()),
+            Some(Slot::Live(leaf)) => {
+                leaf.own_extent(extent.in_leaf(), self.own).ok_or_else(damaged)
+            }
+        }
     }
 
     /// Sets `count` blocks from `first` on, all in one extent. Returns the own extent that no block
@@ -220,13 +228,10 @@ impl Map {
         state: &mut dyn FnMut(usize) -> BlockState,
     ) -> Result<Option<ExtentId>> {
         let extent = first.extent();
-        let mut vector = self.vector(extent)?;
-        let before = own_extent(&vector, self.own);
-        for (b, slot) in vector.iter_mut().enumerate().skip(first.in_extent()).take(count) {
-            *slot = state(b);
-        }
-        self.live_leaf(first, &mut |leaf| leaf.store(extent.in_leaf(), &vector))?;
-        let after = own_extent(&vector, self.own);
+        let blocks = first.in_extent()..first.in_extent() + count;
+        let change = |leaf: &Leaf| leaf.change(extent.in_leaf(), blocks, self.own, state);
+        let changed = self.live_leaf(first, change)?;
+        let (before, after) = changed.ok_or_else(|| damaged(first))?;
         Ok(before.filter(|_| before != after))
     }
 
@@ -266,7 +271,7 @@ impl Map {
             let leaf_end = leaf.next().first_extent().first_block();
             if at == leaf.first_extent().first_block() && leaf_end <= end {
                 self.check_changes(at, 1)?;
-                self.own_extents(leaf)?.into_iter().for_each(|(v, e)| emptied(v, e));
+                self.each_own_extent(leaf, emptied)?;
                 self.install_whole(leaf, to);
                 at = leaf_end;
                 continue;
@@ -302,38 +307,44 @@ impl Map {
     }
 
     /// Changes the leaf of a block, which is made if there is none yet.
-    fn live_leaf(&self, block: GuestBlock, change: &mut dyn FnMut(&Leaf)) -> Result<()> {
+    fn live_leaf<T>(&self, block: GuestBlock, change: impl FnOnce(&Leaf) -> T) -> Result<T> {
         let slot = self.slot_or_new(block.extent().leaf());
-        match slot.load().as_deref() {
+        let fresh = match slot.load().as_deref() {
             Some(Slot::Damaged) => return Err(damaged(block)),
             Some(Slot::Live(live)) if live.vectors_damaged => return Err(damaged(block)),
-            Some(Slot::Live(live)) => {
-                change(live);
-                return Ok(());
-            }
-            Some(Slot::Zero) | None => {}
-        }
-        let zero = matches!(slot.load().as_deref(), Some(Slot::Zero));
-        let fresh = Leaf::filled(if zero { Entry::Zero } else { Entry::Hole });
-        change(&fresh);
+            Some(Slot::Live(live)) => return Ok(change(live)),
+            Some(Slot::Zero) => Leaf::filled(Entry::Zero),
+            None => Leaf::filled(Entry::Hole),
+        };
+        let outcome = change(&fresh);
         slot.store(Some(Arc::new(Slot::Live(fresh))));
-        Ok(())
+        Ok(outcome)
     }
 
-    /// Every extent of the own segment that blocks under `leaf` lie in, with its virtual extent.
+    /// Calls `visit` with each virtual extent under `leaf` that has an extent of the own segment,
+    /// in order, and with that extent.
     ///
     /// # Errors
     /// `Corrupt` for a damaged leaf.
-    pub fn own_extents(&self, leaf: LeafNo) -> Result<Vec<(GuestExtent, ExtentId)>> {
+    pub fn each_own_extent(
+        &self,
+        leaf: LeafNo,
+        visit: &mut dyn FnMut(GuestExtent, ExtentId),
+    ) -> Result<()> {
         let first = leaf.first_extent();
         let held = self.slot(leaf).map(ArcSwapOption::load);
         match held.as_ref().and_then(|h| h.as_deref()) {
-            None | Some(Slot::Zero) => Ok(Vec::new()),
-            Some(Slot::Damaged) => Err(damaged(first.first_block())),
-            Some(Slot::Live(live)) => Ok((0..LEAF_ENTRIES)
-                .filter_map(|i| Some((first.plus(i as u64), live.own_extent(i, self.own)?)))
-                .collect()),
+            None | Some(Slot::Zero) => {}
+            Some(Slot::Damaged) => return Err(damaged(first.first_block())),
+            Some(Slot::Live(live)) => {
+                for i in 0..LEAF_ENTRIES {
+                    if let Some(extent) = live.own_extent(i, self.own).flatten() {
+                        visit(first.plus(i as u64), extent);
+                    }
+                }
+            }
         }
+        Ok(())
     }
 
     /// The leaf as it is to be stored; `None` when it is damaged and must stay as it is on disk.

@@ -22,6 +22,7 @@ pub mod create;
 pub mod gate;
 mod io;
 mod leaf;
+pub mod leafset;
 pub mod load;
 pub mod map;
 mod open;
@@ -33,7 +34,7 @@ mod space;
 pub mod tail;
 mod zero;
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -43,13 +44,14 @@ use format::space::{ExtentRun, SpaceMap};
 use format::superblock::{JournalHead, Superblock};
 use format::table::SegmentTable;
 use format::tree::Tree;
-use format::units::{ExtentId, GuestBlock, GuestExtent, LeafNo, PageNo};
+use format::units::{ExtentId, GuestBlock, GuestExtent, PageNo};
 use format::{Error, Kind, Result};
 use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
 
 use claims::Claims;
 use gate::IoGate;
+use leafset::LeafSet;
 use load::RowFile;
 use map::Map;
 use problem::Problem;
@@ -89,7 +91,7 @@ impl Default for Options {
 /// What publishing changes: held shortly, never during I/O on data.
 struct Core {
     tail: Arc<Tail>,
-    dirty: BTreeSet<LeafNo>,
+    dirty: LeafSet,
     space: SpaceMap,
     /// Extents whose records are durable, waiting for requests of an epoch to leave.
     limbo: VecDeque<(u64, ExtentId)>,

@@ -29,6 +29,9 @@ const JOURNAL_BATCH: u64 = 256;
 /// proportion to it.
 const MAP_BLOCKS_MAX: u64 = LEAF_SPAN / BLOCK;
 
+/// Records that are applied in one go: 2 MiB.
+const WAITING_MAX: usize = 1 << 16;
+
 /// Calls `visit` with the pages of the ring, from the head on once around.
 fn each_page(
     file: &dyn File,
@@ -84,6 +87,7 @@ impl Loader<'_> {
             }
             Ok(())
         })?;
+        self.apply_waiting();
         if let Some(e) = loss {
             self.lose_records(&e);
         }
@@ -94,7 +98,7 @@ impl Loader<'_> {
     fn replay_page(&mut self, replay: &mut Replay, page: &[u8; PAGE]) -> Result<bool> {
         let Step::Records(records) = replay.feed(page)? else { return Ok(false) };
         for record in &records {
-            self.apply(record)?;
+            self.take(record)?;
         }
         self.replayed.0 += records.len() as u64;
         Ok(true)
@@ -119,11 +123,12 @@ impl Loader<'_> {
         };
         let outcome = tail.records(from, tail.next()).and_then(|records| {
             records.iter().try_for_each(|record| {
-                self.apply(record)?;
+                self.take(record)?;
                 self.replayed.1 += 1;
                 Ok(())
             })
         });
+        self.apply_waiting();
         match outcome {
             Err(e) if e.kind() == Kind::Corrupt => {
                 self.lose_records(&e);
@@ -133,25 +138,61 @@ impl Loader<'_> {
         }
     }
 
-    /// Applies one record; `Corrupt` when no writer makes such a record for this disk.
-    fn apply(&mut self, record: &Record) -> Result<()> {
+    /// Takes one record; `Corrupt` when no writer makes such a record for this disk. It is in the
+    /// map after [`Self::apply_waiting`].
+    fn take(&mut self, record: &Record) -> Result<()> {
+        self.check_record(record)?;
+        let (block, count) = record.range();
+        if block.extent() != block.plus(count - 1).extent() {
+            self.apply_waiting();
+            self.apply(record);
+            return Ok(());
+        }
+        if self.waiting.len() == WAITING_MAX {
+            self.apply_waiting();
+        }
+        self.waiting.push(*record);
+        Ok(())
+    }
+
+    /// Applies the records that wait, those of neighbouring extents one after the other: in the
+    /// order of the journal, nearly every record of a random writer would wait for memory. Each of
+    /// them changes one extent only (or meets a leaf that refuses all of them), and those of one
+    /// extent keep their order, so the map comes out the same. Test:
+    /// `flat_model::records_of_one_extent_are_replayed_in_order`.
+    fn apply_waiting(&mut self) {
+        let mut records = std::mem::take(&mut self.waiting);
+        records.sort_by_key(|record| record.range().0.extent());
+        records.drain(..).for_each(|record| self.apply(&record));
+        self.waiting = records;
+    }
+
+    fn check_record(&self, record: &Record) -> Result<()> {
         let (block, count) = record.range();
         if block.0 + count > self.sb.virtual_size.div_ceil(BLOCK) {
             return Err(Error::corrupt("a record lies past the end of the disk"));
         }
+        match *record {
+            Record::Map { .. } if count > MAP_BLOCKS_MAX => {
+                Err(Error::corrupt("a record maps more than a writer ever does"))
+            }
+            Record::Map { target, .. } if target.extent() < self.sb.data_start() => {
+                Err(Error::corrupt("a record points before the data area"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Applies one record; for a damaged range that is a problem.
+    fn apply(&mut self, record: &Record) {
+        let (block, count) = record.range();
         let outcome = match *record {
             Record::Zero { .. } => {
                 self.dropped.subtract(block, count);
                 let freed = &mut self.freed;
                 self.map.clear(block, count, Whole::Zero, &mut |_, e| freed.push(e))
             }
-            Record::Map { .. } if count > MAP_BLOCKS_MAX => {
-                return Err(Error::corrupt("a record maps more than a writer ever does"));
-            }
             Record::Map { target, .. } => {
-                if target.extent() < self.sb.data_start() {
-                    return Err(Error::corrupt("a record points before the data area"));
-                }
                 self.map_extents(block, count, &mut |done| target.plus(done).extent())
             }
         };
@@ -167,7 +208,6 @@ impl Loader<'_> {
         } else {
             self.dirty.extend((leaves.start().0..=leaves.end().0).map(LeafNo));
         }
-        Ok(())
     }
 
     /// A record stopped at a leaf that takes no change. What can still be read of that leaf and of

@@ -3,7 +3,7 @@
 //! Invariant: an extent or page that anything readable names is used, and so is everything up to
 //! the end of the file when something unreadable may name it.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::HashSet;
 
 use format::array::ArrayRef;
 use format::entry::{BlockState, Vector};
@@ -12,11 +12,12 @@ use format::node::PageRef;
 use format::space::SpaceMap;
 use format::superblock::{Seal, Superblock};
 use format::tree::Tree;
-use format::units::{BlockId, ExtentId, GuestExtent, LeafNo, PageNo, SegmentIdx};
+use format::units::{BlockId, ExtentId, GuestExtent, PageNo, SegmentIdx};
 use format::{Error, Result};
 
 use super::ranges::Ranges;
 use super::{FILE_EXTENTS_MAX, Loaded, Loader};
+use crate::disk::leafset::LeafSet;
 use crate::disk::map::Piece;
 use crate::disk::problem::{Problem, Remedy, What};
 use crate::disk::seal::sums_bytes_max;
@@ -153,7 +154,7 @@ impl Loader<'_> {
         let inside = self.sb.data_start()..ExtentId(self.own_extents());
         let count = self.leaf_count();
         let named = tree.leaves().map(|(leaf, _)| leaf).filter(|leaf| leaf.0 < count);
-        let leaves: BTreeSet<LeafNo> = named.chain(self.dirty.iter().copied()).collect();
+        let leaves: LeafSet = named.chain(self.dirty.iter()).collect();
         let (mut shared, mut problems) = (Vec::new(), Vec::new());
         let mut note = |what: What, v: GuestExtent, error: &Error| {
             let problem = Problem::new(what, format!("byte offset {}", v.0 * EXTENT), error);
@@ -168,13 +169,13 @@ impl Loader<'_> {
             }
             None
         };
-        for leaf in leaves {
+        for leaf in leaves.iter() {
             // A leaf that is damaged as a whole names nothing that is known.
-            for (v, e) in self.map.own_extents(leaf).unwrap_or_default() {
+            let _ = self.map.each_own_extent(leaf, &mut |v, e| {
                 if let Some(error) = claim(v, e) {
                     note(What::DoubleUse, v, &error);
                 }
-            }
+            });
         }
         for v in std::mem::take(&mut self.moved) {
             let Ok(owned) = self.map.vector(v).map(|vector| owned(&vector, self.sb.own_index))
