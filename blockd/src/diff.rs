@@ -54,14 +54,28 @@ fn window(disk: &Disk, first: GuestBlock, count: u64) -> Result<Vec<(Piece, Plac
 /// # Errors
 /// `Corrupt` in a damaged range of either disk, or what `visit` reports.
 pub fn changed(a: &Disk, b: &Disk, visit: &mut dyn FnMut(GuestRange) -> Result<()>) -> Result<()> {
-    let size = a.size().max(b.size());
-    let blocks = size.div_ceil(BLOCK);
+    changed_in(a, b, GuestRange { offset: 0, len: a.size().max(b.size()) }, visit)
+}
+
+/// As [`changed`], within one range; what is given is cut to it. Past the end of the smaller disk
+/// the range compares with zeroes.
+///
+/// # Errors
+/// As [`changed`].
+pub fn changed_in(
+    a: &Disk,
+    b: &Disk,
+    range: GuestRange,
+    visit: &mut dyn FnMut(GuestRange) -> Result<()>,
+) -> Result<()> {
+    let range_end = range.offset + range.len;
+    let blocks = range_end.div_ceil(BLOCK);
     let mut open: Option<(u64, u64)> = None;
     let mut give = |(first, end): (u64, u64)| {
-        let offset = first * BLOCK;
-        visit(GuestRange { offset, len: (end * BLOCK).min(size) - offset })
+        let offset = (first * BLOCK).max(range.offset);
+        visit(GuestRange { offset, len: (end * BLOCK).min(range_end) - offset })
     };
-    let mut first = 0;
+    let mut first = range.offset / BLOCK;
     while first < blocks {
         let count = WINDOW.min(blocks - first);
         let ours = window(a, GuestBlock(first), count)?;
