@@ -1,0 +1,184 @@
+//! A load on the queues of a vhost-user disk, the same for every server.
+
+use std::time::{Duration, Instant};
+
+use vhost_blk::client::{Client, ClientQueue, Op, Options, Span};
+
+/// Where requests go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// Anywhere.
+    Random,
+    /// One behind the other.
+    Sequential,
+    /// All over the place, but nowhere twice before everywhere once.
+    Scattered,
+}
+
+/// What one measurement does.
+#[derive(Debug, Clone, Copy)]
+pub struct Job {
+    /// For the report.
+    pub name: &'static str,
+    /// Queues, each with a client thread.
+    pub queues: u16,
+    /// Requests in work for each queue.
+    pub depth: u64,
+    /// Bytes of a request.
+    pub block: u64,
+    /// Requests of a hundred that write.
+    pub write_percent: u64,
+    /// Where they go.
+    pub order: Order,
+    /// A flush after each write.
+    pub flush: bool,
+    /// Bytes from the start of the disk that are used.
+    pub span: u64,
+    /// The client looks for completions without sleeping.
+    pub client_polls: bool,
+}
+
+/// What came out.
+#[derive(Debug, Clone, Copy)]
+pub struct Outcome {
+    /// Requests in a second.
+    pub iops: f64,
+    /// Time that half of the requests took at most.
+    pub p50_us: f64,
+    /// Time that 99 of a hundred took at most.
+    pub p99_us: f64,
+    /// Processor time of the server for each request, in microseconds.
+    pub cpu_us: f64,
+}
+
+/// Processor time of a process so far, from its `stat` file: user and system, in seconds.
+pub fn cpu_seconds(pid: u32) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the server runs");
+    let fields: Vec<&str> = stat[stat.rfind(')').expect("a name") + 2..].split(' ').collect();
+    let ticks: u64 = fields[11..13].iter().map(|f| f.parse::<u64>().expect("a number")).sum();
+    // The unit of these fields is fixed at a hundredth of a second for all programs.
+    ticks as f64 / 100.0
+}
+
+struct Rng(u64);
+
+impl Rng {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % n
+    }
+}
+
+/// Runs a job against the server `pid` behind `socket`.
+pub fn run(job: &Job, socket: &std::path::Path, pid: u32, time: Duration) -> Outcome {
+    let options = Options {
+        queues: job.queues,
+        queue_size: 128,
+        data_size: job.depth * job.block,
+        ..Options::default()
+    };
+    let (client, queues) = Client::connect(socket, options).expect("the server answers");
+    // Warm: threads started, poll times settled. What can be written first only once stays cold.
+    let queues = match job.order {
+        Order::Scattered => queues,
+        _ => drive(job, queues, time / 5).0,
+    };
+    let (cpu, start) = (cpu_seconds(pid), Instant::now());
+    let (queues, mut latencies) = drive(job, queues, time);
+    let (took, cpu) = (start.elapsed().as_secs_f64(), cpu_seconds(pid) - cpu);
+    drop((queues, client));
+    latencies.sort_unstable();
+    let at = |percent: usize| f64::from(latencies[(latencies.len() - 1) * percent / 100]) / 1000.0;
+    let count = latencies.len() as f64;
+    Outcome { iops: count / took, p50_us: at(50), p99_us: at(99), cpu_us: cpu * 1e6 / count }
+}
+
+fn drive(job: &Job, queues: Vec<ClientQueue>, time: Duration) -> (Vec<ClientQueue>, Vec<u32>) {
+    let part = job.span / queues.len() as u64;
+    std::thread::scope(|s| {
+        let threads: Vec<_> = (0u64..)
+            .zip(queues)
+            .map(|(i, queue)| s.spawn(move || drive_one(job, queue, (i * part, part), time)))
+            .collect();
+        let mut all = (Vec::new(), Vec::new());
+        for thread in threads {
+            let (queue, latencies) = thread.join().expect("a load thread");
+            all.0.push(queue);
+            all.1.extend(latencies);
+        }
+        all
+    })
+}
+
+fn drive_one(
+    job: &Job,
+    mut queue: ClientQueue,
+    (from, len): (u64, u64),
+    time: Duration,
+) -> (ClientQueue, Vec<u32>) {
+    let mut rng = Rng(from | 0x9e37_79b9);
+    let blocks = len / job.block;
+    let (mut next, mut latencies) = (0, Vec::with_capacity(1 << 20));
+    let mut began = vec![Instant::now(); usize::try_from(job.depth).expect("a depth")];
+    let mut flushing = vec![false; began.len()];
+    let mut free: Vec<u64> = (0..job.depth).collect();
+    let start = Instant::now();
+    loop {
+        let now = Instant::now();
+        if now - start < time {
+            while let Some(slot) = free.pop() {
+                let at = match job.order {
+                    Order::Random => rng.below(blocks),
+                    Order::Sequential => next % blocks,
+                    // Odd, so that it meets every one of a power of two.
+                    Order::Scattered => next.wrapping_mul(0x9e37_79b1) % blocks,
+                };
+                next += 1;
+                let op = if rng.below(100) < job.write_percent { Op::Write } else { Op::Read };
+                let offset = queue.data().0 + slot * job.block;
+                let span = Span { offset, len: u32::try_from(job.block).expect("a block size") };
+                queue.submit(op, from + at * job.block, &[span], slot).expect("room in the ring");
+                let slot = usize::try_from(slot).expect("a slot");
+                (began[slot], flushing[slot]) = (now, false);
+            }
+        } else if queue.in_work() == 0 {
+            return (queue, latencies);
+        }
+        queue.kick();
+        if job.client_polls {
+            while !poll(job, &mut queue, (&mut began, &mut flushing), &mut free, &mut latencies) {
+                std::hint::spin_loop();
+            }
+        } else {
+            assert!(queue.wait(30_000), "the server answers");
+            poll(job, &mut queue, (&mut began, &mut flushing), &mut free, &mut latencies);
+        }
+    }
+}
+
+fn poll(
+    job: &Job,
+    queue: &mut ClientQueue,
+    (began, flushing): (&mut [Instant], &mut [bool]),
+    free: &mut Vec<u64>,
+    latencies: &mut Vec<u32>,
+) -> bool {
+    let (mut any, mut now) = (false, None);
+    while let Some(done) = queue.poll() {
+        assert_eq!(done.status, 0);
+        let slot = usize::try_from(done.token).expect("a slot");
+        any = true;
+        if job.flush && !flushing[slot] {
+            flushing[slot] = true;
+            queue.submit(Op::Flush, 0, &[], done.token).expect("room in the ring");
+            queue.kick();
+            continue;
+        }
+        let took = now.get_or_insert_with(Instant::now).duration_since(began[slot]);
+        latencies.push(u32::try_from(took.as_nanos()).unwrap_or(u32::MAX));
+        free.push(done.token);
+    }
+    any
+}
