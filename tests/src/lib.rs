@@ -12,6 +12,7 @@ pub mod inspect;
 pub mod kill;
 pub mod load;
 pub mod model;
+pub mod mount;
 pub mod nbd;
 pub mod pattern;
 pub mod rng;

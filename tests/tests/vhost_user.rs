@@ -1,16 +1,17 @@
 //! A disk of a real store behind a real vhost-user socket: what a guest is told is true.
 
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use blockd::serve::vhost::{VhostOptions, VhostServer};
-use blockd::serve::{Limits, Volume, VolumeOptions};
+use blockd::serve::{Limits, Observer, Volume, VolumeEvent, VolumeOptions};
 use blockd::store::Access;
 use blockd::store::file::CacheMode;
 use blockd::storedir::{NewDisk, OpenOptions, StoreDir, boot_id};
 use offshoot_tests::load::Load;
+use offshoot_tests::mount::Mount;
 use offshoot_tests::pattern::{self, Found};
 use offshoot_tests::rng::seed;
 use tempfile::TempDir;
@@ -30,9 +31,17 @@ impl Bench {
     fn new() -> Bench {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("store");
-        StoreDir::init(&path, None).unwrap();
+        Bench::in_dir(dir, &path)
+    }
+
+    fn at(path: &Path) -> Bench {
+        Bench::in_dir(tempfile::tempdir().unwrap(), path)
+    }
+
+    fn in_dir(dir: TempDir, path: &Path) -> Bench {
+        StoreDir::init(path, None).unwrap();
         let how = OpenOptions { access: Access::Write, cache: CacheMode::Auto, boot: boot_id() };
-        let store = StoreDir::open(&path, &how).unwrap();
+        let store = StoreDir::open(path, &how).unwrap();
         store.create(&NewDisk::root("disk", SIZE)).unwrap();
         Bench { socket: dir.path().join("blk.sock"), store, _dir: dir }
     }
@@ -231,4 +240,70 @@ fn the_serial_number_is_the_name() {
     let mut id = [0xff; 20];
     queues[0].arena().read(span.offset, &mut id);
     assert_eq!(&id, b"disk\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+}
+
+/// Story: a host's file system filled up, the guest's writes were answered with I/O errors, and its
+/// own file system went read-only for good, although the operator freed space a minute later.
+#[test]
+fn writes_wait_while_the_host_is_full_and_go_on_when_it_is_not() {
+    let test = "vhost_user::writes_wait_while_the_host_is_full_and_go_on_when_it_is_not";
+    let Some(mount) = Mount::ext4(test, 96 << 20) else { return };
+    let bench = Bench::at(&mount.path().join("store"));
+    let events = Arc::new(Events::default());
+    let observer: Arc<dyn Observer> = Arc::clone(&events) as Arc<dyn Observer>;
+    let options = VolumeOptions { observer: Some(observer), ..VolumeOptions::default() };
+    let volume = bench.volume(&options);
+    let server = bench.serve(&volume, VhostOptions::default());
+    let (_front, mut queues) = bench.connect(self::options(1));
+    let queue = &mut queues[0];
+    assert_eq!(write(queue, 1, 0, 8), 0);
+
+    let full = mount.fill(0);
+    // Extents and metadata that were set aside are used up first.
+    let mut sector = 1024;
+    while volume.stats().held.is_none() {
+        assert!(sector < SECTORS, "a full host is noticed");
+        let bytes = pattern::bytes(2, sector, 1024);
+        queue.arena().write(queue.data().0, &bytes);
+        let span = span(queue, 512 << 10);
+        queue.submit(Op::Write, sector * 512, &[span], sector).unwrap();
+        queue.kick();
+        let until = std::time::Instant::now() + Duration::from_secs(20);
+        while queue.in_work() > 0 && volume.stats().held.is_none() {
+            assert!(std::time::Instant::now() < until, "it completes or is held");
+            if queue.wait(20) {
+                assert_eq!(queue.poll().unwrap().status, 0);
+            }
+        }
+        sector += 1024;
+    }
+    let held = volume.stats().held.unwrap();
+    assert_eq!((held.requests, queue.in_work()), (1, 1), "{held:?}");
+    assert!(held.reason.contains("space"), "{}", held.reason);
+    assert!(!queue.wait(1500), "it is not answered, whether it is tried again or not");
+
+    drop(full);
+    volume.resume();
+
+    assert!(queue.wait(20_000), "it goes on");
+    assert_eq!(queue.poll().unwrap().status, 0);
+    assert_eq!(read(queue, sector - 1024), Found::Tag(2));
+    assert_eq!(read(queue, 7), Found::Tag(1));
+    assert_eq!(volume.stats().held, None);
+    let seen = events.0.lock().unwrap().clone();
+    let held = seen.iter().filter(|e| matches!(e, VolumeEvent::Held(_))).count();
+    let resumed = seen.iter().filter(|e| matches!(e, VolumeEvent::Resumed)).count();
+    assert_eq!((held, resumed), (1, 1), "{seen:?}");
+    server.stop();
+    volume.close().unwrap();
+}
+
+#[derive(Default)]
+struct Events(std::sync::Mutex<Vec<VolumeEvent>>);
+
+impl Observer for Events {
+    fn event(&self, volume: &str, event: VolumeEvent) {
+        assert_eq!(volume, "disk");
+        self.0.lock().unwrap().push(event);
+    }
 }

@@ -1,0 +1,141 @@
+//! What tests ask of this machine: its tools, and file systems of their own.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use tempfile::TempDir;
+
+use crate::{skip, tool};
+
+/// Runs a tool of this machine that must end well; gives back its standard output.
+///
+/// # Panics
+/// When it is not there or fails.
+pub fn run(name: &str, args: &[&str]) -> String {
+    let path = tool(name).unwrap_or_else(|| panic!("no {name} on this machine"));
+    let output = Command::new(path).args(args).stdin(Stdio::null()).output().expect("it starts");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{name} {args:?}: {text}{error}");
+    text
+}
+
+/// True when all the tools are there; else the test is counted as skipped.
+#[must_use]
+pub fn have(test: &str, tools: &[&str]) -> bool {
+    let missing: Vec<_> = tools.iter().filter(|t| tool(t).is_none()).copied().collect();
+    if !missing.is_empty() {
+        skip(test, &format!("this machine has no {}", missing.join(", ")));
+    }
+    missing.is_empty()
+}
+
+/// A file system of its own, mounted in a temporary folder; needs root.
+pub struct Mount {
+    dir: TempDir,
+}
+
+impl Mount {
+    /// tmpfs of `size` bytes. Without root, the test is counted as skipped.
+    ///
+    /// # Panics
+    /// When the host does not let us.
+    #[must_use]
+    pub fn tmpfs(test: &str, size: u64) -> Option<Self> {
+        if !Self::may(test, &["mount", "umount"]) {
+            return None;
+        }
+        let mount = Self::point();
+        let size = format!("size={size}");
+        run("mount", &["-t", "tmpfs", "-o", &size, "tmpfs", &mount.target()]);
+        Some(mount)
+    }
+
+    /// ext4 of `size` bytes in a file of its own. Without root, the test is counted as skipped.
+    ///
+    /// # Panics
+    /// When the host does not let us.
+    #[must_use]
+    pub fn ext4(test: &str, size: u64) -> Option<Self> {
+        if !Self::may(test, &["mount", "umount", "mke2fs", "losetup"]) {
+            return None;
+        }
+        let mount = Self::point();
+        let image = mount.dir.path().join("image");
+        let file = fs::File::create(&image).expect("a file");
+        file.set_len(size).expect("a length");
+        let image = image.to_str().expect("a plain path");
+        run("mke2fs", &["-q", "-t", "ext4", "-m", "0", image]);
+        run("mount", &["-o", "loop", image, &mount.target()]);
+        Some(mount)
+    }
+
+    fn may(test: &str, tools: &[&str]) -> bool {
+        if !rustix::process::geteuid().is_root() {
+            skip(test, "mounting a file system needs root");
+            return false;
+        }
+        have(test, tools)
+    }
+
+    fn point() -> Self {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        fs::create_dir(dir.path().join("mnt")).expect("a folder");
+        Mount { dir }
+    }
+
+    fn target(&self) -> String {
+        self.path().to_str().expect("a plain path").to_owned()
+    }
+
+    /// Where it is mounted.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        self.dir.path().join("mnt")
+    }
+
+    /// Mounts it anew with an option, `ro` for example.
+    pub fn remount(&self, option: &str) {
+        run("mount", &["-o", &format!("remount,{option}"), &self.target()]);
+    }
+
+    /// Takes all the space that is left but for `spare` bytes, until the file is dropped.
+    ///
+    /// # Panics
+    /// When the host does not let us.
+    #[must_use]
+    pub fn fill(&self, spare: u64) -> Filler {
+        let path = self.path().join("filler");
+        let file = fs::File::create(&path).expect("a file");
+        let mut at = 0;
+        for step in [1 << 20, 64 << 10, 4 << 10] {
+            let bytes = vec![1; step];
+            while file.write_all_at(&bytes, at).is_ok() {
+                at += step as u64;
+            }
+        }
+        file.sync_all().ok();
+        file.set_len(at.saturating_sub(spare)).expect("a shorter file");
+        file.sync_all().expect("nothing to write");
+        Filler(path)
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let path = tool("umount").expect("it was there");
+        // Lazily: a test that failed may have left a process in it.
+        let _ = Command::new(path).args(["-l", &self.target()]).status();
+    }
+}
+
+/// A file that takes space until it is dropped.
+pub struct Filler(PathBuf);
+
+impl Drop for Filler {
+    fn drop(&mut self) {
+        fs::remove_file(&self.0).expect("it is there");
+    }
+}
