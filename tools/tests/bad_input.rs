@@ -10,8 +10,9 @@ use std::path::Path;
 
 use format::limits::{PAGE, SUPERBLOCK_OFFSETS};
 use format::units::crc;
+use offshoot_tests::mount::Mount;
 use serde_json::{Value, json};
-use support::{Bench, Mount, Ran, has_store, names, noise, sparse, wait};
+use support::{Bench, Ran, has_store, names, noise, sparse, wait};
 
 const MIB: u64 = 1 << 20;
 

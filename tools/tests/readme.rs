@@ -17,7 +17,8 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use support::{OFFSHOOT, have};
+use offshoot_tests::mount::have;
+use support::OFFSHOOT;
 
 /// A command of the README and what it prints there.
 #[derive(Debug, PartialEq, Eq)]

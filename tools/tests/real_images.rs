@@ -10,9 +10,10 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use offshoot_tests::mount::{have, run as tool};
 use rustix::process::Signal;
 use serde_json::json;
-use support::{Bench, OFFSHOOT, have, names, noise, signal, sparse, tool, until, wait};
+use support::{Bench, OFFSHOOT, names, noise, signal, sparse, until, wait};
 
 const MIB: u64 = 1 << 20;
 

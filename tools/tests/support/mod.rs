@@ -263,5 +263,3 @@ pub fn signal(child: &Child, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_child(child);
     rustix::process::kill_process(pid, signal).expect("the child is there");
 }
-
-pub use offshoot_tests::mount::{Mount, have, run as tool};
