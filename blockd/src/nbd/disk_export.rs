@@ -201,33 +201,43 @@ pub fn allocation(disk: &Disk, offset: u64, len: u64, visit: &mut Visit<'_>) -> 
     })
 }
 
-/// What changed on a disk since an ancestor.
-pub struct ChangedSince {
-    /// The disk.
-    pub disk: Arc<Disk>,
-    /// The ancestor, open for as long as somebody may ask.
-    pub ancestor: Arc<Disk>,
+/// What changed on a disk since an ancestor: see [`Export::changed_since`].
+///
+/// # Errors
+/// `Corrupt` in a damaged range of either.
+pub fn changes(
+    disk: &Disk,
+    ancestor: &Disk,
+    (offset, len): (u64, u64),
+    visit: &mut Visit<'_>,
+) -> Result<()> {
+    windows((offset, len), |from, to| {
+        let range = GuestRange { offset: from, len: to - from };
+        let mut flow = ControlFlow::Continue(());
+        let mut tell = |len: u64, flags: u32| {
+            if flow.is_continue() && len > 0 {
+                flow = visit(Extent { len, flags });
+            }
+        };
+        let mut at = from;
+        diff::changed_in(disk, ancestor, range, &mut |changed| {
+            tell(changed.offset - at, 0);
+            tell(changed.len, STATE_CHANGED);
+            at = changed.offset + changed.len;
+            Ok(())
+        })?;
+        tell(to - at, 0);
+        Ok(flow)
+    })
+}
+
+struct ChangedSince {
+    disk: Arc<Disk>,
+    ancestor: Arc<Disk>,
 }
 
 impl BlockStatus for ChangedSince {
     fn extents(&self, offset: u64, len: u64, visit: &mut Visit<'_>) -> Result<()> {
-        windows((offset, len), |from, to| {
-            let range = GuestRange { offset: from, len: to - from };
-            let mut flow = ControlFlow::Continue(());
-            let mut tell = |len: u64, flags: u32| {
-                if flow.is_continue() && len > 0 {
-                    flow = visit(Extent { len, flags });
-                }
-            };
-            let mut at = from;
-            diff::changed_in(&self.disk, &self.ancestor, range, &mut |changed| {
-                tell(changed.offset - at, 0);
-                tell(changed.len, STATE_CHANGED);
-                at = changed.offset + changed.len;
-                Ok(())
-            })?;
-            tell(to - at, 0);
-            Ok(flow)
-        })
+        changes(&self.disk, &self.ancestor, (offset, len), visit)
     }
 }

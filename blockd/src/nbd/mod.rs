@@ -31,7 +31,7 @@ use std::sync::Arc;
 
 use format::Result;
 
-pub use disk_export::{Ancestors, ChangedSince, DiskExport, NoAncestors, allocation};
+pub use disk_export::{Ancestors, DiskExport, NoAncestors, allocation, changes};
 pub use server::{ConnectionStatus, NbdServer, ServerOptions, ServerStatus};
 pub use stream::Listener;
 pub use tls::TlsConfig;
