@@ -438,6 +438,31 @@ fn a_client_that_does_not_read_hurts_itself_only() {
     served.server.stop(PATIENCE).unwrap();
 }
 
+/// A simple client sends all its requests before it looks at a reply. While the replies to its
+/// reads fill the socket, its write must be taken all the same, or both sides wait for ever.
+#[test]
+fn a_client_that_reads_its_replies_late_is_served() {
+    let disks = Disks::new();
+    let disk = disks.disk(1, 64 * MIB / 512, None);
+    disk.write(0, 0, &[1; 8 << 20]).unwrap();
+    let served = serve(Arc::new(DiskExport::new("memory", disk)));
+    for style in [Style::Structured, Style::Extended] {
+        let mut client = served.transmitting("memory", style);
+        client.socket.set_write_timeout(Some(PATIENCE)).unwrap();
+        for cookie in 0..8 {
+            client.request((c::READ, 0), cookie, (cookie * MIB, MIB), &[]);
+        }
+        client.request((c::WRITE, 0), 8, (32 * MIB, 16 * MIB), &vec![2; 16 << 20]);
+        let mut done: Vec<u64> = (0..9)
+            .map(|_| client.chunk())
+            .inspect(|c| assert_eq!(c.flags, 1))
+            .map(|c| c.cookie)
+            .collect();
+        done.sort_unstable();
+        assert_eq!(done, (0..9).collect::<Vec<u64>>());
+    }
+}
+
 /// Clients that die in the middle of a message, and of a write.
 #[test]
 fn clients_that_die_leave_nothing_behind() {

@@ -10,9 +10,9 @@ use parking_lot::{Condvar, Mutex};
 use crate::store::buf::AlignedBuf;
 
 /// Sizes that are kept for the next request; larger buffers are given back to the system.
-const CLASSES: [usize; 2] = [64 << 10, 1 << 20];
-/// Buffers of one class that are kept.
-const KEPT_MAX: usize = 8;
+const CLASSES: [usize; 3] = [64 << 10, 1 << 20, 4 << 20];
+/// Buffers of each class that are kept.
+const KEPT_MAX: [usize; CLASSES.len()] = [16, 8, 2];
 
 #[derive(Default)]
 struct State {
@@ -75,7 +75,7 @@ impl Drop for Buffer<'_> {
         let mut state = self.from.state.lock();
         state.out -= size;
         if let Some(class) = CLASSES.iter().position(|&c| c == size)
-            && state.kept[class].len() < KEPT_MAX
+            && state.kept[class].len() < KEPT_MAX[class]
         {
             state.kept[class].push(buf);
         }

@@ -362,12 +362,14 @@ impl Session {
         &self.place.connection().stream
     }
 
+    /// Sends what is pending. When another thread is at it already, it sends this as well, or it
+    /// only added to it and calls this afterwards: waiting for it would keep requests unread that
+    /// the client may have to get rid of before it reads replies.
     fn flush_pending(&self) -> io::Result<()> {
-        let mut pending = self.pending.lock();
-        if pending.is_empty() {
-            return Ok(());
+        match self.pending.try_lock() {
+            Some(mut pending) if !pending.is_empty() => self.send(&mut pending, &[], &[]),
+            _ => Ok(()),
         }
-        self.send(&mut pending, &[], &[])
     }
 
     /// Sends what is pending and a message behind it; the caller holds the lock of the first.

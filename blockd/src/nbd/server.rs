@@ -30,7 +30,7 @@ use super::{Exports, tls::TlsConfig};
 /// Clients beyond the limit that are told so at one time.
 const REFUSED_MAX: usize = 4;
 /// Pause after the host refused to accept a client (too many open files, most likely).
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
 /// Limits of a server.
 #[derive(Debug, Clone)]
@@ -335,6 +335,7 @@ impl Drop for NbdServer {
 }
 
 fn accept(shared: &Arc<Shared>, listener: &Listener) {
+    use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
     let tls = match listener {
         Listener::Unix(_) => None,
         Listener::Tls(_, config) => Some(config),
@@ -350,8 +351,8 @@ fn accept(shared: &Arc<Shared>, listener: &Listener) {
         }
         match listener.accept() {
             Ok((stream, peer)) => admit(shared, stream, peer, tls.cloned()),
-            // The client may have gone again.
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            // The client has gone again: its own affair, and nothing for the log.
+            Err(e) if matches!(e.kind(), WouldBlock | ConnectionAborted | Interrupted) => {}
             Err(e) => {
                 tracing::warn!(error = %e, "cannot accept an NBD client");
                 thread::sleep(ACCEPT_PAUSE);
