@@ -1,4 +1,5 @@
-//! Fuzz targets: code that reads bytes from a disk must neither panic nor contradict itself.
+//! Fuzz targets: code that reads bytes from a disk, or from a client, must neither panic nor
+//! contradict itself.
 //!
 //! A target takes any bytes. It goes through the public decode points only, and asserts what must
 //! hold for whatever they accept (for example: what was decoded, encoded and decoded again is the

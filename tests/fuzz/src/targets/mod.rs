@@ -3,6 +3,7 @@
 mod image;
 mod journal;
 mod map_page;
+mod nbd;
 mod segment_table;
 mod superblock;
 
@@ -20,12 +21,13 @@ pub struct Target {
 }
 
 /// Every target.
-pub const TARGETS: [Target; 5] = [
+pub const TARGETS: [Target; 6] = [
     Target { name: "superblock", run: superblock::run, seeds: superblock::seeds },
     Target { name: "journal", run: journal::run, seeds: journal::seeds },
     Target { name: "map_page", run: map_page::run, seeds: map_page::seeds },
     Target { name: "segment_table", run: segment_table::run, seeds: segment_table::seeds },
     Target { name: "image", run: image::run, seeds: image::seeds },
+    Target { name: "nbd", run: nbd::run, seeds: nbd::seeds },
 ];
 
 /// The target called `name`.
