@@ -79,6 +79,11 @@ impl Backend {
         self.dir.path().join("disk")
     }
 
+    /// A path in the disk's folder.
+    pub fn place(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
     /// Bytes that the disk takes on the host.
     pub fn allocated(&self) -> u64 {
         fs::metadata(self.file()).unwrap().blocks() * 512

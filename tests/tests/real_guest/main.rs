@@ -1,5 +1,5 @@
 //! A real Linux guest in QEMU on disks of our vhost-user-blk device: file systems, cache modes,
-//! discard, resize, resets, a backend or a virtual machine that dies.
+//! discard, resize, resets, a backend or a virtual machine that dies, live migration.
 //!
 //! The disks are files served by `vhost_disk`, so a failure here is one of the protocol side.
 
@@ -16,6 +16,9 @@ use offshoot_tests::skip;
 
 /// The feature bit of packed rings.
 const RING_PACKED: usize = 34;
+
+/// How long each half of a migration may take.
+const MIGRATION: Duration = Duration::from_secs(90);
 
 /// The image to boot, or `None` after saying that `test` is skipped.
 fn image(test: &str) -> Option<&'static Image> {
@@ -218,5 +221,42 @@ fn disk_outlives_a_killed_virtual_machine() {
     let mut guest = Guest::boot(image, &options);
     guest.run("e2fsck -p /dev/vda || [ $? = 1 ]; e2fsck -fn /dev/vda");
     guest.run("mount /dev/vda /mnt && sha256sum -c /mnt/sums");
+    assert_eq!((backend.count("queues_failed"), backend.count("sessions_failed")), (0, 0));
+}
+
+/// What the device writes into guest memory while it migrates must reach the other side through the
+/// dirty log: nothing else touches the page cache that a read fills. So a file is read after all
+/// memory was copied once, and compared over there before anything is read again.
+#[test]
+fn guest_migrates_while_it_reads_and_writes() {
+    let Some(image) = image("guest_migrates_while_it_reads_and_writes") else { return };
+    for packed in [false, true] {
+        let flags = if packed { vec!["packed"] } else { vec![] };
+        let backend = Backend::new(Served { queues: 2, flags, ..Served::plain(128) });
+        migrate(image, backend);
+    }
+}
+
+fn migrate(image: &Image, mut backend: Backend) {
+    let options = GuestOptions::with(vec![backend.disk()]);
+    let through = backend.place("migration");
+    let mut source = Guest::boot(image, &options);
+    let target = Guest::incoming(image, &options, &through);
+    source.run("mke2fs -q -t ext4 /dev/vda && mount /dev/vda /mnt");
+    source.run("dd if=/dev/urandom of=/mnt/a bs=1M count=16; sha256sum /mnt/a > /mnt/sums");
+    source.run("sync; echo 3 > /proc/sys/vm/drop_caches");
+    source.run("dd if=/dev/urandom of=/run/noise bs=1M count=8");
+    source.run(
+        "(while [ ! -e /run/stop ]; do dd if=/run/noise of=/run/changed conv=notrunc bs=64k; \
+         dd if=/run/noise of=/mnt/b bs=64k count=4 conv=fsync; done; \
+         sha256sum /mnt/b >> /mnt/sums; touch /run/done) > /run/log 2>&1 &",
+    );
+    source.start_migration(&through, MIGRATION);
+    source.run("cat /mnt/a > /dev/null");
+    let mut guest = source.finish_migration(target, MIGRATION);
+    guest.run("sha256sum -c /mnt/sums");
+    guest.run("touch /run/stop; until [ -e /run/done ]; do sleep 0.1; done");
+    guest.run("echo 3 > /proc/sys/vm/drop_caches; sha256sum -c /mnt/sums");
+    guest.run("umount /mnt; e2fsck -fn /dev/vda");
     assert_eq!((backend.count("queues_failed"), backend.count("sessions_failed")), (0, 0));
 }
