@@ -13,6 +13,7 @@ use blockd::disk::{Disk, Options};
 use blockd::nbd::wire::{STRING_MAX, Style, command, option, reply};
 use blockd::nbd::{Export, ExportEntry, Exports, Listener, NbdServer, ServerOptions};
 use blockd::segment::file_name;
+use blockd::serve::{Volume, VolumeOptions};
 use blockd::store::file::{FileStore, FileStoreOptions};
 use blockd::store::{Access, Store};
 use format::{Error, Kind, Result};
@@ -92,6 +93,15 @@ impl Served {
         client.go(name);
         client
     }
+}
+
+/// An open disk, in service under a name.
+///
+/// # Panics
+/// When the host does not let us.
+#[must_use]
+pub fn in_service(name: &str, disk: Arc<Disk>) -> Arc<Volume> {
+    Volume::over(disk, name, &VolumeOptions::default()).expect("threads")
 }
 
 /// A store of disks in a folder.

@@ -12,9 +12,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockd::disk::Disk;
-use blockd::nbd::{Ancestors, DiskExport, ServerOptions};
+use blockd::nbd::{Ancestors, ServerOptions, VolumeExport};
 use format::{Error, Kind, Result};
-use offshoot_tests::nbd::{Disks, Served};
+use offshoot_tests::nbd::{Disks, Served, in_service};
 use offshoot_tests::rng::Rng;
 use offshoot_tests::{skip, tool};
 use serde_json::Value;
@@ -60,7 +60,8 @@ impl Vm {
     fn new() -> Self {
         let disks = Disks::new();
         let disk = disks.disk(1, SECTORS, None);
-        let export = DiskExport::new("vm", Arc::clone(&disk)).described("a test's disk");
+        let export =
+            VolumeExport::new(in_service("vm", Arc::clone(&disk))).described("a test's disk");
         let served = Served::new(vec![Arc::new(export)], ServerOptions::default());
         Vm { disks, disk, served }
     }
@@ -338,7 +339,7 @@ fn changes_against_an_ancestor_are_exact() {
     child.discard(0, 3 * MIB, MIB).unwrap();
     // Nothing was there: it reads the same as before.
     child.discard(0, 50 * MIB, MIB).unwrap();
-    let export = DiskExport::new("vm", child).with_ancestors(Box::new(Base(disks)));
+    let export = VolumeExport::new(in_service("vm", child)).with_ancestors(Box::new(Base(disks)));
     let served = Served::new(vec![Arc::new(export)], ServerOptions::default());
 
     let context = "offshoot:changed-since:base";

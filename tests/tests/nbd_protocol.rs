@@ -16,12 +16,12 @@ use std::time::{Duration, Instant};
 
 use blockd::nbd::wire::{Style, chunk, command as c, option, reply, transmission as t};
 use blockd::nbd::{
-    BlockStatus, DiskExport, Export, Extent, Listener, NbdServer, STATE_HOLE, STATE_ZERO,
-    ServerOptions, Visit,
+    BlockStatus, Export, Extent, Listener, NbdServer, STATE_HOLE, STATE_ZERO, ServerOptions, Visit,
+    VolumeExport,
 };
 use format::{Error, Kind, Result};
 use offshoot_tests::nbd::{
-    Client, Disks, Named, PATIENCE, Served, info_request, meta_request, request,
+    Client, Disks, Named, PATIENCE, Served, in_service, info_request, meta_request, request,
 };
 
 const MIB: u64 = 1 << 20;
@@ -293,7 +293,7 @@ fn requests_out_of_range_get_their_error_and_nothing_else() {
 fn too_long_a_read_is_an_error_and_too_long_a_write_ends_the_connection() {
     let disks = Disks::new();
     let disk = disks.disk(1, 128 * MIB / 512, None);
-    let served = serve(Arc::new(DiskExport::new("memory", disk)));
+    let served = serve(Arc::new(VolumeExport::new(in_service("memory", disk))));
     for (style, errno) in STYLES.into_iter().zip([EINVAL, EOVERFLOW, EOVERFLOW]) {
         let mut client = served.transmitting("memory", style);
         let long = (0, 32 * MIB + 512);
@@ -445,7 +445,7 @@ fn a_client_that_reads_its_replies_late_is_served() {
     let disks = Disks::new();
     let disk = disks.disk(1, 64 * MIB / 512, None);
     disk.write(0, 0, &[1; 8 << 20]).unwrap();
-    let served = serve(Arc::new(DiskExport::new("memory", disk)));
+    let served = serve(Arc::new(VolumeExport::new(in_service("memory", disk))));
     for style in [Style::Structured, Style::Extended] {
         let mut client = served.transmitting("memory", style);
         client.socket.set_write_timeout(Some(PATIENCE)).unwrap();
@@ -608,7 +608,7 @@ fn mixed() -> (Disks, Served) {
     disk.write(0, 8192, &[1; 4096]).unwrap();
     disk.write(0, MIB, &[2; 65536]).unwrap();
     disk.write_zeroes(0, MIB + 4096, 4096, true).unwrap();
-    let served = serve(Arc::new(DiskExport::new("memory", disk)));
+    let served = serve(Arc::new(VolumeExport::new(in_service("memory", disk))));
     (disks, served)
 }
 
@@ -712,7 +712,7 @@ fn extended_headers_reach_beyond_four_gib() {
     let size = 20 << 30;
     let disk = disks.disk(1, size / 512, None);
     disk.write(0, 10 << 30, &[1; 4096]).unwrap();
-    let served = serve(Arc::new(DiskExport::new("memory", disk)));
+    let served = serve(Arc::new(VolumeExport::new(in_service("memory", disk))));
     let mut client = served.client();
     client.agree(Style::Extended);
     client.option(option::SET_META_CONTEXT, &meta_request("memory", &["base:allocation"]));
@@ -732,7 +732,9 @@ fn extended_headers_reach_beyond_four_gib() {
 fn contexts_belong_to_their_export() {
     let disks = Disks::new();
     let exports: Vec<Arc<dyn Export>> = [1, 2]
-        .map(|n| Arc::new(DiskExport::new(&format!("d{n}"), disks.disk(n, 2048, None))))
+        .map(|n| {
+            Arc::new(VolumeExport::new(in_service(&format!("d{n}"), disks.disk(n, 2048, None))))
+        })
         .map(|e| e as Arc<dyn Export>)
         .to_vec();
     let served = Served::new(exports, ServerOptions::default());

@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use blockd::disk::Disk;
 use blockd::nbd::wire::{option, reply};
-use blockd::nbd::{DiskExport, Listener, NbdServer, ServerOptions, TlsConfig};
+use blockd::nbd::{Listener, NbdServer, ServerOptions, TlsConfig, VolumeExport};
 use format::Kind;
-use offshoot_tests::nbd::{Disks, Named, info_request};
+use offshoot_tests::nbd::{Disks, Named, in_service, info_request};
 use offshoot_tests::{skip, tool};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use tempfile::TempDir;
@@ -75,7 +75,7 @@ impl Tcp {
     fn new(config: TlsConfig, options: ServerOptions) -> Self {
         let disks = Disks::new();
         let disk = disks.disk(1, SIZE / 512, None);
-        let exports = Named(vec![Arc::new(DiskExport::new("vm", Arc::clone(&disk)))]);
+        let exports = Named(vec![Arc::new(VolumeExport::new(in_service("vm", Arc::clone(&disk))))]);
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let listeners = vec![Listener::Tls(listener, config)];

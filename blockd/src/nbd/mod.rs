@@ -16,7 +16,6 @@ mod buffers;
 pub mod command;
 mod connection;
 mod contexts;
-mod disk_export;
 mod execute;
 mod lead;
 pub mod negotiate;
@@ -24,6 +23,7 @@ mod server;
 mod status;
 mod stream;
 mod tls;
+mod volume_export;
 pub mod wire;
 
 use std::ops::ControlFlow;
@@ -31,10 +31,12 @@ use std::sync::Arc;
 
 use format::Result;
 
-pub use disk_export::{Ancestors, DiskExport, NoAncestors, allocation, changes};
 pub use server::{ConnectionStatus, NbdServer, ServerOptions, ServerStatus};
 pub use stream::Listener;
 pub use tls::TlsConfig;
+pub use volume_export::{
+    Ancestors, NoAncestors, StoreAncestors, VolumeExport, allocation, changes,
+};
 
 /// Smallest unit of a request, in bytes.
 pub const BLOCK_MIN: u32 = 512;

@@ -103,24 +103,23 @@ impl Volume {
         let disk = dir.open_disk(name, access, &disk_options)?;
         let tail_dir = &dir.identity().tail_dir;
         let cache_mode = CacheMode::in_file(cache_mode::path_in(tail_dir, disk.segment()));
-        Volume::assemble(disk, name, options, cache_mode)
+        Volume::assemble(Arc::new(disk), name, options, cache_mode)
     }
 
     /// Takes an open disk into service.
     ///
     /// # Errors
     /// What the host reports.
-    pub fn over(disk: Disk, name: &str, options: &VolumeOptions) -> Result<Arc<Volume>> {
+    pub fn over(disk: Arc<Disk>, name: &str, options: &VolumeOptions) -> Result<Arc<Volume>> {
         Volume::assemble(disk, name, options, CacheMode::default())
     }
 
     fn assemble(
-        disk: Disk,
+        disk: Arc<Disk>,
         name: &str,
         options: &VolumeOptions,
         cache_mode: CacheMode,
     ) -> Result<Arc<Volume>> {
-        let disk = Arc::new(disk);
         Ok(Arc::new(Volume {
             name: name.to_owned(),
             slow: SlowLane::start(&disk, name)?,

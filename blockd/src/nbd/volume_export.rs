@@ -1,4 +1,4 @@
-//! A disk as an export, without anything in between.
+//! A volume as an export: the same limits, holding and counters as on its queues.
 //!
 //! What block status says: data is allocated, wherever it lies; holes and explicit zeroes are both
 //! not allocated and read as zeroes. The first write to data of a parent takes space all the same:
@@ -12,11 +12,16 @@ use format::entry::BlockState;
 use format::limits::BLOCK;
 use format::units::GuestBlock;
 use format::{Error, Kind, Result};
+use uuid::Uuid;
 
 use super::{BlockStatus, Export, Extent, STATE_CHANGED, STATE_HOLE, STATE_ZERO, Visit};
+use crate::catalogue::DiskRow;
 use crate::diff;
 use crate::disk::Disk;
 use crate::disk::problem::GuestRange;
+use crate::serve::Volume;
+use crate::store::Access;
+use crate::storedir::StoreDir;
 
 /// Bytes looked up at a time: a walk that is broken off goes no further than that.
 const WINDOW: u64 = 256 << 20;
@@ -46,24 +51,52 @@ impl Ancestors for NoAncestors {
     }
 }
 
-/// A disk as an export.
-pub struct DiskExport {
-    disk: Arc<Disk>,
-    name: String,
+/// The disks of a store that a disk descends from: sealed ones that its map may point into.
+pub struct StoreAncestors {
+    dir: Arc<StoreDir>,
+    segments: Vec<Uuid>,
+}
+
+impl StoreAncestors {
+    /// The ancestors of an open disk of the store.
+    #[must_use]
+    pub fn of(dir: &Arc<StoreDir>, disk: &Disk) -> Self {
+        let own = disk.segment();
+        let rows = disk.table().iter().map(|(_, row)| row.segment);
+        StoreAncestors { dir: Arc::clone(dir), segments: rows.filter(|s| *s != own).collect() }
+    }
+}
+
+impl Ancestors for StoreAncestors {
+    fn names(&self) -> Vec<String> {
+        let ancestor = |row: &DiskRow| row.sealed && self.segments.contains(&row.segment);
+        self.dir.disks().into_iter().filter(ancestor).map(|row| row.name).collect()
+    }
+
+    fn open(&self, name: &str) -> Result<Arc<Disk>> {
+        if !self.names().iter().any(|ancestor| ancestor == name) {
+            return NoAncestors.open(name);
+        }
+        self.dir.open_disk(name, Access::Read, &self.dir.disk_options()).map(Arc::new)
+    }
+}
+
+/// A volume as an export.
+pub struct VolumeExport {
+    volume: Arc<Volume>,
     description: String,
     read_only: bool,
     ancestors: Box<dyn Ancestors>,
 }
 
-impl DiskExport {
-    /// Exports `disk` under `name`, for reading and writing.
+impl VolumeExport {
+    /// Exports a volume under its name, for writing if its disk can be written.
     #[must_use]
-    pub fn new(name: &str, disk: Arc<Disk>) -> Self {
-        DiskExport {
-            disk,
-            name: name.to_owned(),
+    pub fn new(volume: Arc<Volume>) -> Self {
+        VolumeExport {
+            read_only: !volume.disk().is_writable(),
+            volume,
             description: String::new(),
-            read_only: false,
             ancestors: Box::new(NoAncestors),
         }
     }
@@ -71,23 +104,23 @@ impl DiskExport {
     /// For reading only.
     #[must_use]
     pub fn read_only(self) -> Self {
-        DiskExport { read_only: true, ..self }
+        VolumeExport { read_only: true, ..self }
     }
 
     /// With a line for people.
     #[must_use]
     pub fn described(self, description: &str) -> Self {
-        DiskExport { description: description.to_owned(), ..self }
+        VolumeExport { description: description.to_owned(), ..self }
     }
 
     /// With ancestors that changes can be asked against.
     #[must_use]
     pub fn with_ancestors(self, ancestors: Box<dyn Ancestors>) -> Self {
-        DiskExport { ancestors, ..self }
+        VolumeExport { ancestors, ..self }
     }
 
     fn flush_if(&self, fua: bool) -> Result<()> {
-        if fua { self.disk.flush() } else { Ok(()) }
+        if fua { self.volume.flush(lane()) } else { Ok(()) }
     }
 }
 
@@ -99,9 +132,9 @@ fn lane() -> usize {
     LANE.with(|lane| *lane)
 }
 
-impl Export for DiskExport {
+impl Export for VolumeExport {
     fn name(&self) -> &str {
-        &self.name
+        self.volume.name()
     }
 
     fn description(&self) -> String {
@@ -109,7 +142,7 @@ impl Export for DiskExport {
     }
 
     fn size(&self) -> u64 {
-        self.disk.size()
+        self.volume.disk().size()
     }
 
     fn read_only(&self) -> bool {
@@ -117,37 +150,36 @@ impl Export for DiskExport {
     }
 
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.disk.read(lane(), offset, buf)
+        self.volume.read(lane(), offset, buf)
     }
 
     fn write(&self, offset: u64, buf: &[u8], fua: bool) -> Result<()> {
-        self.disk.write(lane(), offset, buf)?;
-        // The write completed before the flush began: the flush covers it.
-        self.flush_if(fua)
+        self.volume.write(lane(), offset, buf, fua)
     }
 
     fn flush(&self) -> Result<()> {
-        self.disk.flush()
+        self.volume.flush(lane())
     }
 
     fn trim(&self, offset: u64, len: u64, fua: bool) -> Result<()> {
-        self.disk.discard(lane(), offset, len)?;
+        self.volume.discard(lane(), offset, len)?;
+        // It completed before the flush begins: the flush covers it.
         self.flush_if(fua)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool, fua: bool) -> Result<()> {
-        self.disk.write_zeroes(lane(), offset, len, unmap)?;
+        self.volume.write_zeroes(lane(), offset, len, unmap)?;
         self.flush_if(fua)
     }
 
     fn zeroes_fast(&self, offset: u64, len: u64, unmap: bool) -> bool {
         let end = offset + len;
-        let whole = end.is_multiple_of(BLOCK) || end == self.disk.size();
+        let whole = end.is_multiple_of(BLOCK) || end == self.volume.disk().size();
         unmap && offset.is_multiple_of(BLOCK) && whole
     }
 
     fn allocation(&self, offset: u64, len: u64, visit: &mut Visit<'_>) -> Result<()> {
-        allocation(&self.disk, offset, len, visit)
+        allocation(self.volume.disk(), offset, len, visit)
     }
 
     fn ancestors(&self) -> Vec<String> {
@@ -156,7 +188,7 @@ impl Export for DiskExport {
 
     fn changed_since(&self, ancestor: &str) -> Result<Arc<dyn BlockStatus>> {
         let ancestor = self.ancestors.open(ancestor)?;
-        Ok(Arc::new(ChangedSince { disk: Arc::clone(&self.disk), ancestor }))
+        Ok(Arc::new(ChangedSince { volume: Arc::clone(&self.volume), ancestor }))
     }
 }
 
@@ -232,12 +264,12 @@ pub fn changes(
 }
 
 struct ChangedSince {
-    disk: Arc<Disk>,
+    volume: Arc<Volume>,
     ancestor: Arc<Disk>,
 }
 
 impl BlockStatus for ChangedSince {
     fn extents(&self, offset: u64, len: u64, visit: &mut Visit<'_>) -> Result<()> {
-        changes(&self.disk, &self.ancestor, (offset, len), visit)
+        changes(self.volume.disk(), &self.ancestor, (offset, len), visit)
     }
 }
