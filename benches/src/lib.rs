@@ -135,6 +135,9 @@ impl File for NoData {
     fn punch(&self, offset: u64, len: u64) -> Result<()> {
         self.0.punch(offset, len)
     }
+    fn reserve(&self, offset: u64, len: u64) -> Result<()> {
+        self.0.reserve(offset, len)
+    }
     fn allocated(&self) -> Result<u64> {
         self.0.allocated()
     }

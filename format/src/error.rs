@@ -128,6 +128,20 @@ impl Error {
         self
     }
 
+    /// The same failure as seen one level up: `tried` on `object` failed because of it. The message
+    /// then names both objects. An error that names `object` already only gets what it lacks.
+    #[must_use]
+    pub fn within(mut self, tried: &'static str, object: impl Into<String>) -> Self {
+        let object = object.into();
+        if self.0.object.as_ref().is_none_or(|own| *own == object) {
+            return self.tried(tried).on(object);
+        }
+        let hint = self.0.hint.take();
+        let mut outer = Error::new(self.0.kind, self.to_string()).tried(tried).on(object);
+        outer.0.hint = hint;
+        outer
+    }
+
     /// Attaches the cause.
     #[must_use]
     pub fn caused_by(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
@@ -145,6 +159,22 @@ impl Error {
     #[must_use]
     pub fn reason(&self) -> &str {
         &self.0.reason
+    }
+
+    /// The message without what to do next, and what to do next.
+    #[must_use]
+    pub fn split_hint(&self) -> (String, Option<String>) {
+        let text = self.to_string();
+        match self.next_step() {
+            None => (text, None),
+            Some(hint) => (text[..text.len() - hint.len() - 2].to_owned(), Some(hint.to_owned())),
+        }
+    }
+
+    /// What was tried, if it was said.
+    #[must_use]
+    pub fn attempted(&self) -> Option<&str> {
+        self.0.tried.as_deref()
     }
 
     /// The object the failed operation was about, if it was said.
@@ -228,6 +258,17 @@ mod tests {
     fn message_names_object_reason_and_next_step() {
         let e = Error::corrupt("checksum mismatch").tried("open").on("disk a").hint("run check");
         assert_eq!(e.to_string(), "cannot open disk a: checksum mismatch; run check");
+    }
+
+    #[test]
+    fn a_level_up_names_both_objects_once() {
+        let e = Error::corrupt("checksum mismatch").tried("read").on("file x").hint("run check");
+        let e = e.within("open", "disk a").within("open", "disk a");
+        assert_eq!(
+            e.to_string(),
+            "cannot open disk a: cannot read file x: checksum mismatch; run check"
+        );
+        assert_eq!((e.attempted(), e.object()), (Some("open"), Some("disk a")));
     }
 
     #[test]

@@ -220,6 +220,13 @@ impl SpaceMap {
         Ok(extent.first_page())
     }
 
+    /// Notes that `count` pages from `page` on are in use, all in one extent that was taken before
+    /// and holds no data.
+    pub fn hold_pages(&mut self, page: PageNo, count: u8) {
+        let mask = self.pages.entry(page.extent()).or_default();
+        (0..count.into()).for_each(|i| *mask |= 1 << page.plus(i).in_extent());
+    }
+
     /// Gives back metadata pages that nothing durable names. Returns the extent when all of its
     /// pages are free now: it stays used until the caller has punched it and calls
     /// [`Self::give_back`].

@@ -99,6 +99,10 @@ impl File for Around {
         self.call(Call::Change, |file| file.punch(offset, len))
     }
 
+    fn reserve(&self, offset: u64, len: u64) -> Result<()> {
+        self.file.reserve(offset, len)
+    }
+
     fn allocated(&self) -> Result<u64> {
         self.file.allocated()
     }

@@ -16,8 +16,8 @@ use uuid::Uuid;
 const SECTORS: u64 = 2 * LEAF;
 const SEGMENT: Uuid = Uuid::from_u128(7);
 
-/// Metadata may come and go with any flush: this many bytes.
-const SLACK: u64 = 512 << 10;
+/// Metadata may come and go with any flush, and 1 MiB is held for it: this many bytes.
+const SLACK: u64 = 1536 << 10;
 
 fn open(store: &dyn Store, options: &Options) -> Disk {
     let file = store.open(&file_name(SEGMENT), Access::Write).unwrap();

@@ -285,6 +285,15 @@ fn each_change_of_length_with_an_error() {
     }
 }
 
+/// A host that cannot hold space ahead costs nothing but the promise.
+#[test]
+fn each_reservation_with_an_error() {
+    for fault in [Fault::ReserveNoSpace, Fault::ReserveUnsupported] {
+        let runs = each_call(fault, |run| assert_eq!(run.reopened, 0));
+        assert!(runs > 10, "only {runs} reservations");
+    }
+}
+
 #[test]
 fn each_read_with_an_error() {
     for fault in [Fault::ReadIo, Fault::ReadShort] {

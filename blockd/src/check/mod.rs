@@ -12,6 +12,7 @@
 mod commit;
 mod leaks;
 mod older;
+mod outcome;
 mod parents;
 mod repair;
 mod scrub;
@@ -32,7 +33,8 @@ use crate::segment::Segments;
 use crate::store::File;
 use leaks::Run;
 
-pub use repair::{Action, Loss, RepairOptions, RepairReport, Why, repair};
+pub use outcome::{Action, Loss, RepairOptions, RepairReport, Why};
+pub use repair::repair;
 pub use scrub::{ScrubReport, scrub};
 
 /// What to check.

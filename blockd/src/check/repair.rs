@@ -16,11 +16,11 @@ use format::entry::BlockState;
 use format::limits::{BLOCK, EXTENT_BLOCKS};
 use format::superblock::{Attached, State, Superblock};
 use format::units::{GuestExtent, index};
-use format::{Error, Result};
-use serde::Serialize;
+use format::{Error, Kind, Result};
 
 use super::commit::{Publish, commit};
-use super::{Examined, Report, examine, leaks, older, report};
+use super::outcome::{Action, Loss, RepairOptions, RepairReport, Why};
+use super::{Examined, examine, leaks, older, report};
 use crate::disk::load::{How, Loaded, OnDamage, load_state, newest};
 use crate::disk::problem::{GuestRange, Problems, Severity, What};
 use crate::disk::tail::Tail;
@@ -28,112 +28,8 @@ use crate::segment::{self, Segments};
 use crate::store::File;
 use crate::store::buf::AlignedBuf;
 
-/// What a repair may do. Superblock copies are always rewritten.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct RepairOptions {
-    /// Give unused host space back. Loses nothing.
-    pub leaks: bool,
-    /// Go back to an older superblock generation, if the newest is damaged, a copy holds an older
-    /// one, and the journal leads from there to the newest state.
-    pub older_generation: bool,
-    /// Turn damaged ranges into zeroes, so that they can be written again.
-    pub drop_damaged: bool,
-    /// Go on without the journal records from the first missing one on.
-    pub accept_journal_loss: bool,
-    /// Give every virtual extent whose extent of the file something else uses, too, a copy of its
-    /// own. What the users read stays; at most one of them reads its own data.
-    pub unshare: bool,
-    /// Say what would be done, and do nothing.
-    pub dry_run: bool,
-}
-
-/// Something that a repair did, or would do.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(tag = "action", rename_all = "kebab-case")]
-pub enum Action {
-    /// Superblock copies that did not hold the newest state hold it now.
-    RewriteSuperblocks {
-        /// Number of copies.
-        copies: usize,
-    },
-    /// The map of an older generation, with the journal replayed over it, is the newest now.
-    UseOlderGeneration {
-        /// The newest generation before.
-        newest: u64,
-        /// The older one.
-        older: u64,
-        /// Bytes that can be read again.
-        regained_bytes: u64,
-    },
-    /// Damaged ranges are zeroes now.
-    DropDamaged {
-        /// How much of the virtual disk.
-        bytes: u64,
-    },
-    /// The journal ends before its first missing record.
-    AcceptJournalLoss {
-        /// Number of that record.
-        first_missing: u64,
-        /// Records in the tail of a killed process that are given up with it.
-        tail_records: u64,
-    },
-    /// Virtual extents have got extents of their own.
-    Unshare {
-        /// How many.
-        extents: u64,
-    },
-    /// The journal and the tail were taken into the map.
-    Checkpoint {
-        /// Records.
-        records: u64,
-    },
-    /// Host space was given back.
-    PunchLeaks {
-        /// How much.
-        bytes: u64,
-    },
-}
-
-/// Why a range does not hold what it should.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Why {
-    /// The map was damaged: it reads as zeroes now.
-    Damaged,
-    /// It shared its extent with something else: it may hold data that is not its own.
-    Shared,
-    /// The older generation says something else than the newest one did.
-    Differs,
-}
-
-/// A range that a repair cost, or would cost.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Loss {
-    /// The bytes of the virtual disk.
-    pub range: GuestRange,
-    /// Why.
-    pub why: Why,
-}
-
-/// What a repair did.
-#[derive(Debug, Clone, Serialize)]
-pub struct RepairReport {
-    /// Nothing was done; this is what would be.
-    pub dry_run: bool,
-    /// What was wrong before.
-    pub before: Report,
-    /// What was done.
-    pub actions: Vec<Action>,
-    /// What it cost.
-    pub lost: Vec<Loss>,
-    /// What was asked for, or needed, and not done, with the reason.
-    pub refused: Vec<String>,
-    /// What is wrong now; `None` for a dry run.
-    pub after: Option<Report>,
-}
-
-/// Repairs a disk that nobody has open. `file` is open for writing, except for a dry run. A tail
-/// that was given and replayed is of no more use afterwards: the caller removes its file.
+/// Repairs a disk that nobody has open. `file` is open for writing, except for a dry run. The file
+/// of a tail is removed when its records are in the map or were given up, and stays when not.
 ///
 /// # Errors
 /// As [`super::check`], `Unsupported` when a feature forbids writing, `ReadOnly` when the
@@ -163,7 +59,11 @@ pub fn repair(
     let after = if options.dry_run {
         None
     } else {
-        Some(report(examine(file, segments, work.after_tail())?, None)?)
+        let left = work.after_tail();
+        if let Some(done) = tail.filter(|_| left.is_none()) {
+            done.remove()?;
+        }
+        Some(report(examine(file, segments, left)?, None)?)
     };
     Ok(RepairReport {
         dry_run: options.dry_run,
@@ -234,7 +134,29 @@ impl Repair<'_> {
             return Ok(());
         }
         let publish = Publish { wipe_ring: lossy, tail_done: self.tail.is_some() };
-        commit(&mut loaded, &self.newest, publish)
+        match commit(&mut loaded, &self.newest, publish) {
+            Err(e) if e.kind() == Kind::NoSpace && self.gives_space_first(before) => {
+                self.file.sync()?;
+                let runs = before.leaks.as_deref().unwrap_or_default();
+                if !leaks::punch(self.file.as_ref(), runs)? {
+                    return Err(e);
+                }
+                self.actions.push(Action::PunchLeaks { bytes: leaks::bytes(runs) });
+                let mut loaded = self.load(self.newest.clone())?;
+                loaded.reserve_file();
+                commit(&mut loaded, &self.newest, publish)
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// True when leaks may be given back before the journal is taken into the map: on a full host
+    /// that makes the space which the map needs. What records of the journal let go stays unnamed
+    /// whatever happens, since they are durable; records that only a tail holds are not.
+    fn gives_space_first(&self, before: &Examined) -> bool {
+        matches!(self.actions[..], [Action::Checkpoint { .. }])
+            && before.worst() < Some(Severity::Range)
+            && before.loaded.replayed.1 == 0
     }
 
     /// Why the map of this disk must not be changed, if it must not.
@@ -319,7 +241,7 @@ impl Repair<'_> {
                 |e: Error| format!("going back to generation {generation}: {}", e.reason());
             let loaded = match self.load(sb) {
                 Ok(loaded) => loaded,
-                Err(e) if e.kind() == format::Kind::Corrupt => {
+                Err(e) if e.kind() == Kind::Corrupt => {
                     self.refused.push(refused(e));
                     continue;
                 }

@@ -15,22 +15,23 @@
 
 use format::limits::{EXTENT, PAGE};
 use format::node::{LeafBytes, NodePtr};
-use format::superblock::Superblock;
+use format::superblock::{Attached, Superblock};
 use format::tree::Tree;
 use format::units::{ExtentId, Generation, PageNo, index};
-use format::{Error, Result};
+use format::{Error, Kind, Result};
 
 use super::leafset::LeafSet;
 use super::map::Encoded;
+use super::reserve::Source;
 use super::{Checkpoint, Core, Disk};
 use crate::segment;
 use crate::store::WriteOp;
 use crate::store::buf::AlignedBuf;
 
 /// What a checkpoint has in hand before its pages are durable.
-#[derive(Default)]
 struct Draft {
     tree: Tree,
+    source: Source,
     writes: Vec<(PageNo, AlignedBuf)>,
     taken: Vec<(PageNo, u8)>,
     replaced: Vec<(PageNo, u8)>,
@@ -43,7 +44,7 @@ impl Disk {
     /// `NoSpace` (nothing is lost; try again), or `Failed` when a sync or the superblock failed.
     pub fn checkpoint(&self) -> Result<()> {
         self.check_writable()?;
-        self.run_checkpoint(|_| ())?;
+        self.run_checkpoint(|_| ()).map_err(|e| e.within("make a checkpoint of", self.object()))?;
         self.reclaim();
         Ok(())
     }
@@ -62,10 +63,12 @@ impl Disk {
         self.check_alive()?;
         let head = self.commit.lock().cursor;
         let dirty = std::mem::take(&mut self.core.lock().dirty);
-        let drafted = self.draft(state, &dirty).and_then(|draft| {
-            let written = self.write_draft(&draft).and_then(|()| self.commit_once());
-            written.inspect_err(|_| self.drop_pages(&draft.taken)).map(|()| draft)
-        });
+        let drafted = match self.draft(state, &dirty, Source::File) {
+            Err(e) if e.kind() == Kind::NoSpace => {
+                self.draft(state, &dirty, Source::Spare(None)).map_err(|_| e)
+            }
+            drafted => drafted,
+        };
         let draft = drafted.inspect_err(|_| self.core.lock().dirty.extend(dirty.iter()))?;
         let mut sb = state.superblock.clone();
         sb.generation = sb.generation.next();
@@ -73,6 +76,7 @@ impl Disk {
         sb.journal = head;
         sb.extents_end = self.core.lock().space.end();
         change(&mut sb);
+        let goes_on = sb.attached != Attached::No;
         self.flip(state, sb)?;
         {
             let mut commit = self.commit.lock();
@@ -82,6 +86,9 @@ impl Disk {
         state.tree = draft.tree;
         let free = std::mem::replace(&mut state.graveyard, draft.replaced);
         self.drop_pages(&free);
+        if goes_on {
+            self.hold_spare();
+        }
         Ok(())
     }
 
@@ -92,13 +99,26 @@ impl Disk {
         Ok(())
     }
 
-    fn draft(&self, state: &Checkpoint, dirty: &LeafSet) -> Result<Draft> {
-        let mut draft = Draft { tree: state.tree.clone(), ..Draft::default() };
-        let outcome = self.fill_draft(&mut draft, state.superblock.generation.next(), dirty);
-        if outcome.is_err() {
-            self.drop_pages(&draft.taken);
+    /// Steps 2 and 3: writes the changed leaves to pages from `source`, and commits.
+    fn draft(&self, state: &Checkpoint, dirty: &LeafSet, source: Source) -> Result<Draft> {
+        let (tree, writes) = (state.tree.clone(), Vec::new());
+        let mut draft = Draft { tree, source, writes, taken: Vec::new(), replaced: Vec::new() };
+        let generation = state.superblock.generation.next();
+        let outcome = self
+            .fill_draft(&mut draft, generation, dirty)
+            .and_then(|()| self.write_draft(&draft))
+            .and_then(|()| self.commit_once());
+        match (outcome, draft.source) {
+            (Ok(()), _) => Ok(draft),
+            (Err(e), Source::File) => {
+                self.drop_pages(&draft.taken);
+                Err(e)
+            }
+            (Err(e), Source::Spare(_)) => {
+                self.put_back_spare(&draft.taken);
+                Err(e)
+            }
         }
-        outcome.map(|()| draft)
     }
 
     fn fill_draft(&self, draft: &mut Draft, generation: Generation, dirty: &LeafSet) -> Result<()> {
@@ -121,9 +141,9 @@ impl Disk {
             draft.tree.set_leaf(leaf, ptr).map_err(unreadable)?;
         }
         let mut core = self.core.lock();
-        let taken = &mut draft.taken;
-        let written = draft.tree.write_dirty(self.map.own(), generation, &mut || {
-            let page = self.take_pages(&mut core, 1)?;
+        let Draft { tree, source, taken, .. } = draft;
+        let written = tree.write_dirty(self.map.own(), generation, &mut || {
+            let page = self.take_pages(&mut core, source, 1)?;
             taken.push((page, 1));
             Ok(page)
         })?;
@@ -140,12 +160,12 @@ impl Disk {
         bytes: LeafBytes,
         generation: Generation,
     ) -> Result<NodePtr> {
-        let page = self.take_pages(core, 1)?;
+        let page = self.take_pages(core, &mut draft.source, 1)?;
         draft.taken.push((page, 1));
         let count = bytes.vector_pages();
         let mut vectors = None;
         if count > 0 {
-            let run = self.take_pages(core, count)?;
+            let run = self.take_pages(core, &mut draft.source, count)?;
             draft.taken.push((run, count));
             draft.writes.push((run, AlignedBuf::from_slice(&bytes.vectors)));
             vectors = Some(run);
@@ -154,7 +174,10 @@ impl Disk {
         Ok(NodePtr::Page(bytes.pointer(self.map.own(), page, vectors, generation)))
     }
 
-    fn take_pages(&self, core: &mut Core, count: u8) -> Result<PageNo> {
+    fn take_pages(&self, core: &mut Core, source: &mut Source, count: u8) -> Result<PageNo> {
+        if let Source::Spare(next) = source {
+            return Self::take_spare(core, next, count);
+        }
         let page = core.space.take_pages(count)?;
         self.grow(core, page.extent().0 + 1).inspect_err(|_| {
             if let Some(extent) = core.space.give_back_pages(page, count.into()) {

@@ -107,6 +107,7 @@ impl Disk {
         commit.used_pages += (next.position + ring - commit.cursor.position) % ring;
         commit.cursor = next;
         self.core.lock().tail.release(mark);
+        self.hold_ring(&mut commit);
         Ok(())
     }
 

@@ -11,7 +11,7 @@
 use format::entry::BlockState;
 use format::limits::{BLOCK, EXTENT};
 use format::units::{ExtentId, GuestBlock, GuestExtent, index};
-use format::{Context, Error, Result};
+use format::{Error, Result};
 
 use super::claims::{Claim, mask};
 use super::map::Piece;
@@ -55,7 +55,7 @@ impl Disk {
         // After a failed sync the host may show less than was written: reads would go back in time.
         self.check_alive()?;
         self.check_range(offset, buf.len() as u64)?;
-        self.read_unchecked(offset, buf).context("read", || self.object())
+        self.read_unchecked(offset, buf).map_err(|e| e.within("read", self.object()))
     }
 
     fn read_unchecked(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
@@ -91,7 +91,7 @@ impl Disk {
         self.check_writable()?;
         let _inside = self.gate.enter(lane);
         self.check_range(offset, buf.len() as u64)?;
-        self.write_unchecked(lane, offset, buf).context("write", || self.object())
+        self.write_unchecked(lane, offset, buf).map_err(|e| e.within("write", self.object()))
     }
 
     /// As [`Disk::write`], without the checks and inside the gate.

@@ -12,7 +12,7 @@
 //! Lock order: `reclaiming`, `checkpoint`, `commit`, lease, `core`, claim shard. Readers and
 //! overwrites take none.
 //!
-//! The crash argument of every step is in `docs/format.md` §9; `tests/tests/crash_points.rs`
+//! The crash argument of every step is in `docs/format.md` §9; `tests/tests/crash_points/`
 //! enumerates the crash points.
 
 mod checkpoint;
@@ -28,6 +28,7 @@ pub mod map;
 mod open;
 pub mod plan;
 pub mod problem;
+mod reserve;
 mod resize;
 pub mod seal;
 mod space;
@@ -48,6 +49,8 @@ use format::units::{ExtentId, GuestBlock, GuestExtent, PageNo};
 use format::{Error, Kind, Result};
 use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
+
+pub use open::left_tail;
 
 use claims::Claims;
 use gate::IoGate;
@@ -99,6 +102,8 @@ struct Core {
     punches: Vec<BlockPunch>,
     /// Extents that the file is long enough for.
     grown: u64,
+    /// Extents with host space, for a checkpoint that finds no other.
+    spare: Vec<ExtentId>,
 }
 
 /// Blocks of one extent whose host space can be given back.
@@ -115,6 +120,8 @@ struct Commit {
     cursor: JournalHead,
     /// Ring pages between the head in the superblock and the cursor.
     used_pages: u64,
+    /// Sixteenths of the ring whose host space is held, by bit.
+    held: u16,
 }
 
 /// Tickets of group commit: a caller is served by a commit that began after it came.
@@ -158,6 +165,10 @@ pub struct Disk {
     /// Held by the one who moves space along its way back.
     reclaiming: Mutex<()>,
     writable: bool,
+    /// Clients outlive this process.
+    live: bool,
+    /// Damage hides which extents are in use.
+    hidden: bool,
     failed: AtomicBool,
     failure: Mutex<Option<String>>,
     /// What was wrong at open and did not prevent it.

@@ -104,6 +104,8 @@ impl Disk {
         };
         let disk = Disk::assemble(file, loaded, tail, options, true);
         disk.attach(attached, options)?;
+        disk.hold_ring(&mut disk.commit.lock());
+        disk.hold_spare();
         if !disk.has_room() {
             // The last writer ended between the commit and the flip of a checkpoint.
             disk.run_checkpoint(|_| ())?;
@@ -178,10 +180,12 @@ impl Disk {
                 limbo: VecDeque::new(),
                 punches: Vec::new(),
                 grown,
+                spare: Vec::new(),
             }),
             commit: Mutex::new(Commit {
                 cursor: loaded.cursor,
                 used_pages: (loaded.cursor.position + ring - sb.journal.position) % ring,
+                held: 0,
             }),
             tickets: Mutex::new(Tickets::default()),
             ticket_done: Condvar::new(),
@@ -195,21 +199,31 @@ impl Disk {
             rows: loaded.rows,
             table: loaded.table,
             writable,
+            live: options.live,
+            hidden: loaded.hidden,
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
             problems: loaded.problems,
         }
     }
 
-    /// Closes in order: everything durable, the journal empty, the tail gone.
+    /// Closes in order: everything durable, the journal empty, the tail gone. On a full host file
+    /// system the journal may stay, to be replayed by the next opening.
     ///
     /// # Errors
-    /// As [`Disk::checkpoint`]; the disk is then closed as a crash would have closed it.
+    /// As [`Disk::flush`]; the disk is then closed as a crash would have closed it.
     pub fn close(self) -> Result<()> {
         if !self.writable {
             return Ok(());
         }
-        self.finish(|_| ())?;
+        self.flush()?;
+        match self.finish(|_| ()) {
+            Err(e) if e.kind() == Kind::NoSpace => {
+                tracing::warn!(disk = %self.object(), error = %e, "closed with its journal");
+                self.leave_journal()?;
+            }
+            outcome => outcome?,
+        }
         self.tail.remove()
     }
 
@@ -223,6 +237,7 @@ impl Disk {
             change(sb);
         })?;
         self.reclaim();
+        self.release_spare();
         // The second pair of superblock copies, too, and what was punched.
         self.sync()
     }
@@ -240,8 +255,13 @@ fn make_dir(dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir).context("create", || format!("tail folder {}", dir.display()))
 }
 
-/// The tail that the last opening left, by the rule of `docs/format.md` §10.
-fn left_tail(sb: &Superblock, options: &Options) -> Result<Option<Tail>> {
+/// The tail that the last opening left and that is to be replayed, by the rule of `docs/format.md`
+/// §10; `None` when none is to be. Whoever looks at a disk asks this, and nothing else.
+///
+/// # Errors
+/// `TailLost` when there should be one and is not, unless that is accepted, or what the host
+/// reports.
+pub fn left_tail(sb: &Superblock, options: &Options) -> Result<Option<Tail>> {
     if sb.attached != Attached::WithTail {
         return Ok(None);
     }
@@ -250,16 +270,18 @@ fn left_tail(sb: &Superblock, options: &Options) -> Result<Option<Tail>> {
         return Ok(None);
     }
     let found = match &options.tail_dir {
-        Some(dir) => Tail::open(dir, sb.segment)?,
-        None => None,
+        Some(dir) => Tail::open(dir, sb.segment),
+        None => Ok(None),
     };
-    let lost = match &found {
-        None => "the tail is gone, but the host was not restarted",
-        Some(tail) if tail.is_void() => "a sync failed in that session",
-        Some(tail) if tail.epoch() != sb.epoch && tail.epoch() != sb.epoch.next() => {
-            "the tail is of another session"
+    let lost = match found {
+        Err(e) if e.kind() == Kind::Corrupt => e.to_string(),
+        Err(e) => return Err(e),
+        Ok(None) => "the tail is gone, but the host was not restarted".into(),
+        Ok(Some(tail)) if tail.is_void() => "a sync failed in that session".into(),
+        Ok(Some(tail)) if tail.epoch() != sb.epoch && tail.epoch() != sb.epoch.next() => {
+            "the tail is of another session".into()
         }
-        Some(_) => return Ok(found),
+        Ok(Some(tail)) => return Ok(Some(tail)),
     };
     if options.accept_lost_tail {
         return Ok(None);

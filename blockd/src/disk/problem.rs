@@ -190,8 +190,10 @@ pub struct Problem {
     pub what: What,
     /// The segment, page or range it was found at.
     pub object: String,
-    /// What was seen.
+    /// What was seen, the object left out where it is the same.
     pub detail: String,
+    /// What to do, where more can be said than the remedy does.
+    pub hint: Option<String>,
     /// The range of the virtual disk that it costs, if it costs one.
     pub range: Option<GuestRange>,
     /// What mends it.
@@ -202,8 +204,11 @@ impl Problem {
     /// A problem at `object`, seen as `error`.
     #[must_use]
     pub fn new(what: What, object: impl Into<String>, error: &Error) -> Self {
-        let (object, detail) = (object.into(), error.to_string());
-        Problem { what, object, detail, range: None, remedy: what.remedy() }
+        let object = object.into();
+        let (seen, hint) = error.split_hint();
+        let told = format!("{object}: ");
+        let detail = seen.strip_prefix(&told).map_or(seen.clone(), ToOwned::to_owned);
+        Problem { what, object, detail, hint, range: None, remedy: what.remedy() }
     }
 
     /// The same, with the range that it costs.
@@ -221,9 +226,10 @@ impl Problem {
             What::ParentChanged => Kind::ParentChanged,
             _ => Kind::Corrupt,
         };
-        Error::new(kind, self.detail.clone())
-            .on(self.object.clone())
-            .hint("run `offshoot disk check` for the whole list, `offshoot disk repair` to mend it")
+        let usual =
+            "run `offshoot disk check` for the whole list, `offshoot disk repair` to mend it";
+        let hint = self.hint.clone().unwrap_or_else(|| usual.into());
+        Error::new(kind, self.detail.clone()).on(self.object.clone()).hint(hint)
     }
 
     /// True when `next` tells of the same damage, right behind this one.
@@ -311,6 +317,17 @@ mod tests {
 
     fn problem(what: What, offset: u64) -> Problem {
         Problem::new(what, "x", &Error::corrupt("y")).costing(offset, 10)
+    }
+
+    #[test]
+    fn an_error_says_each_thing_once() {
+        let error = Error::corrupt("bad sum").on("page 7").hint("look");
+        let problem = Problem::new(What::MapPage, "page 7", &error);
+        assert_eq!(problem.to_error().to_string(), "page 7: bad sum; look");
+        let problem =
+            Problem::new(What::MapPage, "leaf 3", &Error::corrupt("bad sum").on("page 7"));
+        let text = problem.to_error().to_string();
+        assert!(text.starts_with("leaf 3: page 7: bad sum; run `offshoot disk check`"), "{text}");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use format::entry::BlockState;
 use format::limits::{BLOCK, BLOCKS_PER_EXTENT};
 use format::units::{ExtentId, GuestBlock, LeafNo, check_virtual_size, index};
-use format::{Context, Error, Kind, Result};
+use format::{Error, Kind, Result};
 
 use super::Disk;
 use super::map::{Piece, Whole};
@@ -21,7 +21,7 @@ impl Disk {
     /// [`Disk::checkpoint`].
     pub fn resize(&self, size: u64, drop_data: bool) -> Result<()> {
         self.check_writable()?;
-        check_virtual_size(size).context("resize", || self.object())?;
+        check_virtual_size(size).map_err(|e| e.within("resize", self.object()))?;
         // Nobody is inside from here on: no request straddles the change, and none comes between
         // the look for data and the cut.
         let closed = self.gate.close();
@@ -32,7 +32,7 @@ impl Disk {
             std::cmp::Ordering::Equal => Ok(()),
         };
         drop(closed);
-        outcome.context("resize", || self.object())
+        outcome.map_err(|e| e.within("resize", self.object()))
     }
 
     fn resize_up(&self, old: u64, size: u64) -> Result<()> {

@@ -10,11 +10,11 @@
 use std::sync::Arc;
 
 use blake3::Hasher;
+use format::Result;
 use format::entry::BlockState;
-use format::limits::{BLOCK, BLOCKS_PER_EXTENT, EXTENT, LEAF_ENTRIES};
+use format::limits::{BLOCK, BLOCKS_PER_EXTENT, EXTENT, HEADER_EXTENTS, LEAF_ENTRIES};
 use format::superblock::{Attached, Seal, State};
 use format::units::{BlockId, ExtentId, GuestBlock, LeafNo, crc, index};
-use format::{Context, Result};
 use uuid::Uuid;
 
 use super::map::Map;
@@ -161,12 +161,12 @@ impl Disk {
         // Before the flip: a sealed map is never mended, and one with a gap cannot be summed.
         let blocks = self.size().div_ceil(BLOCK);
         let whole = self.map.resolve(GuestBlock(0), blocks, &mut |_| Ok(()));
-        if let Err(e) = whole.context("seal", || self.object()) {
+        if let Err(e) = whole.map_err(|e| e.within("seal", self.object())) {
             // The error that counts is the first one: what does not close now is as after a crash.
             let _ = self.close();
             return Err(e);
         }
-        let sealed = self.seal_inner(progress).context("seal", || self.object())?;
+        let sealed = self.seal_inner(progress).map_err(|e| e.within("seal", self.object()))?;
         self.tail.remove()?;
         Ok(sealed)
     }
@@ -190,7 +190,7 @@ impl Disk {
         progress: &mut dyn FnMut(u64, u64) -> Result<()>,
     ) -> Result<[u8; 32]> {
         let disk = Disk::open_pending(file, segments, options)?;
-        disk.make_sums(progress).context("seal", || disk.object())
+        disk.make_sums(progress).map_err(|e| e.within("seal", disk.object()))
     }
 
     fn make_sums(&self, progress: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<[u8; 32]> {
@@ -208,6 +208,9 @@ impl Disk {
         sb.extents_end = self.core.lock().space.end();
         self.flip(&mut state, sb)?;
         self.sync()?;
+        // Nobody replays it any more.
+        let ring = HEADER_EXTENTS * EXTENT;
+        self.punch(ring, self.data_start.file_offset() - ring);
         self.file.set_read_only(true)?;
         Ok(sums.digest)
     }

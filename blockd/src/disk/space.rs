@@ -127,7 +127,7 @@ impl Disk {
 
     /// Gives host space back. A host that cannot, or fails to, keeps its space for now: the range
     /// is unused either way, so nothing depends on it and no flush fails for it.
-    fn punch(&self, offset: u64, len: u64) {
+    pub(super) fn punch(&self, offset: u64, len: u64) {
         match self.file.punch(offset, len) {
             Err(e) if e.kind() != Kind::Unsupported => {
                 tracing::warn!(disk = %self.object(), error = %e, "space was not given back");

@@ -3,10 +3,10 @@
 //! Whole blocks cost one record whatever their number; parts of a block are written as zeroes. The
 //! space that the blocks took goes the way described in `space.rs`.
 
+use format::Result;
 use format::journal::Record;
 use format::limits::{BLOCK, EXTENT};
 use format::units::{GuestBlock, index};
-use format::{Context, Result};
 
 use super::map::Whole;
 use super::{BlockPunch, Disk};
@@ -27,7 +27,7 @@ impl Disk {
         self.check_writable()?;
         let _inside = self.gate.enter(lane);
         self.check_range(offset, len)?;
-        self.zero(lane, offset, len).context("discard", || self.object())
+        self.zero(lane, offset, len).map_err(|e| e.within("discard", self.object()))
     }
 
     /// Writes zeroes. With `unmap` the space may be given back, without it the blocks stay
@@ -44,7 +44,7 @@ impl Disk {
         } else {
             self.write_zero_bytes(lane, offset, len)
         };
-        outcome.context("write zeroes to", || self.object())
+        outcome.map_err(|e| e.within("write zeroes to", self.object()))
     }
 
     fn zero(&self, lane: usize, offset: u64, len: u64) -> Result<()> {

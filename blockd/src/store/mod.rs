@@ -121,6 +121,13 @@ pub trait File: Send + Sync {
     /// What the host reports; `Unsupported` where the file system cannot.
     fn punch(&self, offset: u64, len: u64) -> Result<()>;
 
+    /// Takes host space for a range inside the file, so that later writes to it do not run out of
+    /// space. What it reads as stays; so does the length. A power cut may undo it.
+    ///
+    /// # Errors
+    /// `NoSpace`, `Unsupported` where the file system cannot, or what the host reports.
+    fn reserve(&self, offset: u64, len: u64) -> Result<()>;
+
     /// Bytes that the host has allocated to the file.
     ///
     /// # Errors

@@ -6,13 +6,13 @@ use blockd::check::{
     Action, CheckOptions, Loss, RepairOptions, RepairReport, Report, ScrubReport, Why,
     check as check_disk, repair as repair_disk, scrub as scrub_disk,
 };
+use blockd::disk::left_tail;
 use blockd::disk::problem::Problem;
 use blockd::disk::tail::Tail;
 use blockd::segment::read_superblock;
 use blockd::store::{Access, File};
-use blockd::storedir::{StoreDir, boot_id};
-use format::superblock::Attached;
-use format::{Context as _, Error, Kind, Result};
+use blockd::storedir::StoreDir;
+use format::{Context as _, Error, Result};
 use serde::Serialize;
 
 use super::{Session, disk_options};
@@ -44,15 +44,7 @@ fn file_of(dir: &StoreDir, name: &str, access: Access) -> Result<Arc<dyn File>> 
 fn tail_of(dir: &StoreDir, name: &str, lost: LostTail) -> Result<Option<Tail>> {
     let file = file_of(dir, name, Access::Read)?;
     let sb = read_superblock(file.as_ref())?.superblock;
-    let expected = sb.attached == Attached::WithTail && sb.boot == boot_id();
-    if !expected || lost.accept_lost_tail {
-        return Ok(None);
-    }
-    // Whether the tail is the right one is decided in one place: where disks are opened.
-    match dir.open_disk(name, Access::Read, &disk_options(dir, lost)) {
-        Err(e) if e.kind() == Kind::TailLost => Err(e),
-        _ => Tail::open(&dir.identity().tail_dir, sb.segment),
-    }
+    left_tail(&sb, &disk_options(dir, lost))
 }
 
 /// `disk check`
@@ -159,9 +151,7 @@ pub fn repair(s: &Session, args: &Repair) -> Outcome {
             let file = file_of(&dir, name, access)?;
             return repair_disk(&file, &dir, tail.as_ref(), &options);
         }
-        let report = writing(&dir, name, |file| repair_disk(file, &dir, tail.as_ref(), &options))?;
-        tail.map_or(Ok(()), |tail| tail.remove())?;
-        Ok(report)
+        writing(&dir, name, |file| repair_disk(file, &dir, tail.as_ref(), &options))
     };
     let report = run().context("repair", || format!("disk {name}"))?;
     let clean = report.after.as_ref().unwrap_or(&report.before).clean;

@@ -203,6 +203,21 @@ impl File for FileHandle {
         })
     }
 
+    fn reserve(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_writable("reserve space in")?;
+        let reserve = || match range_end(offset, len) {
+            Ok(_) if len == 0 => Ok(()),
+            Ok(_) => {
+                let keep = FallocateFlags::KEEP_SIZE;
+                retry_on_intr(|| rustix::fs::fallocate(&self.fd, keep, offset, len)).map_err(host)
+            }
+            Err(e) => Err(e),
+        };
+        reserve().map_err(|e| {
+            e.tried(format!("reserve {len} bytes at offset {offset} in")).on(&*self.path)
+        })
+    }
+
     fn allocated(&self) -> Result<u64> {
         Ok(self.stat()?.st_blocks.cast_unsigned() * 512)
     }

@@ -182,19 +182,9 @@ impl Content {
         self.read_only = read_only;
     }
 
-    /// How many bytes of a write fit before more than `pages` new pages would be needed.
-    pub(super) fn fits(&self, offset: u64, len: usize, mut pages: u64) -> usize {
-        let mut fit = 0;
-        for (number, _, take) in pieces(offset, len) {
-            if self.pages.get(number).is_none() {
-                if pages == 0 {
-                    break;
-                }
-                pages -= 1;
-            }
-            fit += take;
-        }
-        fit
+    /// True when a page takes space.
+    pub(super) fn has_page(&self, number: u64) -> bool {
+        self.pages.get(number).is_some()
     }
 
     /// Equal for files with equal length, bytes, holes and permission, and only then (as far as 128

@@ -39,6 +39,10 @@ pub enum Fault {
     PunchIo,
     /// A punch fails with `Unsupported`; nothing happens.
     PunchUnsupported,
+    /// A reservation fails with `NoSpace`; nothing happens.
+    ReserveNoSpace,
+    /// A reservation fails with `Unsupported`; nothing happens.
+    ReserveUnsupported,
     /// A sync fails with `Io`. What it covered is gone: later reads show what was durable.
     SyncIo,
     /// A sync fails with `Io`. What it covered will never be durable, not even by a later sync that
@@ -63,6 +67,7 @@ pub(super) enum Call {
     Write,
     SetLen,
     Punch,
+    Reserve,
     Sync,
     Create,
     Rename,
@@ -80,6 +85,7 @@ impl Fault {
             | Fault::WriteMisdirected { .. } => Call::Write,
             Fault::SetLenIo | Fault::SetLenNoSpace => Call::SetLen,
             Fault::PunchIo | Fault::PunchUnsupported => Call::Punch,
+            Fault::ReserveNoSpace | Fault::ReserveUnsupported => Call::Reserve,
             Fault::SyncIo | Fault::SyncIoCached => Call::Sync,
             Fault::CreateIo | Fault::CreateNoSpace => Call::Create,
             Fault::RenameIo => Call::Rename,

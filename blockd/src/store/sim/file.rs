@@ -67,7 +67,7 @@ impl SimFile {
         }
         if let Some(limit) = state.faults.limit() {
             let pages = limit.saturating_sub(state.used()) / PAGE as u64;
-            let fit = self.live(state).content.fits(offset, data.len(), pages);
+            let fit = self.live(state).fits(offset, data.len(), pages);
             if fit < data.len() {
                 data = &data[..fit];
                 outcome = outcome.and(Err(injected(Fault::WriteNoSpace)));
@@ -152,8 +152,27 @@ impl File for SimFile {
         })
     }
 
+    fn reserve(&self, offset: u64, len: u64) -> Result<()> {
+        self.call(
+            || format!("reserve {len} bytes at offset {offset} in"),
+            |state| {
+                self.check_writable()?;
+                let end = range_end(offset, len)?;
+                state.refuse(Call::Reserve, &self.name)?;
+                let new = self.live(state).unallocated(offset..end);
+                let free = state.faults.limit().map(|limit| limit.saturating_sub(state.used()));
+                if free.is_some_and(|free| (new.len() * PAGE) as u64 > free) {
+                    return Err(injected(Fault::ReserveNoSpace));
+                }
+                let file = state.live.files.get_mut(&self.file);
+                file.expect("an open file").reserved.extend(new);
+                Ok(())
+            },
+        )
+    }
+
     fn allocated(&self) -> Result<u64> {
-        Ok(self.live(&self.state.lock()).content.allocated())
+        Ok(self.live(&self.state.lock()).allocated())
     }
 
     fn next_data(&self, from: u64) -> Result<Option<(u64, u64)>> {

@@ -4,12 +4,15 @@
 //! number does. The files of the image that a log starts from have the numbers 0, 1, 2, … in
 //! the order of their names; each [`Op::Create`] takes the next one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
+use super::super::to_usize;
 use super::content::Content;
 use super::image::Image;
+use super::pages::PAGE;
 
 /// Identity of a file. See the module head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -210,6 +213,9 @@ pub(super) struct LiveFile {
     tainted: bool,
     /// Changes since the last sync, kept only while `tainted` (else `content` is what to keep).
     pending: Vec<Op>,
+    /// Pages without content that have space. No content depends on it, so it is in no log and in
+    /// no image.
+    pub(super) reserved: BTreeSet<u64>,
 }
 
 impl Live {
@@ -240,9 +246,43 @@ impl Live {
     }
 }
 
+/// The pages that a byte range touches.
+fn pages(range: Range<u64>) -> Range<u64> {
+    range.start / PAGE as u64..range.end.div_ceil(PAGE as u64)
+}
+
 impl LiveFile {
+    /// Bytes of the pages that are present or reserved.
+    pub(super) fn allocated(&self) -> u64 {
+        self.content.allocated() + (self.reserved.len() * PAGE) as u64
+    }
+
+    /// The pages of a byte range that are neither present nor reserved.
+    pub(super) fn unallocated(&self, range: Range<u64>) -> Vec<u64> {
+        let is_new = |page: &u64| !self.content.has_page(*page) && !self.reserved.contains(page);
+        pages(range).filter(is_new).collect()
+    }
+
+    /// How many bytes of a write fit before more than `free` new pages would be needed.
+    pub(super) fn fits(&self, offset: u64, len: usize, free: u64) -> usize {
+        let new = self.unallocated(offset..offset + len as u64);
+        let first_missing = usize::try_from(free).ok().and_then(|free| new.get(free));
+        let fit = |page: &u64| to_usize((page * PAGE as u64).saturating_sub(offset));
+        first_missing.map_or(len, fit)
+    }
+
+    fn unreserve(&mut self, pages: Range<u64>) {
+        if !self.reserved.is_empty() {
+            self.reserved.retain(|page| !pages.contains(page));
+        }
+    }
+
     fn apply(&mut self, op: &Op) {
         op.apply_content(&mut self.content);
+        match op {
+            Op::SetLen { len, .. } => self.unreserve(len.div_ceil(PAGE as u64)..u64::MAX),
+            op => op.range().into_iter().for_each(|range| self.unreserve(pages(range))),
+        }
         match op {
             Op::Write { .. } | Op::SetLen { .. } | Op::Punch { .. } if self.tainted => {
                 self.pending.push(op.clone());

@@ -38,7 +38,7 @@ use parking_lot::Mutex;
 use super::{Access, File, Space, Store, name};
 use faults::Call;
 use file::SimFile;
-use log::Live;
+use log::{Live, LiveFile};
 
 mod content;
 mod crash;
@@ -185,17 +185,20 @@ impl State {
     /// Bytes of the pages of all named files.
     fn used(&self) -> u64 {
         let files = self.live.names.values().filter_map(|id| self.live.files.get(id));
-        files.map(|file| file.content.allocated()).sum()
+        files.map(LiveFile::allocated).sum()
     }
 }
 
 /// The error that a fault causes.
 fn injected(fault: Fault) -> Error {
     let (kind, reason) = match fault {
-        Fault::WriteNoSpace | Fault::CreateNoSpace | Fault::SetLenNoSpace => {
-            (Kind::NoSpace, "no space left on the host file system")
+        Fault::WriteNoSpace
+        | Fault::CreateNoSpace
+        | Fault::SetLenNoSpace
+        | Fault::ReserveNoSpace => (Kind::NoSpace, "no space left on the host file system"),
+        Fault::PunchUnsupported | Fault::ReserveUnsupported => {
+            (Kind::Unsupported, "the file system cannot do this")
         }
-        Fault::PunchUnsupported => (Kind::Unsupported, "the file system cannot do this"),
         Fault::ReadShort => (Kind::Corrupt, "the file ends early"),
         _ => (Kind::Io, "the host reported an I/O error"),
     };
