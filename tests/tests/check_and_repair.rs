@@ -7,6 +7,7 @@ mod support;
 use std::collections::BTreeSet;
 
 use blockd::check::{self, Action, CheckOptions, RepairOptions, Why};
+use blockd::disk::plan::Plan;
 use blockd::disk::problem::{Problem, What};
 use blockd::disk::tail::Tail;
 use blockd::disk::{Disk, Options};
@@ -189,6 +190,7 @@ fn a_leaf_without_its_vectors_serves_its_sound_extents_and_takes_no_change() {
         put(disk, contents, 77, (128, 8));
         let refused = [
             ("first write", disk.write(0, byte(300), &bytes(78, 300 * 128, 8))),
+            ("a plan", disk.plan_write(0, byte(300), BLOCK, &mut Plan::default()).map(|_| ())),
             ("part of a block", disk.write(0, byte(300) + 512, &bytes(78, 300 * 128 + 1, 1))),
             ("write to a damaged extent", disk.write(0, byte(10), &bytes(78, 10 * 128, 8))),
             ("write over both", disk.write(0, byte(9), &bytes(78, 9 * 128, 256))),

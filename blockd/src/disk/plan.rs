@@ -167,7 +167,7 @@ impl Disk {
         self.check_alive()?;
         self.check_range(offset, len)?;
         self.resolve_into(offset, window_end(offset, len), plan, &mut |_| true)
-            .context("read", || self.object())
+            .map_err(|e| e.within("read", self.object()))
             .map(|_| ())
     }
 
@@ -195,7 +195,7 @@ impl Disk {
             Ok(false) => self.plan_first_write(lane, offset, end, plan),
             Err(e) => Err(e),
         };
-        outcome.context("write", || self.object())
+        outcome.map_err(|e| e.within("write", self.object()))
     }
 
     /// Fills `plan` with the places of a range as long as `wanted` says yes; false when it said no.
@@ -257,8 +257,9 @@ impl Disk {
             let stop = ((extent.0 + 1) * EXTENT).min(end);
             let (block, count) = blocks_of(at, stop - at);
             let count = index(count);
-            // The state of a block that is damaged must be known before it is given away.
-            self.map.vector(extent)?;
+            // Before anything is recorded: a record about a damaged leaf could never leave the
+            // journal.
+            self.map.check_changes(block, count as u64)?;
             let Some(claim) = self.claims.try_claim(extent, mask(block.in_extent(), count)) else {
                 return Ok(Planned::Slow);
             };
