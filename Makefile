@@ -28,9 +28,8 @@ demo: setup ## Show on a temporary store what works, in under a minute
 soak: setup ## The long variants of all tests, and ten minutes of fuzzing per target
 	@OFFSHOOT_SOAK=1 FUZZ_SECONDS=600 tests/run.sh --release
 
-bench: setup ## Micro-benchmarks, then the side-by-side scripts of benches/
-	cargo bench $(LOCKED) --workspace
-	@for script in $(wildcard benches/*.sh); do "$$script" || exit 1; done
+bench: setup ## Run all benchmarks, and write benches/RESULTS.md from what they print
+	@benches/run.sh
 
 # Parts, so that `make -k lint` goes on after the first that fails.
 lint: lint-format lint-clippy lint-docs lint-shell ## Formatter, clippy, rustdoc, shellcheck

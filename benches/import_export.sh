@@ -1,14 +1,18 @@
 #!/bin/bash
-# Import and export of 1 GiB next to `qemu-img convert`, interleaved in one run: ours, peer, ours, …
-# Prints the times in milliseconds, the medians and the ratio (above 1.0: ours is faster).
+# Import and export of 1 GiB next to `qemu-img convert`, as one section of Markdown (see run.sh).
 #
-# Both ends are cached by the host. Ours makes everything durable before it ends; the peer runs twice,
-# as it is by default (never syncs) and with `-t writeback` (syncs at the end, as ours does).
+# Three take turns within each round, and each round begins with another one, so that a slow minute
+# of the machine hits all of them:
+#   ours      `offshoot disk import` or `export`, which ends when the result is durable;
+#   plain     `qemu-img convert` as it is by default, which ends before anything is durable;
+#   synced    `qemu-img convert` and then `sync` of the file it made.
+# Nothing is dropped from any cache: source images were read just before; between two runs the file
+# system is synced, so that nobody pays for what another left dirty.
 set -euo pipefail
 
 top=$(cd "$(dirname "$0")/.." && pwd)
 rounds=${ROUNDS:-7}
-work=$(mktemp -d "${TMPDIR:-/var/tmp}/offshoot-bench.XXXXXX")
+work=$(mktemp -d "${BENCH_DIR:-/var/tmp}/offshoot-bench.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 offshoot=${OFFSHOOT:-}
 if [[ -z $offshoot ]]; then
@@ -21,45 +25,87 @@ export OFFSHOOT_STORE="$work/store"
 head -c 1G /dev/urandom >"$work/src.raw"
 qemu-img convert -O qcow2 "$work/src.raw" "$work/src.qcow2"
 "$offshoot" --quiet disk import "$work/src.raw" stay
-cat "$work/src.raw" "$work/src.qcow2" >/dev/null
+
+clean() {
+    "$offshoot" --quiet disk rm tmp 2>/dev/null || true
+    rm -f "$work"/out
+    cat "$work"/src.* >/dev/null
+    sync -f "$work"
+}
 
 ms() { # COMMAND...: its time in milliseconds
+    clean
     local start=${EPOCHREALTIME/[.,]/}
     "$@" >/dev/null
     echo $(((${EPOCHREALTIME/[.,]/} - start) / 1000))
 }
 
-median() { tr ' ' '\n' <<<"$*" | sort -n | sed -n "$((($# + 1) / 2))p"; }
+ours() { # DIRECTION FORMAT
+    case $1 in
+    import) "$offshoot" --quiet disk import "$work/src.$2" tmp --format "$2" ;;
+    export) "$offshoot" --quiet disk export stay "$work/out" --format "$2" ;;
+    esac
+}
 
-compare() { # WHAT OURS PEER CLEAN: three functions, run in turn
-    local what=$1 ours=() peer=() synced=()
+# What an import is next to: into qcow2, the peer's own format; and an export: out of it.
+plain() { # DIRECTION FORMAT
+    case $1 in
+    import) qemu-img convert -f "$2" -O qcow2 "$work/src.$2" "$work/out" ;;
+    export) qemu-img convert -f qcow2 -O "$2" "$work/src.qcow2" "$work/out" ;;
+    esac
+}
+
+synced() { # DIRECTION FORMAT
+    plain "$@"
+    sync "$work/out"
+}
+
+# Medians in milliseconds with best and worst, and the ratios of the peers to ours: of the medians,
+# and the lowest and highest of a round.
+compare() { # DIRECTION FORMAT
+    local order=(ours plain synced) who i
+    : >"$work/times"
     for ((i = 0; i < rounds; i++)); do
-        "$4"; sync -f "$work"; ours+=("$(ms "$2")")
-        "$4"; sync -f "$work"; peer+=("$(ms "$3" unsafe)")
-        "$4"; sync -f "$work"; synced+=("$(ms "$3" writeback)")
+        for who in "${order[@]:i % 3}" "${order[@]:0:i % 3}"; do
+            echo "$who $i $(ms "$who" "$1" "$2")" >>"$work/times"
+        done
     done
-    local a b c
-    a=$(median "${ours[@]}") b=$(median "${peer[@]}") c=$(median "${synced[@]}")
-    printf '| %s | %s [%s] | %s [%s] | %s [%s] | %s | %s |\n' "$what" "$a" "${ours[*]}" \
-        "$b" "${peer[*]}" "$c" "${synced[*]}" \
-        "$(awk "BEGIN { printf \"%.2f\", $b / $a }")" "$(awk "BEGIN { printf \"%.2f\", $c / $a }")"
+    echo "$1 $2: $(tr '\n' ';' <"$work/times")" >&2
+    sort -k1,1 -k3,3n "$work/times" | awk -v what="$1 $2" '
+        { n[$1]++; time[$1, n[$1]] = $3; round[$1, $2] = $3 }
+        function middle(who) { return time[who, int((n[who] + 1) / 2)] }
+        function show(who) {
+            return sprintf("%d [%d, %d]", middle(who), time[who, 1], time[who, n[who]])
+        }
+        function ratio(who,    i, r, low, high) {
+            for (i = 0; i < n[who]; i++) {
+                r = round[who, i] / round["ours", i]
+                if (i == 0 || r < low) low = r
+                if (i == 0 || r > high) high = r
+            }
+            return sprintf("%.2f [%.2f, %.2f]", middle(who) / middle("ours"), low, high)
+        }
+        END {
+            printf "| %s | %s | %s | %s | %s | %s |\n", what, show("ours"), show("synced"),
+                show("plain"), ratio("synced"), ratio("plain")
+        }'
 }
 
-clean() {
-    "$offshoot" --quiet disk rm tmp 2>/dev/null || true
-    rm -f "$work"/out.*
-}
-import_raw() { "$offshoot" --quiet disk import "$work/src.raw" tmp; }
-import_qcow2() { "$offshoot" --quiet disk import "$work/src.qcow2" tmp; }
-peer_raw_to_qcow2() { qemu-img convert -t "$1" -f raw -O qcow2 "$work/src.raw" "$work/out.qcow2"; }
-peer_qcow2_to_qcow2() { qemu-img convert -t "$1" -O qcow2 "$work/src.qcow2" "$work/out.qcow2"; }
-export_raw() { "$offshoot" --quiet disk export stay "$work/out.raw"; }
-export_qcow2() { "$offshoot" --quiet disk export stay "$work/out.qcow2" --format qcow2; }
-peer_to_raw() { qemu-img convert -t "$1" -O raw "$work/src.qcow2" "$work/out.raw"; }
+cat <<END
+## Import and export of 1 GiB next to qemu-img
 
-echo '| 1 GiB of data | ours, ms [runs] | qemu-img, ms [runs] | qemu-img synced, ms [runs] | ratio | ratio, synced |'
-echo '|---|---|---|---|---|---|'
-compare 'import raw' import_raw peer_raw_to_qcow2 clean
-compare 'import qcow2' import_qcow2 peer_qcow2_to_qcow2 clean
-compare 'export raw' export_raw peer_to_raw clean
-compare 'export qcow2' export_qcow2 peer_qcow2_to_qcow2 clean
+Random bytes, $rounds rounds, times in ms: median [best, worst]. A ratio above 1 says that ours took
+less time: that of the medians [lowest, highest of a round]. Ours ends when the result is durable.
+*synced* is \`qemu-img convert … && sync FILE\`, which ends when its result is; *plain* is
+\`qemu-img convert\` alone, which ends before the result is on the device. An import is compared with
+a conversion to qcow2, an export with one from qcow2. Image files are in the page cache at the start;
+our store reads and writes past it.
+
+| 1 GiB | ours | synced | plain | ratio, synced | ratio, plain |
+|---|---|---|---|---|---|
+END
+compare import raw
+compare import qcow2
+compare export raw
+compare export qcow2
+printf '\n%s, offshoot %s.\n' "$(qemu-img --version | head -1)" "$("$offshoot" --version)"

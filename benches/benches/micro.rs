@@ -117,15 +117,12 @@ fn open(c: &mut Criterion) {
     }
     disk.flush().expect("flush");
     let facts = disk.facts().expect("facts");
-    eprintln!(
-        "open: {} of {} journal pages used, map {} KiB",
-        facts.journal_pages.0,
-        facts.journal_pages.1,
-        facts.map_bytes >> 10
-    );
+    let (used, all) = facts.journal_pages;
+    eprintln!("fact: open: {used} of {all} journal pages hold {records} records of random blocks");
     drop(disk);
     let mut group = c.benchmark_group("open");
-    group.sample_size(10);
+    // So short a time makes every sample one opening.
+    group.sample_size(30).measurement_time(Duration::from_secs(1));
     // The opening alone: what a process does when it ends is no part of it.
     group.bench_function("1TiB_40GiB_mapped_full_journal", |b| {
         b.iter_custom(|rounds| {
@@ -141,5 +138,33 @@ fn open(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, map_lookup, first_write, journal, checkpoint, open);
+/// What the map takes in memory for a gibibyte of disk: written from front to back, and with one
+/// block in every extent that lies elsewhere than its neighbours.
+fn memory(_: &mut Criterion) {
+    const GIB: u64 = 1 << 30;
+    let dir = tempfile::tempdir().expect("a folder");
+    let store = metadata_only(dir.path()).expect("a store");
+    store.create(&NewDisk::root("a", 8 * GIB)).expect("a disk");
+    let disk = store.open_disk("a", Access::Write, &store.disk_options()).expect("open");
+    let data = vec![7; 4 << 20];
+    let bytes = || disk.facts().expect("facts").map_bytes;
+    // The first mapped byte pays for the upper levels of the map.
+    disk.write(0, 7 * GIB, &data).expect("write");
+    let before = bytes();
+    for i in 0..4 * GIB / (4 << 20) {
+        disk.write(0, i * (4 << 20), &data).expect("write");
+    }
+    let whole = bytes();
+    for extent in 0..4 * GIB / (64 << 10) {
+        disk.discard(0, extent * (64 << 10), 4096).expect("discard");
+    }
+    let per_gib = |bytes: usize| bytes.div_ceil(4 << 10);
+    eprintln!(
+        "fact: memory of the map per GiB mapped: {} KiB in whole extents, {} KiB all mixed",
+        per_gib(whole - before),
+        per_gib(bytes() - before)
+    );
+}
+
+criterion_group!(benches, map_lookup, first_write, journal, checkpoint, open, memory);
 criterion_main!(benches);
