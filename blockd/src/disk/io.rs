@@ -136,17 +136,16 @@ impl Disk {
         let mut parts: Vec<Part<'_>> = Vec::new();
         let mut outcome = self.prepare(lane, offset, buf, &mut parts);
         if outcome.is_ok() {
-            outcome = self.write_parts(&parts);
+            outcome = self.write_parts(&parts, (offset, buf));
         }
-        self.publish(parts, outcome)
+        self.publish(parts, outcome, (offset, buf))
     }
 
-    fn write_parts(&self, parts: &[Part<'_>]) -> Result<()> {
-        let ops: Vec<WriteOp<'_>> =
-            parts.iter().map(|p| WriteOp { offset: p.offset, buf: p.bytes.get() }).collect();
-        match ops[..] {
+    /// Writes the bytes of all parts; `whole` is what the caller writes, and where.
+    fn write_parts(&self, parts: &[Part<'_>], whole: (u64, &[u8])) -> Result<()> {
+        match writes(parts, whole)[..] {
             [op] => self.file.write_at(op.offset, op.buf),
-            _ => self.file.write_many(&ops),
+            ref ops => self.file.write_many(ops),
         }
     }
 
@@ -242,13 +241,18 @@ impl Disk {
     }
 
     /// Publishes the parts if `written` is good, and releases their claims in any case.
-    fn publish(&self, mut parts: Vec<Part<'_>>, mut written: Result<()>) -> Result<()> {
+    fn publish(
+        &self,
+        mut parts: Vec<Part<'_>>,
+        mut written: Result<()>,
+        whole: (u64, &[u8]),
+    ) -> Result<()> {
         let ready = loop {
             match written.and_then(|()| self.make_room(parts.len() as u64)) {
                 Ok(core) if !parts.iter().all(|p| self.still_so(p)) => {
                     drop(core);
                     let laid_out = parts.iter_mut().try_for_each(|p| self.lay_out(p));
-                    written = laid_out.and_then(|()| self.write_parts(&parts));
+                    written = laid_out.and_then(|()| self.write_parts(&parts, whole));
                 }
                 ready => break ready,
             }
@@ -271,13 +275,33 @@ impl Disk {
     }
 }
 
-impl Bytes<'_> {
-    fn get(&self) -> &[u8] {
-        match self {
-            Bytes::Caller(b) => b,
-            Bytes::Own(b) => b,
+/// The writes that put the parts in the file. Parts that follow each other there and hold the
+/// caller's bytes as they are become one write: a lease gives a long write one run of extents.
+fn writes<'a>(parts: &'a [Part<'a>], (offset, buf): (u64, &'a [u8])) -> Vec<WriteOp<'a>> {
+    let mut ops: Vec<WriteOp<'a>> = Vec::new();
+    // First byte in `buf` of the last write, if it can be continued.
+    let mut open: Option<usize> = None;
+    for part in parts {
+        let bytes = match &part.bytes {
+            Bytes::Caller(bytes) => *bytes,
+            Bytes::Own(bytes) => {
+                open = None;
+                ops.push(WriteOp { offset: part.offset, buf: bytes });
+                continue;
+            }
+        };
+        let from = index(part.source.0 - offset);
+        match (open, ops.last_mut()) {
+            (Some(first), Some(last)) if last.offset + last.buf.len() as u64 == part.offset => {
+                last.buf = &buf[first..from + bytes.len()];
+            }
+            _ => {
+                open = Some(from);
+                ops.push(WriteOp { offset: part.offset, buf: bytes });
+            }
         }
     }
+    ops
 }
 
 /// The part of `offset..end` that a piece covers, in bytes of the virtual disk.
