@@ -8,6 +8,8 @@
 //!
 //! Tests: `crash_points::reuse_before_durable_is_caught`, `discard_returns_space`.
 
+use std::ops::RangeInclusive;
+
 use format::limits::{BLOCK, EXTENT};
 use format::space::ExtentRun;
 use format::units::ExtentId;
@@ -19,8 +21,9 @@ use super::{BlockPunch, Core, Disk};
 
 /// Extents that a queue takes at once: 4 MiB.
 const LEASE_EXTENTS: u64 = 64;
-/// The file grows in steps of this many extents: 16 MiB.
-const GROW_EXTENTS: u64 = 256;
+/// The file grows by a quarter to a half of what it has, but by at least 16 MiB and at most
+/// 1 GiB: each step waits for the writes under way, and every first write waits for the step.
+const GROW_EXTENTS: RangeInclusive<u64> = 256..=16_384;
 
 impl Disk {
     /// Takes one extent from the lease of a queue.
@@ -46,7 +49,8 @@ impl Disk {
     /// which comes before anything durable counts on it.
     pub(super) fn grow(&self, core: &mut Core, extents: u64) -> Result<()> {
         if extents > core.grown {
-            let to = extents.next_multiple_of(GROW_EXTENTS);
+            let (least, most) = (*GROW_EXTENTS.start(), *GROW_EXTENTS.end());
+            let to = extents.next_multiple_of((extents / 4).next_power_of_two().clamp(least, most));
             self.file.set_len(to * EXTENT)?;
             core.grown = to;
         }
