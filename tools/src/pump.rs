@@ -19,10 +19,11 @@ use crate::signals;
 /// Bytes of one piece of data, at most.
 pub const PIECE: u64 = 2 << 20;
 
-/// Threads that one verb uses. More than the data path has cores for would only wait.
+/// Threads that one verb uses: twice as many as there are cores, because at any time about half of
+/// them wait for the device.
 #[must_use]
 pub fn lanes() -> usize {
-    thread::available_parallelism().map_or(2, usize::from).clamp(2, 4)
+    (2 * thread::available_parallelism().map_or(2, usize::from)).clamp(4, 8)
 }
 
 struct Queue<N> {

@@ -9,6 +9,7 @@
 //! may not refer to further files: it may be the raw disk of a guest that wrote this header into
 //! it to get at a file of the host.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use format::{Context, Error, Kind, Result};
@@ -20,7 +21,7 @@ use imago::{
 
 use super::file::ImageFile;
 use super::mapped::Mapped;
-use super::staged::Staged;
+use super::staged::{BUFFERED_STEP, Staged};
 use super::{Format, Sink, check_range, detect_file, library_error};
 
 /// The most files a chain may have.
@@ -227,7 +228,8 @@ impl Qcow2Sink {
     pub(super) fn create(path: &Path, size: u64, overwrite: bool) -> Result<Self> {
         let staged = Staged::create(path, overwrite)?;
         let created = || -> Result<_> {
-            let storage = imago::file::File::try_from(staged.file().try_clone()?)?;
+            let file = staged.direct().unwrap_or(staged.file()).try_clone()?;
+            let storage = imago::file::File::try_from(file)?;
             let image: Qcow2<imago::file::File> = Qcow2::create_builder(storage)
                 .size(size)
                 .create_open(DenyImplicitOpenGate::default(), |storage| {
@@ -238,6 +240,14 @@ impl Qcow2Sink {
         };
         let access = created().context("create", || staged.object())?;
         Ok(Qcow2Sink { access, staged, size })
+    }
+
+    fn write(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
+        if self.staged.direct().is_some() {
+            return self.access.write(buf, offset);
+        }
+        let mut steps = (offset..).step_by(BUFFERED_STEP).zip(buf.chunks(BUFFERED_STEP));
+        steps.try_for_each(|(at, step)| self.access.write(step, at))
     }
 
     fn zero(&self, mut offset: u64, len: u64) -> Result<()> {
@@ -261,7 +271,7 @@ impl Qcow2Sink {
 impl Sink for Qcow2Sink {
     fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
         check_range(self.size, offset, buf.len() as u64)
-            .and_then(|()| self.access.write(buf, offset).map_err(library_error))
+            .and_then(|()| self.write(offset, buf).map_err(library_error))
             .context("write", || self.staged.object())
     }
 

@@ -76,7 +76,7 @@ impl RawSink {
 impl Sink for RawSink {
     fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
         check_range(self.size, offset, buf.len() as u64)
-            .and_then(|()| Ok(self.staged.file().write_all_at(buf, offset)?))
+            .and_then(|()| Ok(self.staged.write_at(offset, buf)?))
             .context("write", || self.staged.object())
     }
 

@@ -121,19 +121,16 @@ fn run(
 
 /// Stores the bytes of a piece; gives back how many of them were not zero.
 fn store(disk: &Disk, lane: usize, piece: Piece, bytes: &[u8]) -> Result<u64> {
-    let mut written = 0;
+    let mut data = Vec::new();
     // Zeroes first: to zero blocks of an extent that has data already would make the engine punch
     // holes where nothing was ever written.
-    zero_runs(bytes, BLOCK, &mut |at, run, zero| match zero {
-        true => disk.write_zeroes(lane, piece.offset + at, run.len() as u64, true),
-        false => Ok(()),
-    })?;
     zero_runs(bytes, BLOCK, &mut |at, run, zero| {
         if zero {
-            return Ok(());
+            return disk.write_zeroes(lane, piece.offset + at, run.len() as u64, true);
         }
-        written += run.len() as u64;
-        disk.write(lane, piece.offset + at, run)
+        data.push((at, run));
+        Ok(())
     })?;
-    Ok(written)
+    data.iter().try_for_each(|(at, run)| disk.write(lane, piece.offset + at, run))?;
+    Ok(data.iter().map(|(_, run)| run.len() as u64).sum())
 }
