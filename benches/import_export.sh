@@ -108,4 +108,4 @@ compare import raw
 compare import qcow2
 compare export raw
 compare export qcow2
-printf '\n%s, offshoot %s.\n' "$(qemu-img --version | head -1)" "$("$offshoot" --version)"
+printf '\n%s, %s.\n' "$(qemu-img --version | head -1)" "$("$offshoot" --version)"

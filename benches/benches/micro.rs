@@ -118,7 +118,9 @@ fn open(c: &mut Criterion) {
     disk.flush().expect("flush");
     let facts = disk.facts().expect("facts");
     let (used, all) = facts.journal_pages;
-    eprintln!("fact: open: {used} of {all} journal pages hold {records} records of random blocks");
+    eprintln!(
+        "fact: open: {used} of {all} journal pages used, with {records} random blocks in them"
+    );
     drop(disk);
     let mut group = c.benchmark_group("open");
     // So short a time makes every sample one opening.
