@@ -38,8 +38,7 @@ lint-format:
 	cargo fmt --all --check
 
 lint-clippy:
-	cargo clippy $(LOCKED) --workspace --all-targets -- -D warnings
-	cargo clippy $(LOCKED) --package offshoot-fuzz --features engine -- -D warnings
+	cargo clippy $(LOCKED) --workspace --features offshoot-fuzz/engine --all-targets -- -D warnings
 
 lint-docs:
 	RUSTDOCFLAGS="-D warnings" cargo doc $(LOCKED) --workspace --no-deps

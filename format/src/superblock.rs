@@ -373,14 +373,20 @@ impl Superblock {
     /// Whether this build may write the segment.
     ///
     /// # Errors
-    /// `Unsupported` when an unknown feature allows reading only.
+    /// `Unsupported` when an unknown feature allows reading only, or when the disk has a persistence
+    /// mode other than `persistent`: to write to it as if it had not would break its promise.
     pub fn check_writable_features(&self) -> Result<()> {
+        let hint = "open it read-only, or use a newer version";
+        if self.mode != Mode::Persistent {
+            let reason = format!("this version cannot write to a disk of mode {:?}", self.mode);
+            return Err(Error::new(Kind::Unsupported, reason).hint(hint));
+        }
         let unknown = self.features.read_only_compat & !KNOWN_FEATURES.read_only_compat;
         if unknown == 0 {
             return Ok(());
         }
         let reason = format!("features {unknown:#x} are unknown to this version; it may only read");
-        Err(Error::new(Kind::Unsupported, reason).hint("open it read-only, or use a newer version"))
+        Err(Error::new(Kind::Unsupported, reason).hint(hint))
     }
 }
 

@@ -19,7 +19,7 @@ use blockd::store::{Access, Store};
 use format::array;
 use format::limits::{BLOCK, EXTENT, PAGE, SUPERBLOCK_OFFSETS};
 use format::node::{NodePtr, PageRef, encode_inner};
-use format::superblock::{Features, Superblock};
+use format::superblock::{Features, Mode, Superblock};
 use format::table::{Row, SegmentTable};
 use format::units::{ExtentId, Generation, PageNo, SegmentIdx, crc};
 use format::{Error, Kind, Result};
@@ -240,6 +240,19 @@ fn one_copy_of_a_newer_version_makes_the_segment_newer() {
         }
     }
     assert_eq!(whole.image.fingerprint(), before);
+}
+
+/// Story: a disk whose changes were to be dropped at power-off was opened by a version that did not
+/// look at its mode, and kept them.
+#[test]
+fn a_disk_of_a_mode_to_come_is_read_and_never_written() {
+    for mode in [Mode::NonPersistent, Mode::Undoable, Mode::Append] {
+        let mut sample = closed();
+        sample.edit_superblock(|sb| sb.mode = mode);
+        assert!(sample.open_read_only().is_ok());
+        let error = sample.open().err().unwrap();
+        assert_eq!(error.kind(), Kind::Unsupported, "{error}");
+    }
 }
 
 #[test]
