@@ -1,5 +1,6 @@
 //! What a test guest boots from, and whether this machine can run it.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -31,12 +32,20 @@ impl Image {
         static IMAGE: OnceLock<Result<Image, String>> = OnceLock::new();
         IMAGE.get_or_init(find).as_ref().map_err(Clone::clone)
     }
+
+    /// Makes `file` a raw disk of 512 MiB with a system that boots with this kernel.
+    ///
+    /// # Errors
+    /// What the script says.
+    pub fn make_disk(&self, file: &Path) -> Result<(), String> {
+        build(&[OsStr::new("disk"), file.as_os_str()]).map(drop)
+    }
 }
 
 fn find() -> Result<Image, String> {
     let qemu = tool("qemu-system-x86_64").ok_or("no qemu-system-x86_64 on this machine")?;
     let version = version_of(&qemu).ok_or("qemu-system-x86_64 does not tell its version")?;
-    let dir = built()?;
+    let dir = PathBuf::from(build(&[])?);
     let fio = dir.join("initramfs-fio.cpio");
     Ok(Image {
         qemu,
@@ -54,12 +63,14 @@ fn version_of(qemu: &Path) -> Option<(u32, u32)> {
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
-/// Runs the script; two test programs at the same time wait for each other there.
-fn built() -> Result<PathBuf, String> {
+/// Runs the script and returns what it prints; two test programs at the same time wait for each
+/// other there.
+fn build(arguments: &[&OsStr]) -> Result<String, String> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/build.sh");
     let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
     let target = env::var_os("CARGO_TARGET_DIR").map_or(target, PathBuf::from);
     let output = Command::new(&script)
+        .args(arguments)
         .env("CARGO_TARGET_DIR", target)
         .output()
         .map_err(|e| format!("{}: {e}", script.display()))?;
@@ -68,7 +79,7 @@ fn built() -> Result<PathBuf, String> {
         let last = said.lines().last().unwrap_or("it did not say why");
         return Err(format!("no guest image: {last}"));
     }
-    Ok(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim_end()))
+    Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
 }
 
 /// How the guest's processor is made.

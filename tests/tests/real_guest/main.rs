@@ -117,6 +117,19 @@ fn guest_sees_a_resize_at_once() {
 }
 
 #[test]
+fn system_boots_from_the_disk_and_again_after_a_change() {
+    let Some(image) = image("system_boots_from_the_disk_and_again_after_a_change") else { return };
+    let backend = Backend::with(Served::plain(512), |file| image.make_disk(file).unwrap());
+    let with_disk = GuestOptions::with(vec![backend.disk()]);
+    let options = GuestOptions { root_on_disk: true, ..with_disk };
+    let mut guest = Guest::boot(image, &options);
+    assert!(guest.run("cat /proc/mounts").contains("/dev/vda / ext4 rw"));
+    guest.run("echo kept > /root-was-here; sync");
+    guest.reset();
+    assert_eq!(guest.run("cat /root-was-here"), "kept\n");
+}
+
+#[test]
 fn read_only_disk_is_read_and_not_written() {
     let Some(image) = image("read_only_disk_is_read_and_not_written") else { return };
     let served = Served { flags: vec!["read-only"], ..Served::plain(64) };
