@@ -10,6 +10,7 @@
 //!
 //! Lock order: lead, `pending`, buffers. None is held during a call to the export.
 
+use std::cell::Cell;
 use std::io::{self, IoSlice};
 use std::net::Shutdown;
 use std::sync::Arc;
@@ -185,6 +186,15 @@ struct Session {
     recent: AtomicU64,
 }
 
+/// Whether the reading thread may serve this itself, if such requests are quick.
+fn small(work: &Work<'_>) -> bool {
+    let plain = match work.command {
+        Ok(Command::Read { .. } | Command::Write { fua: false, .. }) | Err(_) => true,
+        Ok(_) => false,
+    };
+    plain && work.request.len <= QUICK_BYTES_MAX
+}
+
 impl Session {
     /// What each thread of the connection does.
     fn work(self: &Arc<Self>) {
@@ -208,17 +218,17 @@ impl Session {
                 self.end();
                 return Ok(());
             };
-            if !self.quick(&work) {
+            let small = small(&work);
+            // Relaxed: a hint.
+            if !small || self.recent.load(Ordering::Relaxed) > QUICK_NANOS_MAX {
                 self.flush_pending()?;
                 let then = self.lead.hand_over(input);
                 self.follow(then);
-                return self.execute(Work { more: false, ..work });
+                return self.execute(Work { more: false, ..work }, small);
             }
             let (number, then) = self.lead.park(input);
             self.follow(then);
-            let begun = Instant::now();
-            let outcome = self.execute(work);
-            self.note(begun.elapsed());
+            let outcome = self.execute(work, small);
             match self.lead.take_back(number) {
                 Some(back) => input = back,
                 None => {
@@ -241,22 +251,13 @@ impl Session {
         }
     }
 
-    fn quick(&self, work: &Work<'_>) -> bool {
-        let small = work.request.len <= QUICK_BYTES_MAX;
-        let kind = match work.command {
-            Ok(Command::Read { .. } | Command::Write { fua: false, .. }) => true,
-            Ok(_) => false,
-            Err(_) => true,
-        };
-        // Relaxed: a hint.
-        small && kind && self.recent.load(Ordering::Relaxed) < QUICK_NANOS_MAX
-    }
-
+    /// Takes note of how long a small request took.
     fn note(&self, took: Duration) {
-        let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX / 8);
+        // One that waited, for a processor or for the host, says little about the next.
+        let took = took.min(Duration::from_nanos(4 * QUICK_NANOS_MAX)).subsec_nanos();
         // Relaxed: a hint; a lost update does no harm.
         let recent = self.recent.load(Ordering::Relaxed);
-        self.recent.store((recent / 8 * 7).saturating_add(took / 8), Ordering::Relaxed);
+        self.recent.store(recent / 8 * 7 + u64::from(took) / 8, Ordering::Relaxed);
     }
 
     fn style(&self) -> Style {
@@ -340,13 +341,14 @@ impl Session {
         }
     }
 
-    fn execute(&self, work: Work<'_>) -> io::Result<()> {
+    fn execute(&self, work: Work<'_>, small: bool) -> io::Result<()> {
         let Work { request, command, payload, more } = work;
         let executor = Executor {
             export: self.agreed.export.as_ref(),
             limits: &self.agreed.limits,
             contexts: &self.agreed.contexts,
             buffers: &self.buffers,
+            spent: Cell::default(),
         };
         let to = ReplyTo { session: self, more };
         let counted = self.place.connection().counters.begin();
@@ -355,6 +357,9 @@ impl Session {
             Err(errno) => executor.fail(&request, errno.into(), &to)?,
         };
         counted.end(&request, served);
+        if small {
+            self.note(executor.spent.get());
+        }
         Ok(())
     }
 

@@ -4,7 +4,9 @@
 //! a chunk of data is sent only after all of it was read, so that no reply ever has to be taken
 //! back.
 
+use std::cell::Cell;
 use std::io;
+use std::time::{Duration, Instant};
 
 use format::{Error, Result};
 
@@ -35,6 +37,8 @@ pub struct Executor<'a> {
     pub limits: &'a Limits,
     pub contexts: &'a [Context],
     pub buffers: &'a Buffers,
+    /// Time spent in reads and writes of the export; sending replies is the client's time.
+    pub spent: Cell<Duration>,
 }
 
 struct AllocationOf<'a>(&'a dyn Export);
@@ -89,7 +93,7 @@ impl Executor<'_> {
             }
             Command::Write { offset, fua } => {
                 let data = payload.as_deref().unwrap_or_default();
-                self.export.write(offset, data, fua)
+                self.timed(|| self.export.write(offset, data, fua))
             }
             Command::Flush => self.export.flush(),
             Command::Trim { offset, len, fua } => self.export.trim(offset, len, fua),
@@ -108,6 +112,13 @@ impl Executor<'_> {
             Ok(()) => self.succeed(request, to),
             Err(e) => self.fail(request, e.into(), to),
         }
+    }
+
+    fn timed<T>(&self, call: impl FnOnce() -> T) -> T {
+        let begun = Instant::now();
+        let outcome = call();
+        self.spent.set(self.spent.get() + begun.elapsed());
+        outcome
     }
 
     fn extended(&self) -> bool {
@@ -172,7 +183,7 @@ impl Executor<'_> {
         }
         if self.limits.style == Style::Simple {
             let mut data = self.buffers.take(bytes(len));
-            if let Err(e) = self.export.read(offset, &mut data) {
+            if let Err(e) = self.timed(|| self.export.read(offset, &mut data)) {
                 return self.fail(request, e.into(), to);
             }
             let mut head = Vec::with_capacity(16);
@@ -243,7 +254,7 @@ impl Executor<'_> {
         to: &dyn Replies,
     ) -> io::Result<Result<()>> {
         let mut data = self.buffers.take(bytes(len));
-        if let Err(e) = self.export.read(offset, &mut data) {
+        if let Err(e) = self.timed(|| self.export.read(offset, &mut data)) {
             return Ok(Err(e));
         }
         let flags = if last { chunk::DONE } else { 0 };
