@@ -156,8 +156,20 @@ impl Recording {
     /// Visits every crash point of the run.
     #[must_use]
     pub fn visit(&self, plan: &Plan) -> Report {
+        self.visit_from(0, plan)
+    }
+
+    /// Visits the crash points from `first` on. What was not durable by then may be lost at each.
+    ///
+    /// # Panics
+    /// When the log is shorter.
+    #[must_use]
+    pub fn visit_from(&self, first: usize, plan: &Plan) -> Report {
         let mut visit = Visit { run: self, plan, report: Report::default(), seen: HashMap::new() };
         let mut walk = CrashWalk::new(&self.base, &self.log);
+        while walk.point() < first {
+            assert!(walk.advance(), "the log is shorter than the crash point");
+        }
         loop {
             visit.point(&walk);
             if !walk.advance() {

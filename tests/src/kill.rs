@@ -20,8 +20,20 @@ use crate::sim::Script;
 struct Moment {
     /// The event before which operations had ended.
     event: u64,
+    /// Operations of the store by then.
+    log_len: usize,
     image: Image,
     tail: Option<Vec<u8>>,
+}
+
+/// A run that was killed and can go on.
+pub struct Revived {
+    /// The run. Its options are those of a live disk with the tail that was left.
+    pub script: Script,
+    /// Operations of the store when it was killed.
+    pub killed_at: usize,
+    /// Holds the tail; removed when this is dropped.
+    pub dir: TempDir,
 }
 
 /// Takes the snapshots.
@@ -81,9 +93,20 @@ impl Watch {
     /// When a thread panicked before.
     pub fn look(&self) {
         let event = self.history.lock().expect("no panic").now();
-        let image = self.store.live_image();
+        let (log_len, image) = (self.store.log_len(), self.store.live_image());
         let tail = std::fs::read(&self.tail).ok();
-        self.moments.lock().expect("no panic").push(Moment { event, image, tail });
+        self.moments.lock().expect("no panic").push(Moment { event, log_len, image, tail });
+    }
+
+    /// For each snapshot that differs from the one before, the same run as it can go on after a
+    /// kill at that moment.
+    ///
+    /// # Panics
+    /// When the tail cannot be put in place.
+    pub fn revive<'a>(&'a self, script: &'a Script) -> impl Iterator<Item = Revived> + use<'a> {
+        let mut moments = std::mem::take(&mut *self.moments.lock().expect("no panic"));
+        moments.dedup_by(|a, b| (a.event, a.log_len, &a.tail) == (b.event, b.log_len, &b.tail));
+        moments.into_iter().map(|moment| moment.revive(script))
     }
 
     /// Opens the disk as each snapshot left it: every completed operation must be there. Returns
@@ -116,6 +139,16 @@ impl Watch {
 }
 
 impl Moment {
+    fn revive(&self, script: &Script) -> Revived {
+        let dir = memory_dir();
+        if let Some(tail) = &self.tail {
+            std::fs::write(path_in(dir.path(), script.segment), tail).expect("a tail");
+        }
+        let mut script = script.killed_at(self.log_len, self.event);
+        script.options = live(dir.path());
+        Revived { script, killed_at: self.log_len, dir }
+    }
+
     fn verify(&self, model: &Model, segment: Uuid) -> Result<(), Violation> {
         let dir = memory_dir();
         if let Some(tail) = &self.tail {

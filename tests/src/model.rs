@@ -96,6 +96,18 @@ impl History {
         self.records.len() - 1
     }
 
+    /// The history of a process that was killed after this event: what began later was never done,
+    /// and what ended later never ended.
+    #[must_use]
+    pub fn killed_at(&self, event: u64) -> History {
+        let mut history = History { events: event, ..self.clone() };
+        history.records.retain(|record| record.started <= event);
+        for record in history.records.iter_mut().filter(|r| r.ended.is_some_and(|e| e > event)) {
+            (record.ended, record.log_end, record.ok) = (None, None, false);
+        }
+        history
+    }
+
     /// Notes the end of an operation.
     pub fn end(&mut self, at: usize, ok: bool, log: usize) {
         self.events += 1;

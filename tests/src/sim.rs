@@ -117,6 +117,24 @@ impl Script {
         Self::over(store.live_image(), segment, Contents::new(), sectors)
     }
 
+    /// Goes on after a kill of this script's process, when the log had `log_len` operations and the
+    /// history `event` events. What was not durable then is not durable now.
+    #[must_use]
+    pub fn killed_at(&self, log_len: usize, event: u64) -> Self {
+        let (base, mut log) = self.recording();
+        log.truncate(log_len);
+        let history = self.history().killed_at(event);
+        Script {
+            store: SimStore::from_log(base, log),
+            segment: self.segment,
+            options: self.options.clone(),
+            wrap: None,
+            disk: None,
+            history: Arc::new(Mutex::new(history)),
+            next_tag: AtomicU32::new(self.next_tag.load(Ordering::Relaxed)),
+        }
+    }
+
     /// Starts anew: what was done so far is the content at the start, all of it durable, and the
     /// log is empty. The disk must be closed.
     ///
@@ -342,6 +360,12 @@ impl Script {
     /// Notes that an opening found this content in place of what the record says.
     pub fn adopt(&self, contents: Contents) {
         let at = self.start(Action::Adopt(contents));
+        self.end(at, &Ok(()));
+    }
+
+    /// Notes that all that was done so far is durable, though nobody asked for it.
+    pub fn note_durable(&self) {
+        let at = self.start(Action::Flush);
         self.end(at, &Ok(()));
     }
 }

@@ -9,6 +9,7 @@
 //! - `chains`: crash after crash after crash.
 //! - `orders`: the same check on records whose order was spoilt; it must fail there.
 //! - `kill`: the process dies, the host lives, the tail is there.
+//! - `reopen`: the process dies, another one goes on, and then the power is cut.
 //! - `storedir`: the same for the disks of a store: create, import, rename, seal, resize, delete.
 //!
 //! `OFFSHOOT_SOAK=1` visits several hundred thousand states instead of tens of thousands.
@@ -16,6 +17,7 @@
 mod chains;
 mod kill;
 mod orders;
+mod reopen;
 mod scenarios;
 mod storedir;
 

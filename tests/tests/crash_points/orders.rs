@@ -27,7 +27,7 @@ fn offset(op: &Op) -> Option<u64> {
 }
 
 /// The copy of the superblock that an operation writes.
-fn copy(op: &Op) -> Option<usize> {
+pub fn copy(op: &Op) -> Option<usize> {
     let offset = offset(op)?;
     SUPERBLOCK_OFFSETS.iter().position(|at| *at == offset)
 }
@@ -177,21 +177,37 @@ mod swapped_orders_are_caught {
         expect_caught("flip_before_the_commit", &run, spoilt, Wrong::Error);
     }
 
-    /// All four copies torn at once, which takes writes that tear independently of each other.
-    #[test]
-    fn second_pair_before_the_sync_of_the_first() {
-        let run = run(|s| {
+    fn flipped() -> Recording {
+        run(|s| {
             s.write(20 * EXTENT, 3).unwrap();
             s.checkpoint().unwrap();
-        });
-        let run = torn_superblocks(&run);
+        })
+    }
 
-        let range = last(&run);
-        let flip = find(&run, range.clone(), |op| offset(op) == Some(SUPERBLOCK_OFFSETS[0]));
-        let sync = find(&run, flip..range.end, Op::is_sync);
-        let spoilt = drop_syncs(&run.log, |at, _| at == sync);
+    /// The sync between the pairs of the last flip taken out.
+    fn without_the_sync_between_the_pairs(run: &Recording) -> Vec<Op> {
+        let range = last(run);
+        let flip = find(run, range.clone(), |op| offset(op) == Some(SUPERBLOCK_OFFSETS[0]));
+        let sync = find(run, flip..range.end, Op::is_sync);
+        drop_syncs(&run.log, |at, _| at == sync)
+    }
+
+    /// All four copies torn at once, each at the same place.
+    #[test]
+    fn second_pair_before_the_sync_of_the_first() {
+        let run = flipped();
+        let spoilt = without_the_sync_between_the_pairs(&run);
 
         expect_caught("second_pair_before_the_sync_of_the_first", &run, spoilt, Wrong::Error);
+    }
+
+    /// The same where the halves of each copy survive independently of all others.
+    #[test]
+    fn second_pair_before_the_sync_of_the_first_in_halves() {
+        let run = torn_superblocks(&flipped());
+        let spoilt = without_the_sync_between_the_pairs(&run);
+
+        expect_caught("second_pair_..._in_halves", &run, spoilt, Wrong::Error);
     }
 
     /// The page of the last commit is filled up instead of a new one begun: a torn rewrite takes

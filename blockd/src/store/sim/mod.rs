@@ -101,6 +101,23 @@ impl SimStore {
         SimStore { state: Arc::new(Mutex::new(state)) }
     }
 
+    /// A store on which `log` was done since it held `base`: what a process left that was killed
+    /// then. What was not durable is not durable here either, and the log goes on behind `log`.
+    #[must_use]
+    pub fn from_log(base: Image, log: Vec<Op>) -> Self {
+        let store = Self::from_image(base);
+        {
+            let mut state = store.state.lock();
+            for op in log {
+                if let Op::Create { file, .. } = op {
+                    state.next = state.next.max(file.0 + 1);
+                }
+                state.apply(op);
+            }
+        }
+        store
+    }
+
     /// A store that holds `image` and keeps no log, for long runs that never ask for crash states.
     #[must_use]
     pub fn without_log(image: Image) -> Self {

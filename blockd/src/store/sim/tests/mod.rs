@@ -267,6 +267,26 @@ proptest! {
         prop_assert_eq!(last, vec![store.live_image()]);
     }
 
+    /// A store made of the log of another goes on as that one does: same files, same faults at a
+    /// power cut.
+    #[test]
+    fn a_log_can_be_taken_up(
+        first in proptest::collection::vec(step(), 1..15),
+        then in proptest::collection::vec(step(), 1..15),
+    ) {
+        let store = SimStore::new();
+        run(&store, &first);
+        let taken_up = SimStore::from_log(store.base(), store.log());
+        prop_assert_eq!(taken_up.live_image(), store.live_image());
+
+        run(&store, &then);
+        run(&taken_up, &then);
+
+        prop_assert_eq!(taken_up.live_image(), store.live_image());
+        prop_assert_eq!(taken_up.base(), store.base());
+        prop_assert_eq!(taken_up.log(), store.log());
+    }
+
     /// The fast construction (shared pages, a walk that carries the durable part along) against the
     /// plain one: durable operations in order, then the survivors.
     #[test]
