@@ -373,8 +373,9 @@ impl Superblock {
     /// Whether this build may write the segment.
     ///
     /// # Errors
-    /// `Unsupported` when an unknown feature allows reading only, or when the disk has a persistence
-    /// mode other than `persistent`: to write to it as if it had not would break its promise.
+    /// `Unsupported` when an unknown feature allows reading only, or when the disk has a
+    /// persistence mode other than `persistent`: to write to it as if it had not would break its
+    /// promise.
     pub fn check_writable_features(&self) -> Result<()> {
         let hint = "open it read-only, or use a newer version";
         if self.mode != Mode::Persistent {
