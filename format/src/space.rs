@@ -10,7 +10,7 @@
 //! The caller says when a pending extent's record is durable and when the requests that could touch
 //! it have ended.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::limits::{BLOCKS_PER_EXTENT, SEGMENT_EXTENTS_MAX};
 use crate::units::{ExtentId, PageNo, Seq, index};
@@ -33,7 +33,68 @@ pub struct SpaceMap {
     hint: u64,
     used_count: u64,
     pending: VecDeque<(Seq, ExtentId)>,
-    pages: BTreeMap<ExtentId, u16>,
+    pages: MetaPages,
+}
+
+/// Pages of an extent, as a number of bits.
+const PAGES: usize = index(BLOCKS_PER_EXTENT);
+
+/// Which pages of the metadata extents are in use.
+///
+/// Invariant: `free` names each extent with a free page once, under the length of its longest run
+/// of free pages. So a run is found without a look at extents that are full: there are many, and
+/// writers wait meanwhile.
+#[derive(Debug, Default)]
+struct MetaPages {
+    used: BTreeMap<ExtentId, u16>,
+    free: [BTreeSet<ExtentId>; PAGES],
+}
+
+/// Length of the longest run of free pages.
+fn longest_free(mask: u16) -> usize {
+    let (mut free, mut len) = (!mask, 0);
+    while free != 0 {
+        free &= free << 1;
+        len += 1;
+    }
+    len
+}
+
+/// `count` pages from page `first` of an extent on.
+fn run_mask(first: usize, count: usize) -> u16 {
+    debug_assert!(first < PAGES && (1..=PAGES - first).contains(&count));
+    u16::MAX >> (PAGES - count) << first
+}
+
+impl MetaPages {
+    fn get(&self, extent: ExtentId) -> Option<u16> {
+        self.used.get(&extent).copied()
+    }
+
+    /// Sets which pages of an extent are in use; one without any is no metadata extent any more.
+    fn set(&mut self, extent: ExtentId, mask: u16) {
+        let old = match mask {
+            0 => self.used.remove(&extent),
+            _ => self.used.insert(extent, mask),
+        };
+        let (before, after) = (old.map_or(0, longest_free), longest_free(mask) % PAGES);
+        if before != after {
+            self.free[before].remove(&extent);
+            if after > 0 {
+                self.free[after].insert(extent);
+            }
+        }
+    }
+
+    /// Takes the first run of `count` free pages of the first extent that has one.
+    fn take(&mut self, count: usize) -> Option<PageNo> {
+        let fitting = self.free.get(count..)?;
+        let extent = *fitting.iter().filter_map(BTreeSet::first).min()?;
+        let mask = self.get(extent)?;
+        let first = (0..=PAGES - count).find(|first| mask & run_mask(*first, count) == 0)?;
+        self.set(extent, mask | run_mask(first, count));
+        Some(extent.first_page().plus(first as u64))
+    }
 }
 
 impl SpaceMap {
@@ -46,7 +107,7 @@ impl SpaceMap {
             hint: start.0,
             used_count: 0,
             pending: VecDeque::new(),
-            pages: BTreeMap::new(),
+            pages: MetaPages::default(),
         }
     }
 
@@ -90,14 +151,14 @@ impl SpaceMap {
     pub fn claim_pages(&mut self, page: PageNo, count: u64) -> Result<()> {
         for p in (page.0..page.0 + count).map(PageNo) {
             let bit = 1 << p.in_extent();
-            if !self.pages.contains_key(&p.extent()) {
-                self.claim(p.extent())?;
-            }
-            let mask = self.pages.entry(p.extent()).or_default();
-            if *mask & bit != 0 {
+            let mask = match self.pages.get(p.extent()) {
+                Some(mask) => mask,
+                None => self.claim(p.extent()).map(|()| 0)?,
+            };
+            if mask & bit != 0 {
                 return Err(Error::corrupt(format!("page {p} is used twice")));
             }
-            *mask |= bit;
+            self.pages.set(p.extent(), mask | bit);
         }
         Ok(())
     }
@@ -202,45 +263,36 @@ impl SpaceMap {
         self.pending.len()
     }
 
-    /// Takes `count` metadata pages in one run inside one extent.
+    /// Takes `count` metadata pages, 1 to 16, in one run inside one extent.
     ///
     /// # Errors
     /// `NoSpace` when the segment has reached its largest size.
     pub fn take_pages(&mut self, count: u8) -> Result<PageNo> {
-        let want = u16::MAX >> (16 - u32::from(count.clamp(1, 16)));
-        for (extent, mask) in &mut self.pages {
-            let fits = (0..=16 - count).find(|s| *mask & (want << s) == 0);
-            if let Some(s) = fits {
-                *mask |= want << s;
-                return Ok(extent.first_page().plus(s.into()));
-            }
+        let count = usize::from(count).clamp(1, PAGES);
+        if let Some(page) = self.pages.take(count) {
+            return Ok(page);
         }
         let extent = self.take_lease(1)?.first;
-        self.pages.insert(extent, want);
+        self.pages.set(extent, run_mask(0, count));
         Ok(extent.first_page())
     }
 
     /// Notes that `count` pages from `page` on are in use, all in one extent that was taken before
     /// and holds no data.
     pub fn hold_pages(&mut self, page: PageNo, count: u8) {
-        let mask = self.pages.entry(page.extent()).or_default();
-        (0..count.into()).for_each(|i| *mask |= 1 << page.plus(i).in_extent());
+        let mask = self.pages.get(page.extent()).unwrap_or(0);
+        let run = run_mask(page.in_extent(), count.into());
+        self.pages.set(page.extent(), mask | run);
     }
 
-    /// Gives back metadata pages that nothing durable names. Returns the extent when all of its
-    /// pages are free now: it stays used until the caller has punched it and calls
+    /// Gives back metadata pages of one extent that nothing durable names. Returns the extent when
+    /// all of its pages are free now: it stays used until the caller has punched it and calls
     /// [`Self::give_back`].
-    pub fn give_back_pages(&mut self, page: PageNo, count: u64) -> Option<ExtentId> {
+    pub fn give_back_pages(&mut self, page: PageNo, count: u8) -> Option<ExtentId> {
         let extent = page.extent();
-        let mask = self.pages.get_mut(&extent)?;
-        for p in page.0..page.0 + count {
-            *mask &= !(1 << PageNo(p).in_extent());
-        }
-        if *mask != 0 {
-            return None;
-        }
-        self.pages.remove(&extent);
-        Some(extent)
+        let left = self.pages.get(extent)? & !run_mask(page.in_extent(), count.into());
+        self.pages.set(extent, left);
+        (left == 0).then_some(extent)
     }
 }
 
@@ -256,6 +308,8 @@ pub fn extents_for_pages(pages: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -310,5 +364,99 @@ mod tests {
         assert_eq!(s.give_back_pages(a, 10), None);
         assert_eq!(s.give_back_pages(b, 6), Some(ExtentId(0)));
         assert!(!s.is_free(ExtentId(0)), "used until punched");
+    }
+
+    impl MetaPages {
+        fn check(&self) {
+            let mut free: [BTreeSet<ExtentId>; PAGES] = Default::default();
+            for (extent, mask) in self.used.iter().filter(|(_, mask)| **mask != u16::MAX) {
+                let runs = (1..=PAGES).rev();
+                let fits = |len: &usize| (0..=PAGES - len).any(|s| mask & run_mask(s, *len) == 0);
+                free[runs.clone().find(fits).unwrap()].insert(*extent);
+            }
+            assert_eq!(self.free, free);
+            assert!(self.used.values().all(|mask| *mask != 0));
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Take(u8),
+        GiveBack(usize),
+        Hold(u8, u8),
+        Claim(u8, u8),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            8 => (1..=16_u8).prop_map(Step::Take),
+            4 => (1..=2_u8).prop_map(Step::Take),
+            6 => any::<usize>().prop_map(Step::GiveBack),
+            1 => (0..16_u8, 1..=16_u8).prop_map(|(at, n)| Step::Hold(at, n.min(16 - at))),
+            1 => (0..200_u8, 1..=40_u8).prop_map(|(at, n)| Step::Claim(at, n)),
+        ]
+    }
+
+    /// The first run of free pages, found by a look at every page.
+    fn first_fit(used: &BTreeSet<PageNo>, count: u8) -> Option<PageNo> {
+        let extents: BTreeSet<ExtentId> = used.iter().map(|page| page.extent()).collect();
+        let starts = |e: ExtentId| (0..=u64::from(16 - count)).map(move |i| e.first_page().plus(i));
+        let fits = |p: &PageNo| (0..count.into()).all(|i| !used.contains(&p.plus(i)));
+        extents.into_iter().flat_map(starts).find(fits)
+    }
+
+    proptest! {
+        /// Against a set of pages, searched from the front.
+        #[test]
+        fn pages_are_taken_from_the_front(steps in proptest::collection::vec(step(), 1..150)) {
+            let mut s = SpaceMap::new(ExtentId(2));
+            let (mut used, mut runs) = (BTreeSet::new(), Vec::new());
+            for step in steps {
+                let (page, count) = match step {
+                    Step::Take(count) => {
+                        let expected = first_fit(&used, count);
+                        let page = s.take_pages(count).unwrap();
+                        let new = used.iter().all(|p: &PageNo| p.extent() != page.extent());
+                        let whole = new && page.in_extent() == 0;
+                        prop_assert!(expected.map_or(whole, |e| e == page), "{page} {expected:?}");
+                        (page, count)
+                    }
+                    Step::Hold(at, count) => {
+                        let page = s.take_lease(1).unwrap().first.first_page().plus(at.into());
+                        s.hold_pages(page, count);
+                        (page, count)
+                    }
+                    Step::Claim(at, count) => {
+                        for page in (0..count).map(|i| PageNo(32 + u64::from(at) + u64::from(i))) {
+                            let is_new = used.insert(page);
+                            prop_assert_eq!(s.claim_pages(page, 1).is_ok(), is_new);
+                            runs.extend(is_new.then_some((page, 1)));
+                        }
+                        s.pages.check();
+                        continue;
+                    }
+                    Step::GiveBack(which) => {
+                        if runs.is_empty() {
+                            continue;
+                        }
+                        let (page, count) = runs.swap_remove(which % runs.len());
+                        (0..count.into()).for_each(|i| _ = used.remove(&page.plus(i)));
+                        let empty = used.iter().all(|p| p.extent() != page.extent());
+                        let given = s.give_back_pages(page, count);
+                        prop_assert_eq!(given, empty.then_some(page.extent()));
+                        given.into_iter().for_each(|extent| s.give_back(extent));
+                        s.pages.check();
+                        continue;
+                    }
+                };
+                for i in 0..count.into() {
+                    prop_assert!(used.insert(page.plus(i)), "taken twice");
+                }
+                runs.push((page, count));
+                s.pages.check();
+            }
+            let extents: BTreeSet<ExtentId> = used.iter().map(|page| page.extent()).collect();
+            prop_assert_eq!(s.used_count(), extents.len() as u64);
+        }
     }
 }

@@ -180,7 +180,7 @@ impl Disk {
         }
         let page = core.space.take_pages(count)?;
         self.grow(core, page.extent().0 + 1).inspect_err(|_| {
-            if let Some(extent) = core.space.give_back_pages(page, count.into()) {
+            if let Some(extent) = core.space.give_back_pages(page, count) {
                 core.space.give_back(extent);
             }
         })?;
@@ -201,7 +201,7 @@ impl Disk {
     fn drop_pages(&self, pages: &[(PageNo, u8)]) {
         let mut core = self.core.lock();
         for (page, count) in pages {
-            if let Some(extent) = core.space.give_back_pages(*page, (*count).into()) {
+            if let Some(extent) = core.space.give_back_pages(*page, *count) {
                 self.retire(&mut core, extent);
             }
         }

@@ -137,7 +137,7 @@ impl Disk {
     pub(super) fn put_back_spare(&self, pages: &[(PageNo, u8)]) {
         let mut core = self.core.lock();
         for (page, count) in pages {
-            if let Some(extent) = core.space.give_back_pages(*page, (*count).into()) {
+            if let Some(extent) = core.space.give_back_pages(*page, *count) {
                 core.spare.push(extent);
             }
         }
