@@ -16,6 +16,9 @@ OFFSHOOT_SKIP_LOG=$(realpath "$target_dir")/skipped-tests.log
 export OFFSHOOT_SKIP_LOG
 : >"$OFFSHOOT_SKIP_LOG"
 
+# The programs that tests start: built with the tests, and not once more by each of them.
+cargo build ${CI:+--locked} --workspace --bins "$@" || failed+=("cargo build")
+export OFFSHOOT_PROGRAMS_BUILT=1
 cargo test ${CI:+--locked} --workspace --no-fail-fast "$@" || failed+=("cargo test")
 
 tests/fuzz/run.sh all "$fuzz_seconds" || failed+=("fuzzing")

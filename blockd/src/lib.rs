@@ -1,11 +1,16 @@
-//! Delta disks: the store, the disk engine, the catalogue, and the front doors that serve them.
+//! Delta disks: the store, the disk engine, the catalogue, and the daemon that serves them.
 
+pub mod api;
 pub mod catalogue;
 pub mod check;
+pub mod content;
+pub mod daemon;
 pub mod diff;
 pub mod disk;
 pub mod nbd;
+pub mod pump;
 pub mod segment;
 pub mod serve;
 pub mod store;
 pub mod storedir;
+pub mod verbs;

@@ -44,6 +44,51 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// Every kind.
+    pub const ALL: [Kind; 15] = [
+        Kind::Io,
+        Kind::Corrupt,
+        Kind::Unsupported,
+        Kind::NotFound,
+        Kind::Exists,
+        Kind::Busy,
+        Kind::InUse,
+        Kind::NoSpace,
+        Kind::Invalid,
+        Kind::ReadOnly,
+        Kind::ParentMissing,
+        Kind::ParentChanged,
+        Kind::Failed,
+        Kind::TailLost,
+        Kind::Cancelled,
+    ];
+
+    /// The kind that is called `name`.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Kind> {
+        Kind::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+
+    /// The exit code of a program that failed so; it is never given another meaning.
+    #[must_use]
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Kind::Invalid => 2,
+            Kind::NotFound => 3,
+            Kind::Exists => 4,
+            Kind::Busy | Kind::InUse => 5,
+            Kind::Corrupt => 6,
+            Kind::NoSpace => 7,
+            Kind::Unsupported => 8,
+            Kind::ReadOnly => 9,
+            Kind::Io => 10,
+            Kind::ParentMissing | Kind::ParentChanged => 11,
+            Kind::TailLost => 12,
+            Kind::Failed => 13,
+            Kind::Cancelled => 130,
+        }
+    }
+
     /// The stable name used in JSON output, logs and documentation.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -269,6 +314,14 @@ mod tests {
             "cannot open disk a: cannot read file x: checksum mismatch; run check"
         );
         assert_eq!((e.attempted(), e.object()), (Some("open"), Some("disk a")));
+    }
+
+    #[test]
+    fn every_kind_is_found_by_its_name() {
+        for kind in Kind::ALL {
+            assert_eq!(Kind::from_name(kind.name()), Some(kind));
+        }
+        assert_eq!(Kind::from_name("no such kind"), None);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 pub mod around;
 pub mod crash;
+pub mod daemon;
 pub mod flat;
 pub mod guest;
 pub mod inspect;

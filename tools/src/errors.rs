@@ -2,40 +2,18 @@
 //! and an exit code that scripts may count on.
 //!
 //! Invariant: codes are never given another meaning. They are listed in the help of the program and
-//! in `docs/command-line.md`; a test compares both with this table.
+//! in `docs/command-line.md`; a test compares both with the codes of `Kind`.
 
-use format::{Error, Kind};
+use format::Error;
 use serde::Serialize;
-
-use crate::signals::EXIT_CANCELLED;
 
 /// A difference or a problem was found: an answer of `compare`, `check`, `scrub` and `repair`, not
 /// a failure.
 pub const EXIT_FOUND: u8 = 1;
-/// The command line makes no sense.
+/// The command line makes no sense (`invalid`).
 pub const EXIT_USAGE: u8 = 2;
 /// A bug of this program.
 pub const EXIT_BUG: u8 = 14;
-
-/// The exit code of a kind of failure.
-#[must_use]
-pub fn exit_code(kind: Kind) -> u8 {
-    match kind {
-        Kind::Invalid => EXIT_USAGE,
-        Kind::NotFound => 3,
-        Kind::Exists => 4,
-        Kind::Busy | Kind::InUse => 5,
-        Kind::Corrupt => 6,
-        Kind::NoSpace => 7,
-        Kind::Unsupported => 8,
-        Kind::ReadOnly => 9,
-        Kind::Io => 10,
-        Kind::ParentMissing | Kind::ParentChanged => 11,
-        Kind::TailLost => 12,
-        Kind::Failed => 13,
-        Kind::Cancelled => EXIT_CANCELLED,
-    }
-}
 
 /// A failure as programs read it.
 #[derive(Debug, Serialize)]
@@ -83,26 +61,9 @@ impl<'a> Envelope<'a> {
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory as _;
+    use format::Kind;
 
     use super::*;
-
-    const KINDS: [Kind; 15] = [
-        Kind::Io,
-        Kind::Corrupt,
-        Kind::Unsupported,
-        Kind::NotFound,
-        Kind::Exists,
-        Kind::Busy,
-        Kind::InUse,
-        Kind::NoSpace,
-        Kind::Invalid,
-        Kind::ReadOnly,
-        Kind::ParentMissing,
-        Kind::ParentChanged,
-        Kind::Failed,
-        Kind::TailLost,
-        Kind::Cancelled,
-    ];
 
     /// Code and kind names of the rows `| code | kinds | … |` of the document.
     fn documented() -> Vec<(u8, String)> {
@@ -119,8 +80,8 @@ mod tests {
     fn every_code_is_in_the_document_and_in_the_help() {
         let help = crate::cli::Cli::command().render_long_help().to_string();
         let rows = documented();
-        for kind in KINDS {
-            let code = exit_code(kind);
+        for kind in Kind::ALL {
+            let code = kind.exit_code();
             let named = |kinds: &str| kinds.split(',').any(|k| k.trim() == kind.name());
             assert!(rows.iter().any(|(c, k)| *c == code && named(k)), "document: {kind:?}");
         }

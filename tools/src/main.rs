@@ -1,17 +1,18 @@
-//! `offshoot`: the administrator's command line. It works on a store folder with no daemon running.
+//! `offshoot`: the administrator's command line. It asks the daemon that has the store, or opens
+//! the store itself when none does: the same verbs, the same answers.
 //!
 //! How it ends: 0, or one of the codes in `errors.rs`. A panic is a bug; it is told as such in one
 //! line, and what the store promises about a killed process holds for it.
 
 mod cli;
-mod content;
+mod client;
 mod errors;
 mod image;
 mod output;
 mod progress;
-mod pump;
 mod signals;
 mod size;
+mod store;
 mod verbs;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -64,7 +65,7 @@ fn finish(out: Output, data_on_stdout: bool, outcome: Outcome) -> u8 {
         Err(Stop::Failed(error)) => error,
     };
     tell(&error, out.json, data_on_stdout);
-    errors::exit_code(error.kind())
+    error.kind().exit_code()
 }
 
 fn tell(error: &Error, json: bool, data_on_stdout: bool) {

@@ -5,7 +5,11 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use blockd::pump::Watch;
+use format::Result;
+
 use crate::output::Output;
+use crate::signals;
 
 /// A bar of bytes, or nothing at all.
 pub struct Progress {
@@ -31,28 +35,28 @@ impl Progress {
         }
         Progress { bar, visible }
     }
+}
 
-    /// Sets how many bytes there are to do. Counting them can take a while, so it is done only for
-    /// somebody who looks.
-    ///
-    /// # Errors
-    /// What `count` reports.
-    pub fn expect<E>(&self, count: impl FnOnce() -> Result<u64, E>) -> Result<(), E> {
-        if self.visible {
-            self.bar.set_length(count()?);
-        }
-        Ok(())
+impl Watch for Progress {
+    fn wants_total(&self) -> bool {
+        self.visible
     }
 
-    /// `bytes` more are done.
-    pub fn add(&self, bytes: u64) {
+    fn expect(&self, bytes: u64) {
+        self.bar.set_length(bytes);
+    }
+
+    fn add(&self, bytes: u64) {
         self.bar.inc(bytes);
     }
 
-    /// `done` of `total` bytes are done.
-    pub fn set(&self, done: u64, total: u64) {
+    fn set(&self, done: u64, total: u64) {
         self.bar.set_length(total);
         self.bar.set_position(done);
+    }
+
+    fn check(&self) -> Result<()> {
+        signals::check()
     }
 }
 

@@ -11,8 +11,8 @@ use std::sync::{Arc, OnceLock};
 use format::{Error, Kind, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-/// The exit code of a verb that a signal ended.
-pub const EXIT_CANCELLED: u8 = 130;
+/// The exit code of a verb that a signal ended (`Kind::Cancelled` has the same).
+const EXIT_CANCELLED: u8 = 130;
 
 struct Moods {
     /// A signal ends the process at once.

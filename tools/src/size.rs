@@ -1,5 +1,7 @@
 //! Byte counts as people write and read them: binary suffixes, no fractions in, one digit out.
 
+use blockd::api::types::NewSize;
+
 /// Suffixes by power of 1024.
 const SUFFIXES: [char; 4] = ['k', 'm', 'g', 't'];
 
@@ -26,38 +28,15 @@ pub fn parse(text: &str) -> Result<u64, String> {
     scaled.ok_or_else(|| format!("`{text}` is more than 64 bits can count"))
 }
 
-/// A size to change to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NewSize {
-    /// This size.
-    To(u64),
-    /// This much more.
-    Grow(u64),
-    /// This much less.
-    Shrink(u64),
-}
-
-impl NewSize {
-    /// Reads a size with an optional `+` or `-` before it.
-    ///
-    /// # Errors
-    /// As [`parse`].
-    pub fn parse(text: &str) -> Result<Self, String> {
-        match text.split_at_checked(1) {
-            Some(("+", rest)) => parse(rest).map(NewSize::Grow),
-            Some(("-", rest)) => parse(rest).map(NewSize::Shrink),
-            _ => parse(text).map(NewSize::To),
-        }
-    }
-
-    /// The size that this makes of `present`; `None` when there is no such size.
-    #[must_use]
-    pub fn of(self, present: u64) -> Option<u64> {
-        match self {
-            NewSize::To(size) => Some(size),
-            NewSize::Grow(by) => present.checked_add(by),
-            NewSize::Shrink(by) => present.checked_sub(by),
-        }
+/// Reads a size to change to, with an optional `+` or `-` before it.
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_new(text: &str) -> Result<NewSize, String> {
+    match text.split_at_checked(1) {
+        Some(("+", rest)) => parse(rest).map(NewSize::Grow),
+        Some(("-", rest)) => parse(rest).map(NewSize::Shrink),
+        _ => parse(text).map(NewSize::To),
     }
 }
 
@@ -108,12 +87,12 @@ mod tests {
 
     #[test]
     fn a_sign_makes_a_size_relative() {
-        assert_eq!(NewSize::parse("+1k").unwrap().of(1024), Some(2048));
-        assert_eq!(NewSize::parse("-1k").unwrap().of(1024), Some(0));
-        assert_eq!(NewSize::parse("-1k").unwrap().of(1023), None);
-        assert_eq!(NewSize::parse("1k").unwrap().of(7), Some(1024));
-        assert!(NewSize::parse("+").is_err());
-        assert!(NewSize::parse("").is_err());
+        assert_eq!(parse_new("+1k").unwrap().of(1024), Some(2048));
+        assert_eq!(parse_new("-1k").unwrap().of(1024), Some(0));
+        assert_eq!(parse_new("-1k").unwrap().of(1023), None);
+        assert_eq!(parse_new("1k").unwrap().of(7), Some(1024));
+        assert!(parse_new("+").is_err());
+        assert!(parse_new("").is_err());
     }
 
     #[test]

@@ -108,9 +108,23 @@ fn a_command_line_that_makes_no_sense_is_exit_code_2() {
 #[test]
 fn every_verb_explains_itself_with_examples() {
     let disk = "import create ls show map rm resize seal rename export compare check repair scrub \
-                read write discard";
+                read write discard attach export-nbd detach limits resume";
     let disk = disk.split_whitespace().map(|verb| vec!["disk", verb]);
-    let others = [vec!["init"], vec!["store", "rebuild"], vec!["store", "df"], vec!["completions"]];
+    let others = [
+        "init",
+        "store rebuild",
+        "store df",
+        "completions",
+        "daemon start",
+        "daemon status",
+        "daemon stop",
+        "job ls",
+        "job watch",
+        "job cancel",
+        "events",
+        "top",
+    ];
+    let others = others.map(|verb| verb.split(' ').collect());
     for verb in disk.chain(others) {
         for help in ["--help", "-h"] {
             let ran = run(&mut offshoot(&[&verb[..], &[help]].concat())).ok();
@@ -165,6 +179,7 @@ fn disks_are_created_listed_shown_renamed_and_removed() {
             "map_memory",
             "features",
             "problems",
+            "exports",
         ]),
     );
     assert_eq!(shown["journal"], json!({"size": MIB, "used": 0}));

@@ -23,7 +23,8 @@ use format::entry::BlockState;
 use format::limits::BLOCK;
 use format::superblock::{Attached, Seal, State, Superblock};
 use format::{Error, Result};
-use serde::Serialize;
+use serde::{Deserialize, Deserializer, Serialize};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::disk::load::{How, Loaded, OnDamage, load_state, newest};
@@ -45,7 +46,7 @@ pub struct CheckOptions {
 }
 
 /// What a check found.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Report {
     /// Identity of the segment.
     pub segment: Uuid,
@@ -61,15 +62,25 @@ pub struct Report {
     pub stats: Stats,
 }
 
+/// One of a few fixed names.
+pub type StateName = &'static str;
+
 /// Numbers about a disk, as of the end of its journal. All sizes are bytes.
-#[derive(Debug, Clone, Serialize, PartialEq, Eq)]
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq, ToSchema)]
+#[schema(as = CheckStats)]
 pub struct Stats {
     /// `active` or `sealed`.
-    pub state: &'static str,
+    #[serde(deserialize_with = "known_name")]
+    #[schema(value_type = String)]
+    pub state: StateName,
     /// `none`, `pending` or `done`.
-    pub seal: &'static str,
+    #[serde(deserialize_with = "known_name")]
+    #[schema(value_type = String)]
+    pub seal: StateName,
     /// `no`, `plain` or `with-tail`: whether a writer has it open, or did not close it.
-    pub attached: &'static str,
+    #[serde(deserialize_with = "known_name")]
+    #[schema(value_type = String)]
+    pub attached: StateName,
     /// Generation of the newest superblock.
     pub generation: u64,
     /// Number of the last opening for writing.
@@ -106,6 +117,16 @@ pub struct Stats {
     pub unsummed_bytes: Option<u64>,
 }
 
+/// Every name that a state in [`Stats`] can have.
+const STATE_NAMES: [StateName; 8] =
+    ["active", "sealed", "none", "pending", "done", "no", "plain", "with-tail"];
+
+fn known_name<'de, D: Deserializer<'de>>(from: D) -> Result<StateName, D::Error> {
+    let name = String::deserialize(from)?;
+    let known = STATE_NAMES.into_iter().find(|known| *known == name);
+    known.ok_or_else(|| serde::de::Error::unknown_variant(&name, &STATE_NAMES))
+}
+
 /// A disk as loaded for a check, and what was found.
 struct Examined {
     loaded: Loaded,
@@ -124,11 +145,25 @@ pub fn check(
     tail: Option<&Tail>,
     options: &CheckOptions,
 ) -> Result<Report> {
+    check_watched(file, segments, tail, options, &mut |_, _| Ok(()))
+}
+
+/// As [`check`]; `progress` gets the bytes of data read and in all.
+///
+/// # Errors
+/// As [`check`], or what `progress` reports.
+pub fn check_watched(
+    file: &Arc<dyn File>,
+    segments: &dyn Segments,
+    tail: Option<&Tail>,
+    options: &CheckOptions,
+    progress: &mut dyn FnMut(u64, u64) -> Result<()>,
+) -> Result<Report> {
     let examined = examine(file, segments, tail)?;
     if !options.data {
         return report(examined, None);
     }
-    let scrubbed = scrub::scrub_loaded(&examined.loaded, segments, &mut |_, _| Ok(()))?;
+    let scrubbed = scrub::scrub_loaded(&examined.loaded, segments, progress)?;
     report(examined, Some(scrubbed))
 }
 

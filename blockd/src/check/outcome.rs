@@ -1,6 +1,7 @@
 //! What a repair is asked for, and what it tells.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::Report;
 use crate::disk::problem::GuestRange;
@@ -25,7 +26,8 @@ pub struct RepairOptions {
 }
 
 /// Something that a repair did, or would do.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[schema(as = RepairAction)]
 #[serde(tag = "action", rename_all = "kebab-case")]
 pub enum Action {
     /// Superblock copies that did not hold the newest state hold it now.
@@ -72,7 +74,8 @@ pub enum Action {
 }
 
 /// Why a range does not hold what it should.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[schema(as = LossReason)]
 #[serde(rename_all = "kebab-case")]
 pub enum Why {
     /// The map was damaged: it reads as zeroes now.
@@ -84,7 +87,7 @@ pub enum Why {
 }
 
 /// A range that a repair cost, or would cost.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Loss {
     /// The bytes of the virtual disk.
     pub range: GuestRange,
@@ -93,7 +96,7 @@ pub struct Loss {
 }
 
 /// What a repair did.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct RepairReport {
     /// Nothing was done; this is what would be.
     pub dry_run: bool,

@@ -18,7 +18,8 @@ use format::limits::{BLOCK, PAGE};
 use format::superblock::{Seal, Superblock};
 use format::units::{SegmentIdx, crc, index};
 use format::{Error, Kind, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::disk::load::{How, Loaded, OnDamage, load_state, newest};
@@ -32,7 +33,7 @@ use crate::store::buf::AlignedBuf;
 const SUMS_PER_PAGE: u64 = PAGE as u64 / 4;
 
 /// What a scrub found.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct ScrubReport {
     /// Nothing is wrong.
     pub clean: bool,

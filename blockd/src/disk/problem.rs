@@ -5,10 +5,12 @@
 
 use format::{Error, Kind};
 use serde::ser::SerializeStruct;
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
+use utoipa::ToSchema;
 
 /// What is wrong.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
 pub enum What {
     /// A superblock copy is invalid or old; the others serve.
     SuperblockCopy,
@@ -48,7 +50,8 @@ const KINDS: usize = What::Leak as usize + 1;
 const LISTED_MAX: usize = 200;
 
 /// How much a problem hurts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ToSchema)]
+#[schema(rename_all = "kebab-case")]
 pub enum Severity {
     /// Nothing is lost; repaired by itself or by `repair`.
     Minor,
@@ -71,23 +74,31 @@ impl Severity {
 }
 
 /// What mends a problem.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
 pub enum Remedy {
     /// A repair without options.
+    #[serde(rename = "repair")]
     Plain,
     /// A repair that punches leaks.
+    #[serde(rename = "repair-leaks")]
     Leaks,
     /// A repair that gives damaged ranges up.
+    #[serde(rename = "repair-drop-damaged")]
     DropDamaged,
     /// A repair that accepts the loss of journal records.
+    #[serde(rename = "repair-accept-journal-loss")]
     AcceptJournalLoss,
     /// A repair that gives every user of a shared extent a copy.
+    #[serde(rename = "repair-unshare")]
     Unshare,
     /// Sealing the disk again.
+    #[serde(rename = "seal-again")]
     Seal,
     /// Bringing the recorded parent back.
+    #[serde(rename = "restore-parent")]
     Parent,
     /// Nothing here: restore the segment from a copy.
+    #[serde(rename = "restore-segment")]
     None,
 }
 
@@ -175,7 +186,7 @@ impl What {
 }
 
 /// A byte range of the virtual disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct GuestRange {
     /// First byte.
     pub offset: u64,
@@ -183,8 +194,8 @@ pub struct GuestRange {
     pub len: u64,
 }
 
-/// One thing that is wrong.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// One thing that is wrong. On the wire it has its `severity`, too, which follows from `what`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, ToSchema)]
 pub struct Problem {
     /// What.
     pub what: What,
@@ -328,6 +339,21 @@ mod tests {
             Problem::new(What::MapPage, "leaf 3", &Error::corrupt("bad sum").on("page 7"));
         let text = problem.to_error().to_string();
         assert!(text.starts_with("leaf 3: page 7: bad sum; run `offshoot disk check`"), "{text}");
+    }
+
+    #[test]
+    fn a_problem_that_was_written_is_read_back() {
+        for remedy in [Remedy::Plain, Remedy::Leaks, Remedy::DropDamaged, Remedy::Seal] {
+            let written = Problem { remedy, ..problem(What::MapPage, 4096) };
+            let wire = serde_json::to_value(&written).unwrap();
+            assert_eq!((&wire["severity"], &wire["what"]), (&"range".into(), &"map-page".into()));
+            assert_eq!(serde_json::from_value::<Problem>(wire).unwrap(), written);
+        }
+        for remedy in [Remedy::AcceptJournalLoss, Remedy::Unshare, Remedy::Parent, Remedy::None] {
+            let written = Problem { remedy, ..problem(What::JournalLoss, 0) };
+            let wire = serde_json::to_value(&written).unwrap();
+            assert_eq!(serde_json::from_value::<Problem>(wire).unwrap(), written);
+        }
     }
 
     #[test]

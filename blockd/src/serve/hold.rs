@@ -11,12 +11,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use format::{Error, Kind};
 use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// Time between two tries.
 pub(super) const RETRY: Duration = Duration::from_secs(1);
 
 /// Since when, and why, requests are held.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct HeldInfo {
     /// Requests held.
     pub requests: u64,

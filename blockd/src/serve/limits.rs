@@ -7,13 +7,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 const SECOND_NS: u64 = 1_000_000_000;
 /// Time for which a limit may be exceeded when none is stated.
 const BURST_MS_DEFAULT: u32 = 100;
 
 /// What a disk may do at most. Zero means no limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 pub struct Limits {
     /// Requests per second.
     #[serde(default)]

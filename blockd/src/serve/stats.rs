@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::HeldInfo;
 
@@ -111,7 +112,7 @@ impl LaneStats {
 }
 
 /// Numbers of requests by how long they took.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 pub struct Histogram {
     /// Upper ends of buckets in nanoseconds, and the requests in each; empty buckets are left out.
     pub buckets: Vec<(u64, u64)>,
@@ -136,7 +137,7 @@ impl Histogram {
 }
 
 /// Counters of one kind of request.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 pub struct KindStats {
     /// `read`, `write`, `flush`, `discard` or `write_zeroes`.
     pub kind: String,
@@ -153,7 +154,7 @@ pub struct KindStats {
 }
 
 /// Counters of a volume since it was opened.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 pub struct VolumeStats {
     /// By kind of request.
     pub kinds: Vec<KindStats>,

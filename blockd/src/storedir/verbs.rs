@@ -6,6 +6,7 @@
 //! a segment (size, sealed or not, name) changes between two transactions: the first marks the row,
 //! so that after a crash in between the next opening looks at the segment.
 
+use std::ops::Deref;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use format::limits::{BLOCK, EXTENT, JOURNAL_EXTENTS_DEFAULT};
@@ -43,8 +44,8 @@ impl NewDisk {
 }
 
 /// A disk that is being imported: it appears in the store when finished, or not at all.
-pub struct Import<'a> {
-    dir: &'a StoreDir,
+pub struct Import<D: Deref<Target = StoreDir>> {
+    dir: D,
     disk: Option<Disk>,
     segment: Uuid,
 }
@@ -64,13 +65,8 @@ impl StoreDir {
     ///
     /// # Errors
     /// As [`StoreDir::create`].
-    pub fn import(&self, new: &NewDisk, lanes: usize) -> Result<Import<'_>> {
-        let segment = self.write_new(new)?;
-        let mut import = Import { dir: self, disk: None, segment };
-        let file = self.store.open(&new_name(segment), Access::Write)?;
-        let options = Options { lanes, ..self.disk_options() };
-        import.disk = Some(Disk::open(file, self, &options)?);
-        Ok(import)
+    pub fn import(&self, new: &NewDisk, lanes: usize) -> Result<Import<&StoreDir>> {
+        Import::begin(self, new, lanes)
     }
 
     fn write_new(&self, new: &NewDisk) -> Result<Uuid> {
@@ -280,6 +276,20 @@ impl StoreDir {
         })
     }
 
+    /// As [`StoreDir::resize`], of a disk of this store that is open.
+    ///
+    /// # Errors
+    /// As [`Disk::resize`].
+    pub fn resize_open(
+        &self,
+        name: &str,
+        disk: &Disk,
+        (size, drop_data): (u64, bool),
+    ) -> Result<DiskRow> {
+        let row = self.disk(name)?;
+        self.changing(&row, || disk.resize(size, drop_data))
+    }
+
     /// Segments that the catalogue does not know may stand on a disk, too.
     fn check_strangers(&self, row: &DiskRow) -> Result<()> {
         if !row.sealed {
@@ -343,6 +353,8 @@ impl StoreDir {
             }
             renamed => renamed.context("remove", || format!("disk {name}"))?,
         }
+        // A process that lives long must not keep the space of what it once read.
+        self.sealed.lock().remove(&row.segment);
         // The deletion is decided, durably, before the catalogue forgets the disk.
         self.store.sync_names()?;
         self.forget_deleted(name, row.segment)?;
@@ -350,7 +362,30 @@ impl StoreDir {
     }
 }
 
-impl Import<'_> {
+impl<D: Deref<Target = StoreDir>> Import<D> {
+    /// As [`StoreDir::import`], for whoever shares the store.
+    ///
+    /// # Errors
+    /// As [`StoreDir::create`].
+    pub fn begin(dir: D, new: &NewDisk, lanes: usize) -> Result<Self> {
+        let segment = dir.write_new(new)?;
+        let mut import = Import { dir, disk: None, segment };
+        let dir = &*import.dir;
+        let file = dir.store.open(&new_name(segment), Access::Write)?;
+        let options = Options { lanes, ..dir.disk_options() };
+        import.disk = Some(Disk::open(file, dir, &options)?);
+        Ok(import)
+    }
+
+    /// The store.
+    #[must_use]
+    pub fn dir(&self) -> D
+    where
+        D: Clone,
+    {
+        self.dir.clone()
+    }
+
     /// The disk to write to.
     ///
     /// # Panics
@@ -374,7 +409,7 @@ impl Import<'_> {
     }
 }
 
-impl Drop for Import<'_> {
+impl<D: Deref<Target = StoreDir>> Drop for Import<D> {
     fn drop(&mut self) {
         self.disk = None;
         if !self.segment.is_nil() {

@@ -2,11 +2,13 @@
 
 use std::path::PathBuf;
 
+use blockd::api::types::NewSize;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::LostTail;
+use super::serve::{Attach, Detach, ExportNbd, Limit};
 use crate::image::Format;
-use crate::size::{self, NewSize};
+use crate::size;
 
 /// `disk …`
 #[derive(Debug, Subcommand)]
@@ -186,6 +188,55 @@ Examples:
 Examples:
   offshoot disk discard web1 --offset 1G --length 512M")]
     Discard(Discard),
+
+    /// Serve a disk to a virtual machine, on a vhost-user-blk socket
+    ///
+    /// Needs a daemon, which remembers it: when it is started again, it serves the disk again. A
+    /// sealed disk can be served with `--readonly`. The same disk can be attached at several
+    /// sockets; one front end runs it at a time.
+    #[command(after_help = "\
+Examples:
+  offshoot disk attach web1 --socket /run/web1.sock
+  offshoot disk attach web1 --socket /run/web1.sock --queues 4 --iops 20000 --bps 200M
+  offshoot disk attach debian --socket /run/debian.sock --readonly")]
+    Attach(Attach),
+
+    /// Serve a disk to NBD clients, on a Unix socket
+    ///
+    /// qemu-img, nbdcopy and backup tools can then read and write it, and see what is allocated and
+    /// what was changed since a disk that it stands on. It is remembered as `disk attach` is.
+    #[command(after_help = "\
+Examples:
+  offshoot disk export-nbd web1 --socket /run/web1.nbd --readonly
+  qemu-img convert -O qcow2 'nbd+unix:///web1?socket=/run/web1.nbd' web1.qcow2")]
+    ExportNbd(ExportNbd),
+
+    /// End the exports of a disk
+    ///
+    /// Refused while a front end is connected, unless you say `--force`. With the last export the
+    /// disk is closed.
+    #[command(after_help = "\
+Examples:
+  offshoot disk detach web1
+  offshoot disk detach web1 --socket /run/web1.sock --force")]
+    Detach(Detach),
+
+    /// Change what a disk in service may do at most
+    ///
+    /// What is not named has no limit afterwards.
+    #[command(after_help = "\
+Examples:
+  offshoot disk limits web1 --iops 5000 --bps 100M --burst 500
+  offshoot disk limits web1")]
+    Limits(Limit),
+
+    /// Have held requests of a disk tried again now
+    ///
+    /// Requests are held when the host has no space left; they are tried again every second anyway.
+    #[command(after_help = "\
+Examples:
+  offshoot disk resume web1")]
+    Resume(Remove),
 }
 
 /// A disk.
@@ -267,7 +318,7 @@ pub struct Resize {
     /// Name of the disk
     pub name: String,
     /// The new size; with + or - before it, how much more or less
-    #[arg(value_parser = NewSize::parse, allow_hyphen_values = true)]
+    #[arg(value_parser = size::parse_new, allow_hyphen_values = true)]
     pub size: NewSize,
     /// Drop the data that lies past the new end
     #[arg(long)]

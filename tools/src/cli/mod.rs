@@ -2,17 +2,21 @@
 //!
 //! The first paragraph of a doc comment is the short help, all of it the long one.
 
+mod daemon;
 mod disk;
+mod serve;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+pub use daemon::{DaemonVerb, Events, JobId, JobVerb, StartDaemon, Top};
 pub use disk::{
     Check, Compare, Create, Discard, DiskVerb, Export, Import, Name, Range, Remove, Rename, Repair,
     Resize, SinkFormat, Write,
 };
+pub use serve::{Attach, Detach, ExportNbd, Limit};
 
 const ABOUT_CODES: &str = "\
 Exit codes (stable; with --json, failures also come as an object {\"error\": …}):
@@ -45,9 +49,9 @@ Examples:
 /// Delta disks in a store folder: import, fork, check and export them.
 ///
 /// A store is a folder that holds virtual disks. A disk is a root (an image of its own) or stands
-/// on a sealed disk, its parent, and holds only what is different from it. Every verb works on the
-/// folder directly, with no daemon running: verbs that change something need the store for
-/// themselves, any number of verbs that read may run side by side.
+/// on a sealed disk, its parent, and holds only what is different from it. A verb asks
+/// the daemon that has the store; when there is none it opens the folder itself, which it needs for
+/// itself if it changes something.
 ///
 /// Sizes and offsets are whole numbers of bytes, or have a suffix: k, M, G or T, by powers of 1024.
 ///
@@ -73,6 +77,14 @@ pub struct Global {
     #[arg(help_heading = "General options")]
     pub store: Option<PathBuf>,
 
+    /// The socket of the daemon to ask
+    ///
+    /// Without it, the daemon that has the store of `--store` is asked, and when none does the
+    /// folder is opened. Without a store either, the socket is what OFFSHOOT_API says, or
+    /// /run/offshoot/blockd.sock.
+    #[arg(long, global = true, value_name = "SOCK", help_heading = "General options")]
+    pub api: Option<PathBuf>,
+
     /// Print one JSON value instead of text
     ///
     /// Results and failures go to standard output as JSON. The exceptions are `disk read`, whose
@@ -89,7 +101,7 @@ pub struct Global {
     ///
     /// `buffered` goes through the page cache. `direct` bypasses it, and is refused where the file
     /// system cannot. `auto` is `direct` where possible. What is durable is the same in all of
-    /// them.
+    /// them. A daemon that has the store was told when it was started.
     #[arg(long, global = true, value_name = "MODE", help_heading = "General options")]
     #[arg(default_value = "buffered", hide_possible_values = true)]
     pub cache: Cache,
@@ -125,6 +137,35 @@ Examples:
     /// Look after a store as a whole
     #[command(subcommand)]
     Store(StoreVerb),
+
+    /// Start, look at and end the daemon of a store
+    #[command(subcommand)]
+    Daemon(DaemonVerb),
+
+    /// Look at the long work of a daemon, and stop it
+    #[command(subcommand)]
+    Job(JobVerb),
+
+    /// Show what happened to a daemon and its disks
+    ///
+    /// The daemon keeps the last thousand events. With `--json` each is one JSON object on a line
+    /// of its own.
+    #[command(after_help = "\
+Examples:
+  offshoot events
+  offshoot events --follow --json | jq 'select(.kind == \"held\")'")]
+    Events(Events),
+
+    /// Show what disks in service do, second by second
+    ///
+    /// Percentiles are of the time between two looks. Without a terminal, or with `--once` or
+    /// `--json`, one look is printed.
+    #[command(after_help = "\
+Examples:
+  offshoot top
+  offshoot top --once --interval 5
+  offshoot top --json | jq '.[] | {disk, p99_us}'")]
+    Top(Top),
 
     /// Print a completion script for a shell
     #[command(after_help = "\

@@ -12,6 +12,7 @@
 //! - A panic inside a library that reads is reported as a corrupt image.
 //! - A sink appears under its name complete and synced, or not at all (see `staged.rs`).
 
+mod content;
 mod file;
 mod grains;
 mod mapped;
@@ -26,9 +27,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::str::FromStr;
 
+use blockd::content::{Run, RunKind};
 use clap::ValueEnum;
 use format::{Context, Error, Kind, Result};
 
+pub use content::Image;
 use file::ImageFile;
 
 /// Every image is a whole number of these many bytes.
@@ -79,27 +82,6 @@ impl FromStr for Format {
                 .hint("use raw, qcow2, vmdk or vhdx")
         })
     }
-}
-
-/// What a range of an image holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RunKind {
-    /// Reads as zeroes, and nothing is stored for it.
-    Hole,
-    /// Reads as zeroes because the image (its top layer, if it has several) says so in so many
-    /// words.
-    Zero,
-    /// Stored bytes, which may be zero.
-    Data,
-}
-
-/// A range of one kind.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Run {
-    /// Bytes, more than zero.
-    pub len: u64,
-    /// What they are.
-    pub kind: RunKind,
 }
 
 /// An image opened for reading. Threads may share it; reads run in parallel where the format's

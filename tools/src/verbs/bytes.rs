@@ -1,20 +1,18 @@
 //! `disk read`, `disk write`, `disk discard`: a part of a disk by bytes.
-//!
-//! The engine works in sectors of 512 bytes. A write that begins or ends inside one reads it first;
-//! nobody else has the store meanwhile.
 
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsFd as _;
 
-use blockd::disk::Disk;
+use blockd::api::types::{ByteRange, Moved, SessionUse};
+use blockd::pump::Watch as _;
 use blockd::store::Access;
 use blockd::store::buf::AlignedBuf;
+use blockd::verbs::check_end;
 use format::limits::SECTOR;
 use format::units::index;
 use format::{Context as _, Error, Kind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use serde::Serialize;
 
 use super::Session;
 use crate::cli::{Discard, Range, Write};
@@ -22,35 +20,20 @@ use crate::output::{Outcome, Verdict, write_object, wrote};
 use crate::progress::Progress;
 use crate::signals;
 use crate::size::show;
+use crate::store::Writing;
 
 /// Bytes moved at once.
 const PIECE: u64 = 1 << 20;
 
-#[derive(Serialize)]
-struct Moved<'a> {
-    disk: &'a str,
-    offset: u64,
-    length: u64,
-}
-
-/// The end of a range inside a disk.
-fn end_of(disk: &Disk, offset: u64, length: u64) -> Result<u64> {
-    let size = disk.size();
-    let end = offset.checked_add(length).filter(|end| *end <= size);
-    end.ok_or_else(|| {
-        Error::invalid(format!("{length} bytes from {offset} pass its end, at {size}"))
-    })
-}
-
 /// `disk read`
 pub fn read(s: &Session, args: &Range) -> Outcome {
-    let dir = s.open(Access::Read)?;
+    let store = s.open(Access::Read)?;
     let object = || format!("disk {}", args.name);
-    let disk = s.disk(&dir, &args.name, args.tail)?;
+    let disk = store.open(&args.name, SessionUse::Read, args.tail.accept_lost_tail)?;
     let length = args.length.unwrap_or(disk.size().saturating_sub(args.offset));
-    let end = end_of(&disk, args.offset, length).context("read", object)?;
+    let end = check_end(disk.size(), args.offset, length).context("read", object)?;
     let progress = Progress::new(s.out, "reading");
-    progress.expect(|| Ok::<u64, Error>(length))?;
+    progress.expect(length);
     let mut out = io::stdout().lock();
     let mut buf = AlignedBuf::zeroed(index(PIECE));
     let mut at = args.offset;
@@ -58,7 +41,7 @@ pub fn read(s: &Session, args: &Range) -> Outcome {
         let from = at / SECTOR * SECTOR;
         let to = (from + PIECE).min(end.next_multiple_of(SECTOR));
         let bytes = &mut buf[..index(to - from)];
-        disk.read(0, from, bytes).context("read", object)?;
+        disk.read_at(0, from, bytes).context("read", object)?;
         let stop = to.min(end);
         wrote(out.write_all(&bytes[index(at - from)..index(stop - from)]))?;
         progress.add(stop - at);
@@ -66,7 +49,7 @@ pub fn read(s: &Session, args: &Range) -> Outcome {
     }
     wrote(out.flush())?;
     if s.out.json {
-        let moved = Moved { disk: &args.name, offset: args.offset, length };
+        let moved = Moved { disk: args.name.clone(), offset: args.offset, length };
         wrote(write_object(io::stderr().lock(), &moved))?;
     }
     Ok(Verdict::Done)
@@ -74,14 +57,14 @@ pub fn read(s: &Session, args: &Range) -> Outcome {
 
 /// `disk write`
 pub fn write(s: &Session, args: &Write) -> Outcome {
-    let dir = s.open(Access::Write)?;
+    let store = s.open(Access::Write)?;
     let object = || format!("disk {}", args.name);
-    let disk = s.disk_as(&dir, &args.name, args.tail, Access::Write)?;
+    let disk = store.open_for_writing(&args.name, args.tail.accept_lost_tail)?;
     let progress = Progress::new(s.out, "writing");
     let mut length = 0;
-    let copied = copy_in(&disk, args, &mut length, &progress).context("write", object);
+    let copied = copy_in(&*disk, args, &mut length, &progress).context("write", object);
     // What was written is made durable also when it is not all; the first error is the one to tell.
-    let closed = disk.close().context("write", object);
+    let closed = disk.finish().context("write", object);
     copied.and(closed).map_err(|e| match e.kind() {
         Kind::NoSpace => {
             let name = &args.name;
@@ -92,25 +75,25 @@ pub fn write(s: &Session, args: &Write) -> Outcome {
         _ => e,
     })?;
     drop(progress);
-    let moved = Moved { disk: &args.name, offset: args.offset, length };
+    let moved = Moved { disk: args.name.clone(), offset: args.offset, length };
     s.out.confirm(&moved, || {
         format!("wrote {length} bytes at {} of disk {}", args.offset, args.name)
     })?;
     Ok(Verdict::Done)
 }
 
-fn copy_in(disk: &Disk, args: &Write, length: &mut u64, progress: &Progress) -> Result<()> {
+fn copy_in(disk: &dyn Writing, args: &Write, length: &mut u64, progress: &Progress) -> Result<()> {
     let size = disk.size();
     let end = match args.length {
-        Some(length) => end_of(disk, args.offset, length)?,
-        None => end_of(disk, args.offset, 0).map(|_| size)?,
+        Some(length) => check_end(size, args.offset, length)?,
+        None => check_end(size, args.offset, 0).map(|_| size)?,
     };
     let mut buf = vec![0; index(PIECE)];
     let mut at = args.offset;
     while at < end {
         let want = (PIECE - at % PIECE).min(end - at);
         let got = read_input(&mut buf[..index(want)])?;
-        write_bytes(disk, at, &buf[..got])?;
+        disk.write(at, &buf[..got])?;
         at += got as u64;
         *length += got as u64;
         progress.add(got as u64);
@@ -157,37 +140,11 @@ fn wait_for_input() -> Result<()> {
     }
 }
 
-/// Writes bytes at any offset.
-fn write_bytes(disk: &Disk, at: u64, bytes: &[u8]) -> Result<()> {
-    let end = at + bytes.len() as u64;
-    let (from, to) = (at / SECTOR * SECTOR, end.next_multiple_of(SECTOR));
-    if bytes.is_empty() {
-        return Ok(());
-    }
-    if (from, to) == (at, end) {
-        return disk.write(0, at, bytes);
-    }
-    let mut whole = AlignedBuf::zeroed(index(to - from));
-    let len = whole.len();
-    if from < at {
-        disk.read(0, from, &mut whole[..index(SECTOR)])?;
-    }
-    if to > end {
-        disk.read(0, to - SECTOR, &mut whole[len - index(SECTOR)..])?;
-    }
-    whole[index(at - from)..index(end - from)].copy_from_slice(bytes);
-    disk.write(0, from, &whole)
-}
-
 /// `disk discard`
 pub fn discard(s: &Session, args: &Discard) -> Outcome {
-    let dir = s.open(Access::Write)?;
-    let object = || format!("disk {}", args.name);
-    let disk = s.disk_as(&dir, &args.name, args.tail, Access::Write)?;
-    let done = disk.discard(0, args.offset, args.length).context("discard", object);
-    let closed = disk.close().context("discard", object);
-    done.and(closed)?;
-    let moved = Moved { disk: &args.name, offset: args.offset, length: args.length };
+    let store = s.open(Access::Write)?;
+    let range = ByteRange { offset: args.offset, length: args.length };
+    let moved = store.discard(&args.name, range, args.tail.accept_lost_tail)?;
     s.out.confirm(&moved, || {
         format!("discarded {} at {} of disk {}", show(args.length), args.offset, args.name)
     })?;

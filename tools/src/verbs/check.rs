@@ -1,67 +1,31 @@
 //! `disk check`, `disk repair`, `disk scrub`.
 
-use std::sync::Arc;
-
-use blockd::check::{
-    Action, CheckOptions, Loss, RepairOptions, RepairReport, Report, ScrubReport, Why,
-    check as check_disk, repair as repair_disk, scrub as scrub_disk,
-};
-use blockd::disk::left_tail;
+use blockd::api::types::{CheckDisk, RepairDisk};
+use blockd::check::{Action, Loss, RepairReport, Report, Why};
 use blockd::disk::problem::Problem;
-use blockd::disk::tail::Tail;
-use blockd::segment::read_superblock;
-use blockd::store::{Access, File};
-use blockd::storedir::StoreDir;
-use format::{Context as _, Error, Result};
-use serde::Serialize;
+use blockd::store::Access;
 
-use super::{Session, disk_options};
-use crate::cli::{Check, LostTail, Name, Repair};
+use super::Session;
+use crate::cli::{Check, Name, Repair};
 use crate::output::{Outcome, Verdict};
 use crate::progress::Progress;
-use crate::signals;
 use crate::size::show;
-
-/// A report, with the name that the disk has in the catalogue.
-#[derive(Serialize)]
-struct Named<'a, T> {
-    disk: &'a str,
-    #[serde(flatten)]
-    report: T,
-}
 
 fn found(clean: bool) -> Verdict {
     if clean { Verdict::Done } else { Verdict::Found }
 }
 
-/// The file of a disk.
-fn file_of(dir: &StoreDir, name: &str, access: Access) -> Result<Arc<dyn File>> {
-    let row = dir.disk(name).context("open", || format!("disk {name}"))?;
-    dir.segment_file(row.segment, access).context("open", || format!("disk {name}"))
-}
-
-/// What a killed process left in memory, if anything.
-fn tail_of(dir: &StoreDir, name: &str, lost: LostTail) -> Result<Option<Tail>> {
-    let file = file_of(dir, name, Access::Read)?;
-    let sb = read_superblock(file.as_ref())?.superblock;
-    left_tail(&sb, &disk_options(dir, lost))
-}
-
 /// `disk check`
 pub fn check(s: &Session, args: &Check) -> Outcome {
-    let dir = s.open(Access::Read)?;
+    let store = s.open(Access::Read)?;
     let name = &args.disk.name;
-    let object = || format!("disk {name}");
-    let run = || -> Result<Report> {
-        let file = file_of(&dir, name, Access::Read)?;
-        let tail = tail_of(&dir, name, args.disk.tail)?;
-        check_disk(&file, &dir, tail.as_ref(), &CheckOptions { data: args.data })
-    };
-    let report = run().context("check", object)?;
-    let clean = report.clean;
-    let named = Named { disk: name, report };
-    s.out.confirm(&named, || render_report(name, &named.report))?;
-    Ok(found(clean))
+    let accept_lost_tail = args.disk.tail.accept_lost_tail;
+    let progress = Progress::new(s.out, "checking");
+    let request = CheckDisk { data: args.data, accept_lost_tail };
+    let checked = store.check(name, request, &progress)?;
+    drop(progress);
+    s.out.confirm(&checked, || render_report(name, &checked.report))?;
+    Ok(found(checked.report.clean))
 }
 
 fn render_report(name: &str, report: &Report) -> String {
@@ -90,13 +54,14 @@ fn render_problem(p: &Problem) -> String {
 
 /// `disk scrub`
 pub fn scrub(s: &Session, args: &Name) -> Outcome {
-    let dir = s.open(Access::Read)?;
+    let store = s.open(Access::Read)?;
     let name = &args.name;
-    let report = scrub_of(s, &dir, name).context("scrub", || format!("disk {name}"))?;
-    let clean = report.clean;
-    let named = Named { disk: name, report };
-    s.out.confirm(&named, || {
-        let r = &named.report;
+    let progress = Progress::new(s.out, "verifying");
+    let scrubbed = store.scrub(name, &progress)?;
+    drop(progress);
+    let clean = scrubbed.report.clean;
+    s.out.confirm(&scrubbed, || {
+        let r = &scrubbed.report;
         let mut lines = vec![format!(
             "disk {name}: {} in {} sealed segments compared with their checksums, {} have none; {}",
             show(r.summed_bytes),
@@ -110,72 +75,25 @@ pub fn scrub(s: &Session, args: &Name) -> Outcome {
     Ok(found(clean))
 }
 
-fn scrub_of(s: &Session, dir: &StoreDir, name: &str) -> Result<ScrubReport> {
-    let progress = Progress::new(s.out, "verifying");
-    let file = file_of(dir, name, Access::Read)?;
-    scrub_disk(&file, dir, &mut |done, total| {
-        progress.set(done, total);
-        signals::check()
-    })
-}
-
-/// Refuses a disk whose sealed data does not match its checksums.
-///
-/// # Errors
-/// `Corrupt`, naming the first block, or what reading it reports.
-pub fn verify(s: &Session, dir: &StoreDir, name: &str) -> Result<()> {
-    let report = scrub_of(s, dir, name)?;
-    match report.problems.first().filter(|_| !report.clean) {
-        None => Ok(()),
-        Some(p) => Err(Error::corrupt(format!("{}: {}", p.object, p.detail))
-            .hint("`offshoot disk scrub` lists what is damaged")),
-    }
-}
-
 /// `disk repair`
 pub fn repair(s: &Session, args: &Repair) -> Outcome {
     let access = if args.dry_run { Access::Read } else { Access::Write };
-    let dir = s.open(access)?;
+    let store = s.open(access)?;
     let name = &args.disk.name;
-    let options = RepairOptions {
-        leaks: true,
-        older_generation: args.older_generation,
+    let request = RepairDisk {
         drop_damaged: args.drop_damaged,
+        older_generation: args.older_generation,
         accept_journal_loss: args.accept_journal_loss,
         unshare: args.unshare,
         dry_run: args.dry_run,
+        accept_lost_tail: args.disk.tail.accept_lost_tail,
     };
-    let run = || -> Result<RepairReport> {
-        let tail = tail_of(&dir, name, args.disk.tail)?;
-        if args.dry_run {
-            let file = file_of(&dir, name, access)?;
-            return repair_disk(&file, &dir, tail.as_ref(), &options);
-        }
-        writing(&dir, name, |file| repair_disk(file, &dir, tail.as_ref(), &options))
-    };
-    let report = run().context("repair", || format!("disk {name}"))?;
-    let clean = report.after.as_ref().unwrap_or(&report.before).clean;
-    let named = Named { disk: name, report };
-    s.out.confirm(&named, || render_repair(name, &named.report))?;
-    Ok(found(clean))
-}
-
-/// Runs `work` on the file of a disk, which nobody else writes to meanwhile.
-fn writing<T>(
-    dir: &StoreDir,
-    name: &str,
-    work: impl FnOnce(&Arc<dyn File>) -> Result<T>,
-) -> Result<T> {
-    let sealed = dir.disk(name)?.sealed;
-    if sealed {
-        // Its superblock copies may need to be rewritten. What makes it immutable is what they say.
-        file_of(dir, name, Access::Read)?.set_read_only(false)?;
-    }
-    let file = file_of(dir, name, Access::Write)?;
-    let done = file.lock().and_then(|()| work(&file));
-    let closed = if sealed { file.set_read_only(true) } else { Ok(()) };
-    let done = done?;
-    closed.map(|()| done)
+    let progress = Progress::new(s.out, "repairing");
+    let repaired = store.repair(name, request, &progress)?;
+    drop(progress);
+    let report = &repaired.report;
+    s.out.confirm(&repaired, || render_repair(name, report))?;
+    Ok(found(report.after.as_ref().unwrap_or(&report.before).clean))
 }
 
 fn render_repair(name: &str, report: &RepairReport) -> String {

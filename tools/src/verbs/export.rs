@@ -6,32 +6,26 @@
 use std::path::Path;
 use std::time::Instant;
 
-use blockd::disk::Disk;
+use blockd::api::types::{ByteRange, SessionUse};
+use blockd::content::{Content, RunKind, zero_runs};
+use blockd::pump::{PIECE, Piece, Walk, Watch as _, part, pump};
 use blockd::store::Access;
+use blockd::verbs::verify;
 use format::limits::{BLOCK, SECTOR};
 use format::units::index;
 use format::{Context as _, Result};
 use serde::Serialize;
 
-use super::{Session, check};
+use super::Session;
 use crate::cli::{Export, SinkFormat};
-use crate::content::{Content, zero_runs};
-use crate::image::{RunKind, Sink, create_sink};
+use crate::image::{Sink, create_sink};
 use crate::output::{Outcome, Verdict};
 use crate::progress::Progress;
-use crate::pump::{PIECE, Piece, Walk, part, pump};
 use crate::signals;
 use crate::size::show;
 
 /// Bytes of a qcow2 cluster as this program makes them.
 const CLUSTER: u64 = 64 << 10;
-
-/// A range that an export holds.
-#[derive(Debug, Clone, Copy, Serialize)]
-struct Held {
-    offset: u64,
-    length: u64,
-}
 
 #[derive(Serialize)]
 struct Exported<'a> {
@@ -42,7 +36,7 @@ struct Exported<'a> {
     diff_from: Option<&'a str>,
     /// The changed ranges; only for a difference.
     #[serde(skip_serializing_if = "Option::is_none")]
-    ranges: Option<Vec<Held>>,
+    ranges: Option<Vec<ByteRange>>,
     /// Bytes of data written to the file.
     data_written: u64,
     elapsed_ms: u64,
@@ -61,37 +55,33 @@ struct Plan {
 /// `disk export`
 pub fn export(s: &Session, args: &Export) -> Outcome {
     let started = Instant::now();
-    let dir = s.open(Access::Read)?;
+    let store = s.open(Access::Read)?;
     signals::ask_to_be_told();
     let object = || format!("disk {}", args.name);
-    let disk = s.disk(&dir, &args.name, args.tail)?;
+    let lost_tail = args.tail.accept_lost_tail;
+    let disk = store.open(&args.name, SessionUse::Export, lost_tail)?;
     if args.verify {
-        check::verify(s, &dir, &args.name).context("export", object)?;
+        let progress = Progress::new(s.out, "verifying");
+        let scrubbed = store.scrub(&args.name, &progress).context("export", object)?;
+        verify(&scrubbed.report).context("export", object)?;
     }
     let changed = match &args.diff_from {
-        Some(from) => {
-            let from = s.disk(&dir, from, args.tail)?;
-            Some(changed(&disk, &from).context("export", object)?)
-        }
+        Some(from) => Some(store.diff(&args.name, from, lost_tail).context("export", object)?),
         None => None,
     };
-    let plan = plan(&disk, args.format, changed.as_deref());
+    let plan = plan(disk.size(), args.format, changed.as_deref());
     let (format, size) = (args.format.format(), disk.size());
     let sink = create_sink(&args.dest, format, size, args.overwrite)?;
     let progress = Progress::new(s.out, "exporting");
-    let written = run(&disk, plan, sink, &progress).context("export", object)?;
+    let written = run(&*disk, plan, sink, &progress).context("export", object)?;
     drop(progress);
-    let ranges = changed.map(|ranges| {
-        let held = ranges.into_iter().map(|(offset, end)| Held { offset, length: end - offset });
-        held.collect::<Vec<_>>()
-    });
     let exported = Exported {
         disk: &args.name,
         path: &args.dest,
         format: format.name(),
         size,
         diff_from: args.diff_from.as_deref(),
-        ranges,
+        ranges: changed,
         data_written: written,
         elapsed_ms: started.elapsed().as_millis().try_into().unwrap_or(u64::MAX),
     };
@@ -107,32 +97,20 @@ fn render(e: &Exported<'_>) -> String {
     lines.join("\n")
 }
 
-/// The ranges of `disk` that may differ from `from`: first byte, end.
-fn changed(disk: &Disk, from: &Disk) -> Result<Vec<(u64, u64)>> {
-    let mut ranges = Vec::new();
-    let size = disk.size();
-    blockd::diff::changed(disk, from, &mut |range| {
-        // What only the other disk has lies past the end of this one.
-        let end = (range.offset + range.len).min(size);
-        if range.offset < end {
-            ranges.push((range.offset, end));
-        }
-        signals::check()
-    })?;
-    Ok(ranges)
-}
-
-fn plan(disk: &Disk, format: SinkFormat, changed: Option<&[(u64, u64)]>) -> Plan {
+fn plan(size: u64, format: SinkFormat, changed: Option<&[ByteRange]>) -> Plan {
+    let changed = changed.map(|ranges| -> Vec<(u64, u64)> {
+        ranges.iter().map(|r| (r.offset, r.offset + r.length)).collect()
+    });
     let grain = match format {
         SinkFormat::Raw => BLOCK,
         SinkFormat::Qcow2 => CLUSTER,
     };
     let overlay = format == SinkFormat::Qcow2 && changed.is_some();
     let ranges = match changed {
-        None => vec![(0, disk.size())],
+        None => vec![(0, size)],
         // An overlay replaces whole clusters: what was not changed in them belongs to it, too.
-        Some(ranges) if overlay => widen(ranges, CLUSTER, disk.size()),
-        Some(ranges) => ranges.to_vec(),
+        Some(ranges) if overlay => widen(&ranges, CLUSTER, size),
+        Some(ranges) => ranges,
     };
     Plan { ranges, grain, overlay }
 }
@@ -152,21 +130,24 @@ fn widen(ranges: &[(u64, u64)], unit: u64, end: u64) -> Vec<(u64, u64)> {
 }
 
 /// Fills the sink and publishes it; gives back how many bytes of data it holds.
-fn run(disk: &Disk, plan: Plan, sink: Box<dyn Sink>, progress: &Progress) -> Result<u64> {
+fn run(disk: &dyn Content, plan: Plan, sink: Box<dyn Sink>, progress: &Progress) -> Result<u64> {
     use std::sync::atomic::{AtomicU64, Ordering};
     let Plan { ranges, grain, overlay } = plan;
-    progress.expect(|| Walk::over(disk, grain, ranges.clone()).data_bytes())?;
+    if progress.wants_total() {
+        progress.expect(Walk::over(disk, grain, ranges.clone()).data_bytes(progress)?);
+    }
     let written = AtomicU64::new(0);
     let mut walk = Walk::over(disk, grain, ranges);
     pump(
+        progress,
         index(PIECE),
-        || walk.next(),
+        || walk.next_piece(),
         |lane, piece: Piece, buf| {
             if piece.kind != RunKind::Data {
                 return if overlay { explicit(&*sink, piece.offset, piece.len) } else { Ok(()) };
             }
             let bytes = part(buf, piece.len);
-            Content::read_at(disk, lane, piece.offset, bytes)?;
+            disk.read_at(lane, piece.offset, bytes)?;
             zero_runs(bytes, grain, &mut |at, run, zero| match zero {
                 true if overlay => explicit(&*sink, piece.offset + at, run.len() as u64),
                 true => Ok(()),

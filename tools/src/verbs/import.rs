@@ -6,22 +6,21 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use blockd::disk::Disk;
+use blockd::api::types::Disk;
+use blockd::content::{Content as _, RunKind};
+use blockd::pump::{PIECE, Walk, Watch as _, part, pump};
 use blockd::store::Access;
-use blockd::storedir::{NewDisk, StoreDir};
 use format::limits::BLOCK;
 use format::{Context as _, Error, Kind, Result};
 use serde::Serialize;
 
 use super::Session;
-use super::inspect::Listed;
 use crate::cli::Import;
-use crate::content::{Content, Image, zero_runs};
-use crate::image::RunKind;
+use crate::image::Image;
 use crate::output::{Outcome, Verdict};
 use crate::progress::Progress;
-use crate::pump::{self, PIECE, Piece, Walk, part, pump};
 use crate::size::show;
+use crate::store::Store;
 
 /// Bytes by what became of them.
 #[derive(Debug, Default)]
@@ -33,7 +32,7 @@ struct Counts {
 #[derive(Serialize)]
 struct Imported {
     #[serde(flatten)]
-    disk: Listed,
+    disk: Disk,
     source: Imaged,
     /// Bytes read from the image.
     data_read: u64,
@@ -53,7 +52,7 @@ struct Imaged {
 pub fn import(s: &Session, args: &Import) -> Outcome {
     let started = Instant::now();
     let object = || format!("disk {}", args.name);
-    let dir = s.open(Access::Write)?;
+    let store = s.open(Access::Write)?;
     let source = Image::open(&args.source, args.format.named())?;
     let format = source.format();
     let progress = Progress::new(s.out, "importing");
@@ -62,12 +61,12 @@ pub fn import(s: &Session, args: &Import) -> Outcome {
         let reason = format!("the image has {} bytes, more than the size asked for", source.size());
         return Err(Error::invalid(reason).tried("import").on(object()).into());
     }
-    let new = NewDisk::root(&args.name, size);
     let counts = Counts::default();
-    let row = run(&dir, &new, &source, &counts, &progress).context("import", object)?;
+    let new = (args.name.as_str(), size);
+    let disk = run(&*store, new, &source, &counts, &progress).context("import", object)?;
     drop(progress);
     let imported = Imported {
-        disk: Listed::new(&dir, &row)?,
+        disk,
         source: Imaged { path: args.source.display().to_string(), format, size: source.size() },
         // Relaxed: the threads that counted were joined.
         data_read: counts.read.load(Ordering::Relaxed),
@@ -82,55 +81,40 @@ pub fn import(s: &Session, args: &Import) -> Outcome {
 }
 
 fn run(
-    dir: &StoreDir,
-    new: &NewDisk,
+    store: &dyn Store,
+    (name, size): (&str, u64),
     source: &Image,
     counts: &Counts,
     progress: &Progress,
-) -> Result<blockd::catalogue::DiskRow> {
+) -> Result<Disk> {
     // Refused before the image is looked at any further.
-    format::superblock::check_name(&new.name)?;
-    let import = dir.import(new, pump::lanes()).map_err(|e| match e.kind() {
+    format::superblock::check_name(name)?;
+    let filling = store.import(name, size).map_err(|e| match e.kind() {
         Kind::Invalid if e.next_step().is_none() => e.hint("--size makes the disk larger"),
         _ => e,
     })?;
-    progress.expect(|| Walk::all(source, BLOCK).data_bytes())?;
-    let disk = import.disk();
+    if progress.wants_total() {
+        progress.expect(Walk::all(source, BLOCK).data_bytes(progress)?);
+    }
     let mut walk = Walk::all(source, BLOCK);
     pump(
+        progress,
         format::units::index(PIECE),
-        || walk.next(),
-        |lane, piece, buf| {
-            match piece.kind {
-                RunKind::Hole => Ok(()),
-                RunKind::Zero => disk.write_zeroes(lane, piece.offset, piece.len, true),
-                RunKind::Data => {
-                    let bytes = part(buf, piece.len);
-                    source.read_at(lane, piece.offset, bytes)?;
-                    // Relaxed: only sums, read when the threads were joined.
-                    counts.read.fetch_add(piece.len, Ordering::Relaxed);
-                    counts.written.fetch_add(store(disk, lane, piece, bytes)?, Ordering::Relaxed);
-                    progress.add(piece.len);
-                    Ok(())
-                }
+        || walk.next_piece(),
+        |lane, piece, buf| match piece.kind {
+            RunKind::Hole => Ok(()),
+            RunKind::Zero => filling.zero(lane, piece.offset, piece.len),
+            RunKind::Data => {
+                let bytes = part(buf, piece.len);
+                source.read_at(lane, piece.offset, bytes)?;
+                let stored = filling.store(lane, piece.offset, bytes)?;
+                // Relaxed: only sums, read when the threads were joined.
+                counts.read.fetch_add(piece.len, Ordering::Relaxed);
+                counts.written.fetch_add(stored, Ordering::Relaxed);
+                progress.add(piece.len);
+                Ok(())
             }
         },
     )?;
-    import.finish()
-}
-
-/// Stores the bytes of a piece; gives back how many of them were not zero.
-fn store(disk: &Disk, lane: usize, piece: Piece, bytes: &[u8]) -> Result<u64> {
-    let mut data = Vec::new();
-    // Zeroes first: to zero blocks of an extent that has data already would make the engine punch
-    // holes where nothing was ever written.
-    zero_runs(bytes, BLOCK, &mut |at, run, zero| {
-        if zero {
-            return disk.write_zeroes(lane, piece.offset + at, run.len() as u64, true);
-        }
-        data.push((at, run));
-        Ok(())
-    })?;
-    data.iter().try_for_each(|(at, run)| disk.write(lane, piece.offset + at, run))?;
-    Ok(data.iter().map(|(_, run)| run.len() as u64).sum())
+    filling.finish()
 }

@@ -1,34 +1,26 @@
-//! The verbs: each opens the store the way it needs, does one thing through the library, and says
-//! what came of it. Nothing is decided here that the library could decide.
+//! The verbs: each finds the store, asks it for one thing, and says what came of it. Nothing is
+//! decided here that the library could decide.
 
 mod bytes;
 mod check;
 mod compare;
+mod daemon;
 mod export;
 mod import;
 mod inspect;
+mod job;
 mod manage;
 mod map;
+mod place;
+mod serve;
 mod store;
+mod top;
 
-use std::path::Path;
-use std::thread;
-use std::time::{Duration, Instant};
-
-use blockd::disk::{Disk, Options};
-use blockd::store::Access;
-use blockd::store::file::CacheMode;
-use blockd::storedir::{OpenOptions, StoreDir, boot_id};
 use clap::CommandFactory as _;
-use format::{Context as _, Error, Kind, Result};
 use serde::Serialize;
 
-use crate::cli::{Cache, Cli, DiskVerb, Global, LostTail, StoreVerb, Verb};
+use crate::cli::{Cli, DaemonVerb, DiskVerb, Global, JobVerb, StoreVerb, Verb};
 use crate::output::{Outcome, Output, Verdict, wrote};
-use crate::{pump, signals};
-
-/// How long a verb waits for another process to let go of the store.
-const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What every verb has at hand.
 struct Session {
@@ -47,6 +39,14 @@ pub fn run(cli: Cli, out: Output) -> Outcome {
         Verb::Init(args) => store::init(s, args),
         Verb::Store(StoreVerb::Rebuild) => store::rebuild(s),
         Verb::Store(StoreVerb::Df) => store::df(s),
+        Verb::Daemon(DaemonVerb::Start(args)) => daemon::start(s, &args),
+        Verb::Daemon(DaemonVerb::Status) => daemon::status(s),
+        Verb::Daemon(DaemonVerb::Stop) => daemon::stop(s),
+        Verb::Job(JobVerb::Ls) => job::ls(s),
+        Verb::Job(JobVerb::Watch(args)) => job::watch(s, &args),
+        Verb::Job(JobVerb::Cancel(args)) => job::cancel(s, &args),
+        Verb::Events(args) => job::events(s, &args),
+        Verb::Top(args) => top::top(s, &args),
         Verb::Completions { shell } => completions(s, shell),
         Verb::Disk(verb) => match verb {
             DiskVerb::Import(args) => import::import(s, &args),
@@ -66,76 +66,13 @@ pub fn run(cli: Cli, out: Output) -> Outcome {
             DiskVerb::Read(args) => bytes::read(s, &args),
             DiskVerb::Write(args) => bytes::write(s, &args),
             DiskVerb::Discard(args) => bytes::discard(s, &args),
+            DiskVerb::Attach(args) => serve::attach(s, &args),
+            DiskVerb::ExportNbd(args) => serve::export_nbd(s, &args),
+            DiskVerb::Detach(args) => serve::detach(s, &args),
+            DiskVerb::Limits(args) => serve::limits(s, &args),
+            DiskVerb::Resume(args) => serve::resume(s, &args),
         },
     }
-}
-
-impl Session {
-    fn store_path(&self) -> Result<&Path> {
-        self.global.store.as_deref().ok_or_else(|| {
-            Error::invalid("nothing says which one")
-                .tried("open")
-                .on("store")
-                .hint("say --store DIR, or set OFFSHOOT_STORE")
-        })
-    }
-
-    fn options(&self, access: Access) -> OpenOptions {
-        let cache = match self.global.cache {
-            Cache::Direct => CacheMode::Direct,
-            Cache::Buffered => CacheMode::Buffered,
-            Cache::Auto => CacheMode::Auto,
-        };
-        OpenOptions { access, cache, boot: boot_id() }
-    }
-
-    /// Opens the store, and says what was mended in it. A verb that writes is told of signals from
-    /// here on, so that it ends between two steps.
-    fn open(&self, access: Access) -> Result<StoreDir> {
-        if access == Access::Write {
-            signals::ask_to_be_told();
-        }
-        let path = self.store_path()?;
-        let dir = with_patience(|| StoreDir::open(path, &self.options(access)));
-        let dir = dir.context("open", || format!("store {}", path.display()))?;
-        dir.notes.iter().for_each(|n| self.out.note(n));
-        Ok(dir)
-    }
-
-    /// Opens a disk for reading, and says what is wrong with it.
-    fn disk(&self, dir: &StoreDir, name: &str, tail: LostTail) -> Result<Disk> {
-        self.disk_as(dir, name, tail, Access::Read)
-    }
-
-    fn disk_as(&self, dir: &StoreDir, name: &str, tail: LostTail, access: Access) -> Result<Disk> {
-        let disk = dir
-            .open_disk(name, access, &disk_options(dir, tail))
-            .context("open", || format!("disk {name}"))?;
-        for problem in &disk.problems {
-            let (object, detail) = (&problem.object, &problem.detail);
-            self.out.note(&format!("warning: disk {name}: {object}: {detail}"));
-        }
-        Ok(disk)
-    }
-}
-
-/// Tries again for a second while the store is busy: a process that was killed, or whose reader
-/// went away, has the lock until the kernel is done with it.
-fn with_patience<T>(mut open: impl FnMut() -> Result<T>) -> Result<T> {
-    let start = Instant::now();
-    loop {
-        match open() {
-            Err(e) if e.kind() == Kind::Busy && start.elapsed() < PATIENCE => {
-                signals::check()?;
-                thread::sleep(PATIENCE / 50);
-            }
-            opened => return opened,
-        }
-    }
-}
-
-fn disk_options(dir: &StoreDir, tail: LostTail) -> Options {
-    Options { lanes: pump::lanes(), accept_lost_tail: tail.accept_lost_tail, ..dir.disk_options() }
 }
 
 fn completions(s: &Session, shell: clap_complete::Shell) -> Outcome {

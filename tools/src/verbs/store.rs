@@ -1,16 +1,14 @@
 //! `init`, `store rebuild`, `store df`.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
-
-use blockd::segment::file_name;
+use blockd::api::types::Df;
 use blockd::store::Access;
 use blockd::storedir::{Identity, StoreDir};
-use format::{Context as _, Kind};
+use format::{Context as _, Error, Kind};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::{Session, with_patience};
+use super::Session;
+use super::place::with_patience;
 use crate::cli::Init;
 use crate::output::{Outcome, Table, Verdict, say};
 use crate::signals;
@@ -56,6 +54,11 @@ pub fn rebuild(s: &Session) -> Outcome {
     }
     signals::ask_to_be_told();
     let path = s.store_path()?;
+    if let Some(daemon) = s.daemon()? {
+        let reason = format!("the daemon at {} has it", daemon.socket().display());
+        let busy = Error::new(Kind::Busy, reason).hint("stop it first: `offshoot daemon stop`");
+        return Err(busy.tried("rebuild").on(format!("store {}", path.display())).into());
+    }
     let found = with_patience(|| StoreDir::rebuild(path, &s.options(Access::Write)));
     let found = found.context("rebuild", || format!("store {}", path.display()))?;
     let rebuilt = Rebuilt {
@@ -82,60 +85,9 @@ pub fn rebuild(s: &Session) -> Outcome {
     Ok(Verdict::Done)
 }
 
-#[derive(Serialize)]
-struct DiskSpace {
-    name: String,
-    size: u64,
-    allocated: Option<u64>,
-}
-
-#[derive(Serialize)]
-struct Df {
-    path: PathBuf,
-    /// Bytes of the file system that the store is on.
-    total: u64,
-    /// Bytes of it that are left.
-    free: u64,
-    /// Bytes that the host has allocated to the files of the store.
-    used: u64,
-    /// Bytes of all virtual disks.
-    virtual_size: u64,
-    disks: Vec<DiskSpace>,
-}
-
 /// `store df`
 pub fn df(s: &Session) -> Outcome {
-    let dir = s.open(Access::Read)?;
-    let files = dir.files();
-    let mut allocated: BTreeMap<String, u64> = BTreeMap::new();
-    for name in files.names()? {
-        match files.open(&name, Access::Read).and_then(|f| f.allocated()) {
-            Ok(bytes) => {
-                allocated.insert(name, bytes);
-            }
-            // A file that is not ours to read takes space, too, but how much is not ours to say.
-            Err(e) if matches!(e.kind(), Kind::NotFound | Kind::ReadOnly) => {}
-            Err(e) => return Err(e.into()),
-        }
-    }
-    let disks: Vec<DiskSpace> = dir
-        .disks()
-        .into_iter()
-        .map(|d| DiskSpace {
-            allocated: allocated.get(&file_name(d.segment)).copied(),
-            name: d.name,
-            size: d.virtual_size,
-        })
-        .collect();
-    let space = files.space()?;
-    let df = Df {
-        path: s.store_path()?.to_owned(),
-        total: space.total,
-        free: space.free,
-        used: allocated.values().sum(),
-        virtual_size: disks.iter().map(|d| d.size).sum(),
-        disks,
-    };
+    let df = s.open(Access::Read)?.df()?;
     s.out.result(&df, || render(&df))?;
     Ok(Verdict::Done)
 }

@@ -1,14 +1,36 @@
-//! The content of a disk, wherever it lives: an open disk of a store, or an image file.
+//! The content of a disk, wherever it lives: an open disk of a store, an image file, or a disk that
+//! another process serves.
 
-use std::path::Path;
-
-use blockd::disk::Disk;
 use format::entry::BlockState;
 use format::limits::BLOCK;
 use format::units::{GuestBlock, index};
 use format::{Error, Kind, Result};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
-use crate::image::{Format, Run, RunKind, Source, detect, open_source};
+use crate::disk::Disk;
+
+/// What a range holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum RunKind {
+    /// Reads as zeroes, and nothing is stored for it.
+    Hole,
+    /// Reads as zeroes because the image (its top layer, if it has several) says so in so many
+    /// words.
+    Zero,
+    /// Stored bytes, which may be zero.
+    Data,
+}
+
+/// A range of one kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// Bytes, more than zero.
+    pub len: u64,
+    /// What they are.
+    pub kind: RunKind,
+}
 
 /// Blocks of the map looked at in one call: 1 GiB of disk.
 const WINDOW: u64 = (1 << 30) / BLOCK;
@@ -32,40 +54,6 @@ pub trait Content: Sync {
     /// # Errors
     /// `Corrupt`, or what the host reports.
     fn read_at(&self, lane: usize, offset: u64, buf: &mut [u8]) -> Result<()>;
-}
-
-/// An image file, open.
-pub struct Image(Box<dyn Source>);
-
-impl Image {
-    /// Opens an image, as `format` or as what its first bytes say.
-    ///
-    /// # Errors
-    /// As [`detect`] and [`open_source`].
-    pub fn open(path: &Path, format: Option<Format>) -> Result<Self> {
-        let format = format.map_or_else(|| detect(path), Ok)?;
-        open_source(path, Some(format)).map(Image)
-    }
-
-    /// The name of its format.
-    #[must_use]
-    pub fn format(&self) -> &'static str {
-        self.0.format().name()
-    }
-}
-
-impl Content for Image {
-    fn size(&self) -> u64 {
-        self.0.size()
-    }
-
-    fn status(&self, offset: u64, limit: u64) -> Result<Run> {
-        self.0.status(offset, limit)
-    }
-
-    fn read_at(&self, _: usize, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.0.read_at(offset, buf)
-    }
 }
 
 impl Content for Disk {

@@ -3,21 +3,40 @@
 //! Invariants:
 //! - Pieces are handed out in order, one at a time, so when a piece is refused every piece before
 //!   it is done or being done.
-//! - The first error wins; no piece is handed out after it, nor after a signal.
+//! - The first error wins; no piece is handed out after it, nor after whoever watches said stop.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use blockd::store::buf::AlignedBuf;
 use format::Result;
 use format::units::index;
 
-use crate::content::{Content, whole_status};
-use crate::image::RunKind;
-use crate::signals;
+use crate::content::{Content, RunKind, whole_status};
+use crate::store::buf::AlignedBuf;
 
 /// Bytes of one piece of data, at most.
 pub const PIECE: u64 = 2 << 20;
+
+/// Whoever started long work: hears how far it is, and may stop it. Threads share it.
+pub trait Watch: Sync {
+    /// True when somebody wants to know how much there is to do; counting it can take a while.
+    fn wants_total(&self) -> bool;
+
+    /// There are `bytes` to do in all.
+    fn expect(&self, bytes: u64);
+
+    /// `bytes` more are done.
+    fn add(&self, bytes: u64);
+
+    /// `done` of `total` bytes are done.
+    fn set(&self, done: u64, total: u64);
+
+    /// Looked at between two pieces of work.
+    ///
+    /// # Errors
+    /// `Cancelled` when the work is to stop.
+    fn check(&self) -> Result<()>;
+}
 
 /// Threads that one verb uses: twice as many as there are cores, because at any time about half of
 /// them wait for the device.
@@ -40,8 +59,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// `lanes()` and a buffer of its own of `bytes` bytes.
 ///
 /// # Errors
-/// The first error of `next` or `work`, or `Cancelled`.
+/// The first error of `next` or `work`, or what `watch` reports.
 pub fn pump<T>(
+    watch: &dyn Watch,
     bytes: usize,
     next: impl FnMut() -> Result<Option<T>> + Send,
     work: impl Fn(usize, T, &mut AlignedBuf) -> Result<()> + Sync,
@@ -52,7 +72,7 @@ pub fn pump<T>(
         if queue.outcome.is_err() {
             return None;
         }
-        match signals::check().and_then(|()| (queue.next)()) {
+        match watch.check().and_then(|()| (queue.next)()) {
             Ok(piece) => piece,
             Err(e) => {
                 queue.outcome = Err(e);
@@ -118,7 +138,7 @@ impl<'a> Walk<'a> {
     ///
     /// # Errors
     /// As [`Content::status`].
-    pub fn next(&mut self) -> Result<Option<Piece>> {
+    pub fn next_piece(&mut self) -> Result<Option<Piece>> {
         while self.at >= self.end {
             let Some((at, end)) = self.ranges.next() else { return Ok(None) };
             (self.at, self.end) = (at, end);
@@ -136,14 +156,14 @@ impl<'a> Walk<'a> {
     /// Bytes of data in all.
     ///
     /// # Errors
-    /// As [`Content::status`].
-    pub fn data_bytes(mut self) -> Result<u64> {
+    /// As [`Content::status`], or what `watch` reports.
+    pub fn data_bytes(mut self, watch: &dyn Watch) -> Result<u64> {
         let mut sum = 0;
-        while let Some(piece) = self.next()? {
+        while let Some(piece) = self.next_piece()? {
             if piece.kind == RunKind::Data {
                 sum += piece.len;
             }
-            signals::check()?;
+            watch.check()?;
         }
         Ok(sum)
     }
@@ -162,12 +182,27 @@ mod tests {
 
     use super::*;
 
+    struct Nobody;
+
+    impl Watch for Nobody {
+        fn wants_total(&self) -> bool {
+            false
+        }
+        fn expect(&self, _: u64) {}
+        fn add(&self, _: u64) {}
+        fn set(&self, _: u64, _: u64) {}
+        fn check(&self) -> Result<()> {
+            Ok(())
+        }
+    }
+
     #[test]
     fn every_piece_is_done_once() {
         let mut left = 0..1000;
         let done = Mutex::new(BTreeSet::new());
 
         pump(
+            &Nobody,
             1,
             || Ok(left.next()),
             |_, n, _| {
@@ -188,7 +223,7 @@ mod tests {
             _ => Ok(()),
         };
 
-        let e = pump(1, || Ok(left.next()), failing).unwrap_err();
+        let e = pump(&Nobody, 1, || Ok(left.next()), failing).unwrap_err();
 
         assert_eq!(e.reason(), "seventeen");
         assert!(left.start < 1000);

@@ -1,0 +1,252 @@
+//! Routes about disks as a whole.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse as _, Response};
+use format::{Error, Kind, Result};
+use serde::{Deserialize, Serialize};
+use utoipa::IntoParams;
+
+use super::NOTE;
+use super::reply::{Answer, Asked, Named, Params, Refused, blocking, failure, note_header};
+use super::types::{
+    ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk, DiskDetails,
+    FailureBody, Job, JobKind, LostTail, RemovedDisk, RenameDisk, RepairDisk, Repaired, ResizeDisk,
+    Scrubbed,
+};
+use crate::daemon::{Daemon, Entry, Noted, Running};
+
+type Shared = State<Arc<Daemon>>;
+
+/// Whether the answer waits for the end of the work.
+#[derive(Debug, Clone, Copy, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(default, deny_unknown_fields)]
+pub struct Waiting {
+    /// `false`: answer at once, with status 202 and the job.
+    pub wait: bool,
+}
+
+impl Default for Waiting {
+    fn default() -> Self {
+        Waiting { wait: true }
+    }
+}
+
+/// Whether a disk may be opened although completed writes of a live session are missing.
+#[derive(Debug, Clone, Copy, Default, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(default, deny_unknown_fields)]
+pub struct TailParams {
+    /// Open it, and lose them.
+    pub accept_lost_tail: bool,
+}
+
+/// Runs long work as a job, and waits for its end unless the client does not want to.
+async fn as_job<T: Serialize>(
+    daemon: Arc<Daemon>,
+    (kind, object): (JobKind, String),
+    waiting: Waiting,
+    work: impl FnOnce(&Daemon, &Running) -> Result<T> + Send + 'static,
+) -> Answer {
+    let running = daemon.jobs().start(kind, &object, None);
+    let entry = Arc::clone(running.entry());
+    // Not awaited: the job goes on when its client goes away. A panic ends it as well.
+    tokio::task::spawn_blocking(move || {
+        let outcome = work(&daemon, &running).and_then(|value| {
+            serde_json::to_value(value)
+                .map_err(|e| Error::new(Kind::Failed, "the answer cannot be written").caused_by(e))
+        });
+        running.finish(&outcome);
+    });
+    if !waiting.wait {
+        return Ok((StatusCode::ACCEPTED, Json(entry.describe())).into_response());
+    }
+    // An error would mean that the job is gone, and it is held here.
+    let _ = entry.ended().wait_for(|ended| *ended).await;
+    Ok(answer_of(&entry))
+}
+
+/// What an ended job has to say.
+fn answer_of(entry: &Entry) -> Response {
+    match entry.outcome() {
+        Some(Ok(value)) => Noted { value, notes: entry.notes() }.into_response(),
+        Some(Err(error)) => {
+            let kind = Kind::from_name(&error.kind).unwrap_or(Kind::Failed);
+            let mut response = failure(kind, *error);
+            for value in entry.notes().iter().filter_map(|n| note_header(n)) {
+                response.headers_mut().append(NOTE, value);
+            }
+            response
+        }
+        None => Refused(Error::new(Kind::Failed, "the job has not ended")).into_response(),
+    }
+}
+
+/// The space that the store takes and has left
+#[utoipa::path(get, path = "/v1/store", tag = "store",
+    responses((status = 200, body = Df), (status = "default", body = FailureBody)))]
+pub async fn df(State(daemon): Shared) -> Answer<Json<Df>> {
+    Ok(Json(blocking(&daemon, |d| d.df()).await?))
+}
+
+/// The disks
+#[utoipa::path(get, path = "/v1/disks", tag = "disks",
+    responses((status = 200, body = Vec<Disk>), (status = "default", body = FailureBody)))]
+pub async fn list(State(daemon): Shared) -> Answer<Json<Vec<Disk>>> {
+    Ok(Json(blocking(&daemon, |d| d.list()).await?))
+}
+
+/// Create an empty disk, or one that stands on a sealed disk
+#[utoipa::path(post, path = "/v1/disks", tag = "disks", request_body = CreateDisk,
+    responses((status = 201, body = Disk), (status = "default", body = FailureBody)))]
+pub async fn create(State(daemon): Shared, Asked(new): Asked<CreateDisk>) -> Answer {
+    let disk = blocking(&daemon, move |d| d.create(&new)).await?;
+    Ok((StatusCode::CREATED, Json(disk)).into_response())
+}
+
+/// Everything about a disk
+#[utoipa::path(get, path = "/v1/disks/{name}", tag = "disks",
+    params(("name" = String, Path, description = "Name of the disk"), TailParams),
+    responses((status = 200, body = DiskDetails), (status = "default", body = FailureBody)))]
+pub async fn show(
+    State(daemon): Shared,
+    Named(name): Named<String>,
+    Params(tail): Params<TailParams>,
+) -> Answer<Noted<DiskDetails>> {
+    blocking(&daemon, move |d| d.show(&name, tail.accept_lost_tail)).await
+}
+
+/// Remove a disk and give its space back
+#[utoipa::path(delete, path = "/v1/disks/{name}", tag = "disks",
+    params(("name" = String, Path, description = "Name of the disk")),
+    responses((status = 200, body = RemovedDisk), (status = "default", body = FailureBody)))]
+pub async fn remove(
+    State(daemon): Shared,
+    Named(name): Named<String>,
+) -> Answer<Json<RemovedDisk>> {
+    Ok(Json(blocking(&daemon, move |d| d.remove(&name)).await?))
+}
+
+/// Give a disk another name
+#[utoipa::path(post, path = "/v1/disks/{name}/rename", tag = "disks", request_body = RenameDisk,
+    params(("name" = String, Path, description = "Name of the disk")),
+    responses((status = 200, body = Disk), (status = "default", body = FailureBody)))]
+pub async fn rename(
+    State(daemon): Shared,
+    Named(name): Named<String>,
+    Asked(request): Asked<RenameDisk>,
+) -> Answer<Json<Disk>> {
+    Ok(Json(blocking(&daemon, move |d| d.rename(&name, &request)).await?))
+}
+
+/// Change the size of a disk
+#[utoipa::path(post, path = "/v1/disks/{name}/resize", tag = "disks", request_body = ResizeDisk,
+    params(("name" = String, Path, description = "Name of the disk")),
+    responses((status = 200, body = Disk), (status = "default", body = FailureBody)))]
+pub async fn resize(
+    State(daemon): Shared,
+    Named(name): Named<String>,
+    Asked(request): Asked<ResizeDisk>,
+) -> Answer<Json<Disk>> {
+    Ok(Json(blocking(&daemon, move |d| d.resize(&name, &request)).await?))
+}
+
+/// Make a disk immutable, so that others can stand on it
+#[utoipa::path(post, path = "/v1/disks/{name}/seal", tag = "disks", request_body = LostTail,
+    params(("name" = String, Path, description = "Name of the disk"), Waiting),
+    responses((status = 200, body = Disk), (status = 202, body = Job),
+        (status = "default", body = FailureBody)))]
+pub async fn seal(
+    State(daemon): Shared,
+    Named(name): Named<String>,
+    Params(waiting): Params<Waiting>,
+    Asked(tail): Asked<LostTail>,
+) -> Answer {
+    let what = (JobKind::Seal, format!("disk {name}"));
+    as_job(daemon, what, waiting, move |d, job| d.seal(&name, tail.accept_lost_tail, job)).await
+}
+
+/// Check the structure of a disk
+#[utoipa::path(post, path = "/v1/disks/{name}/check", tag = "disks", request_body = CheckDisk,
+    params(("name" = String, Path, description = "Name of the disk"), Waiting),
+    responses((status = 200, body = Checked), (status = 202, body = Job),
+        (status = "default", body = FailureBody)))]
+pub async fn check(
+    State(daemon): Shared,
+    Named(name): Named<String>,
+    Params(waiting): Params<Waiting>,
+    Asked(request): Asked<CheckDisk>,
+) -> Answer {
+    let what = (JobKind::Check, format!("disk {name}"));
+    as_job(daemon, what, waiting, move |d, job| d.check(&name, request, job)).await
+}
+
+/// Repair a disk
+#[utoipa::path(post, path = "/v1/disks/{name}/repair", tag = "disks", request_body = RepairDisk,
+    params(("name" = String, Path, description = "Name of the disk"), Waiting),
+    responses((status = 200, body = Repaired), (status = 202, body = Job),
+        (status = "default", body = FailureBody)))]
+pub async fn repair(
+    State(daemon): Shared,
+    Named(name): Named<String>,
+    Params(waiting): Params<Waiting>,
+    Asked(request): Asked<RepairDisk>,
+) -> Answer {
+    let what = (JobKind::Repair, format!("disk {name}"));
+    as_job(daemon, what, waiting, move |d, _| d.repair(&name, request)).await
+}
+
+/// Compare the sealed data of a disk with its checksums
+#[utoipa::path(post, path = "/v1/disks/{name}/scrub", tag = "disks",
+    params(("name" = String, Path, description = "Name of the disk"), Waiting),
+    responses((status = 200, body = Scrubbed), (status = 202, body = Job),
+        (status = "default", body = FailureBody)))]
+pub async fn scrub(
+    State(daemon): Shared,
+    Named(name): Named<String>,
+    Params(waiting): Params<Waiting>,
+) -> Answer {
+    let what = (JobKind::Scrub, format!("disk {name}"));
+    as_job(daemon, what, waiting, move |d, job| d.scrub(&name, job)).await
+}
+
+/// Compare the contents of two disks
+#[utoipa::path(post, path = "/v1/compare", tag = "disks", request_body = Compare, params(Waiting),
+    responses((status = 200, body = Compared), (status = 202, body = Job),
+        (status = "default", body = FailureBody)))]
+pub async fn compare(
+    State(daemon): Shared,
+    Params(waiting): Params<Waiting>,
+    Asked(request): Asked<Compare>,
+) -> Answer {
+    let what = (JobKind::Compare, format!("disks {} and {}", request.a, request.b));
+    as_job(daemon, what, waiting, move |d, job| d.compare(&request, job)).await
+}
+
+/// Two disks.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct DiffParams {
+    /// Name of the disk.
+    pub disk: String,
+    /// Name of the disk that it is compared with.
+    pub from: String,
+    /// Go on although completed writes of a live session are missing.
+    #[serde(default)]
+    pub accept_lost_tail: bool,
+}
+
+/// The ranges of a disk that may differ from another disk, by their maps
+#[utoipa::path(get, path = "/v1/diff", tag = "disks", params(DiffParams),
+    responses((status = 200, body = Vec<ByteRange>), (status = "default", body = FailureBody)))]
+pub async fn diff(
+    State(daemon): Shared,
+    Params(p): Params<DiffParams>,
+) -> Answer<Noted<Vec<ByteRange>>> {
+    blocking(&daemon, move |d| d.diff(&p.disk, &p.from, p.accept_lost_tail)).await
+}

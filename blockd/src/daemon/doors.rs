@@ -1,0 +1,220 @@
+//! The sockets on which disks are served: vhost-user for virtual machines, NBD for tools.
+//!
+//! Invariant: a socket file that somebody listens on is left alone; one that nobody answers on is
+//! what a killed daemon left, and is replaced.
+
+use std::fs;
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use format::{Context as _, Error, Kind, Result};
+
+use super::events::Events;
+use crate::api::types::{EventKind, Export, ExportKind, ExportSpec, ExportState};
+use crate::nbd::{
+    self, ExportEntry, Exports, Listener, NbdServer, ServerOptions, StoreAncestors, VolumeExport,
+};
+use crate::serve::vhost::VhostServer;
+use crate::serve::{Observer, Volume, VolumeEvent};
+use crate::storedir::StoreDir;
+
+/// How long NBD requests under way may take when their socket goes away.
+const NBD_GRACE: Duration = Duration::from_secs(5);
+
+enum Server {
+    Vhost(VhostServer),
+    Nbd(NbdServer),
+}
+
+/// A socket of a disk.
+pub(super) struct Door {
+    spec: ExportSpec,
+    server: Server,
+}
+
+/// The one disk of an NBD socket.
+struct OneDisk {
+    volume: Arc<Volume>,
+    read_only: bool,
+    dir: Arc<StoreDir>,
+}
+
+impl Exports for OneDisk {
+    fn open(&self, name: &str) -> Result<Arc<dyn nbd::Export>> {
+        if !name.is_empty() && name != self.volume.name() {
+            return Err(Error::new(Kind::NotFound, "this socket serves another disk")
+                .on(format!("export {name}")));
+        }
+        let ancestors = StoreAncestors::of(&self.dir, self.volume.disk());
+        let export = VolumeExport::new(Arc::clone(&self.volume));
+        let export = export.with_ancestors(Box::new(ancestors));
+        Ok(Arc::new(if self.read_only { export.read_only() } else { export }))
+    }
+
+    fn list(&self) -> Vec<ExportEntry> {
+        vec![ExportEntry { name: self.volume.name().to_owned(), description: String::new() }]
+    }
+}
+
+/// Tells of what happens to volumes.
+pub(super) struct Teller(Arc<Events>);
+
+impl Teller {
+    /// Tells `events`.
+    pub(super) fn new(events: Arc<Events>) -> Self {
+        Teller(events)
+    }
+}
+
+impl Observer for Teller {
+    fn event(&self, volume: &str, event: VolumeEvent) {
+        let object = format!("disk {volume}");
+        match event {
+            VolumeEvent::Held(why) => self.0.add(EventKind::Held, object, why),
+            VolumeEvent::Resumed => self.0.add(EventKind::Resumed, object, ""),
+            VolumeEvent::Failed(why) => self.0.add(EventKind::Failed, object, why),
+            VolumeEvent::Connected(pid) => {
+                let who = pid.map_or_else(String::new, |pid| format!("process {pid}"));
+                self.0.add(EventKind::Connected, object, who);
+            }
+            VolumeEvent::Disconnected(why) => {
+                self.0.add(EventKind::Disconnected, object, why.unwrap_or_default());
+            }
+            VolumeEvent::QueueFailed(queue, why) => {
+                self.0.add(EventKind::Failed, object, format!("queue {queue}: {why}"));
+            }
+        }
+    }
+}
+
+impl Door {
+    /// Makes the socket and serves on it.
+    ///
+    /// # Errors
+    /// `Exists` when the path is taken, or what the host reports.
+    pub(super) fn open(
+        dir: &Arc<StoreDir>,
+        volume: &Arc<Volume>,
+        spec: ExportSpec,
+    ) -> Result<Door> {
+        let object = || format!("socket {}", spec.socket.display());
+        let listener = listen(&spec.socket).context("listen on", object)?;
+        let volume = Arc::clone(volume);
+        let started = match spec.kind {
+            ExportKind::VhostUser => {
+                VhostServer::start(volume, listener, spec.vhost_options()).map(Server::Vhost)
+            }
+            ExportKind::Nbd => {
+                let (dir, read_only) = (Arc::clone(dir), spec.read_only);
+                let exports = Arc::new(OneDisk { volume, read_only, dir });
+                let listeners = vec![Listener::Unix(listener)];
+                NbdServer::start(listeners, exports, ServerOptions::default()).map(Server::Nbd)
+            }
+        };
+        match started {
+            Ok(server) => Ok(Door { spec, server }),
+            Err(e) => {
+                remove_socket(&spec.socket);
+                Err(e)
+            }
+        }
+    }
+
+    /// Cuts the front ends off and takes the socket away.
+    pub(super) fn close(self) {
+        let Door { spec, server } = self;
+        // The listener goes before its file: who finds the file finds somebody.
+        match server {
+            Server::Vhost(server) => drop(server.stop()),
+            Server::Nbd(server) => {
+                if let Err(error) = server.stop(NBD_GRACE) {
+                    tracing::warn!(socket = %spec.socket.display(), %error, "cut off");
+                }
+            }
+        }
+        remove_socket(&spec.socket);
+    }
+
+    /// What it serves.
+    pub(super) fn spec(&self) -> &ExportSpec {
+        &self.spec
+    }
+
+    /// Tells the guests that the disk has another size.
+    pub(super) fn config_changed(&self) {
+        // NBD has no word for it: clients that connect from now on see the new size.
+        if let Server::Vhost(server) = &self.server {
+            server.config_changed();
+        }
+    }
+
+    /// How it is.
+    pub(super) fn export(&self, disk: &str) -> Export {
+        let (connected, peers, queues_running) = match &self.server {
+            Server::Vhost(server) => {
+                let status = server.status();
+                (status.connected, status.peers, status.queues_running)
+            }
+            Server::Nbd(server) => (server.status().connections.len(), Vec::new(), 0),
+        };
+        let state = match connected {
+            0 => ExportState::Listening,
+            _ => ExportState::Connected,
+        };
+        Export {
+            connected: connected as u64,
+            peers,
+            queues_running: queues_running as u64,
+            ..described(disk, &self.spec, state)
+        }
+    }
+}
+
+/// An export that nobody is connected to.
+pub(super) fn described(disk: &str, spec: &ExportSpec, state: ExportState) -> Export {
+    Export {
+        disk: disk.to_owned(),
+        kind: spec.kind,
+        socket: spec.socket.clone(),
+        read_only: spec.read_only,
+        queues: spec.queues,
+        state,
+        connected: 0,
+        peers: Vec::new(),
+        queues_running: 0,
+        error: None,
+    }
+}
+
+/// Listens at `path`. A socket that nobody answers on is what a killed daemon left.
+fn listen(path: &Path) -> Result<UnixListener> {
+    match UnixListener::bind(path) {
+        Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
+        Err(e) if e.kind() == io::ErrorKind::InvalidInput => {
+            return Err(Error::invalid("its path is too long for a socket (107 bytes at most)"));
+        }
+        bound => return Ok(bound?),
+    }
+    match UnixStream::connect(path) {
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+            use std::os::unix::fs::FileTypeExt as _;
+            if !fs::symlink_metadata(path)?.file_type().is_socket() {
+                return Err(Error::new(Kind::Exists, "something else than a socket is there"));
+            }
+            fs::remove_file(path)?;
+            Ok(UnixListener::bind(path)?)
+        }
+        _ => {
+            Err(Error::new(Kind::Exists, "another process listens there")
+                .hint("choose another path"))
+        }
+    }
+}
+
+fn remove_socket(path: &Path) {
+    // What stays is found to be dead by whoever binds there next.
+    let _ = fs::remove_file(path);
+}

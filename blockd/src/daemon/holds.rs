@@ -1,0 +1,118 @@
+//! Who has which disk: inside one process, what the lock of the store is between processes.
+//!
+//! Invariants:
+//! - A disk has any number of readers or one writer. Whoever opens, changes or makes a disk holds
+//!   its name; a name that no disk has yet can be held, too.
+//! - Whoever waits gives up after [`PATIENCE`]: nobody waits for ever, in whatever order names are
+//!   taken.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use format::{Error, Kind, Result};
+use parking_lot::{Condvar, Mutex};
+
+use crate::store::Access;
+
+/// How long a request waits for another one to let go of a disk.
+pub const PATIENCE: Duration = Duration::from_secs(1);
+
+#[derive(Debug, Clone, Copy)]
+enum Held {
+    Readers(usize),
+    Writer,
+}
+
+/// The names that are held.
+#[derive(Debug, Default)]
+pub struct Holds {
+    table: Mutex<HashMap<String, Held>>,
+    freed: Condvar,
+}
+
+/// A name, held until this is dropped.
+#[derive(Debug)]
+pub struct Hold {
+    holds: Arc<Holds>,
+    name: String,
+}
+
+impl Holds {
+    /// Holds a name, alone for writing.
+    ///
+    /// # Errors
+    /// `Busy` when others hold it and do not let go for [`PATIENCE`].
+    pub fn take(self: &Arc<Self>, name: &str, access: Access) -> Result<Hold> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut table = self.table.lock();
+        loop {
+            let next = match (table.get(name), access) {
+                (None, Access::Read) => Some(Held::Readers(1)),
+                (Some(Held::Readers(n)), Access::Read) => Some(Held::Readers(n + 1)),
+                (None, Access::Write) => Some(Held::Writer),
+                _ => None,
+            };
+            if let Some(next) = next {
+                table.insert(name.to_owned(), next);
+                return Ok(Hold { holds: Arc::clone(self), name: name.to_owned() });
+            }
+            if self.freed.wait_until(&mut table, deadline).timed_out() {
+                return Err(Error::new(Kind::Busy, "another request has it open")
+                    .on(format!("disk {name}"))
+                    .hint("wait for it; `offshoot job ls` lists what is running"));
+            }
+        }
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut table = self.holds.table.lock();
+        match table.get_mut(&self.name) {
+            Some(Held::Readers(n)) if *n > 1 => *n -= 1,
+            _ => {
+                table.remove(&self.name);
+            }
+        }
+        self.holds.freed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_has_many_readers_or_one_writer() {
+        let holds = Arc::new(Holds::default());
+        let first = holds.take("a", Access::Read).unwrap();
+        let second = holds.take("a", Access::Read).unwrap();
+        let refused = holds.take("a", Access::Write).unwrap_err();
+        assert_eq!((refused.kind(), refused.object()), (Kind::Busy, Some("disk a")));
+        drop((first, holds.take("b", Access::Write).unwrap()));
+        assert!(holds.take("a", Access::Write).is_err());
+        drop(second);
+
+        let writer = holds.take("a", Access::Write).unwrap();
+
+        assert!(holds.take("a", Access::Read).is_err());
+        drop(writer);
+        assert!(holds.take("a", Access::Write).is_ok());
+        assert!(holds.table.lock().is_empty());
+    }
+
+    #[test]
+    fn who_waits_gets_what_is_let_go() {
+        let holds = Arc::new(Holds::default());
+        let writer = holds.take("a", Access::Write).unwrap();
+        let waiting = std::thread::spawn({
+            let holds = Arc::clone(&holds);
+            move || holds.take("a", Access::Read).map(drop)
+        });
+        std::thread::sleep(PATIENCE / 10);
+        drop(writer);
+
+        assert!(waiting.join().unwrap().is_ok());
+    }
+}

@@ -1,0 +1,455 @@
+//! Disks in service: taken into it, served on sockets, taken out of it again.
+//!
+//! Invariants:
+//! - A disk in service is held by its name, for writing unless it is served for reading only; who
+//!   uses its volume besides its sockets (to read it, say) holds its name among those in service.
+//! - Attaching and detaching come one at a time. What is remembered (`attachments.rs`) is written
+//!   before a socket is made and after it is gone.
+//! - A disk that cannot be served again when the daemon starts is listed with the reason, and keeps
+//!   no other from being served.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use format::{Context as _, Error, Kind, Result};
+use parking_lot::{Mutex, MutexGuard};
+use uuid::Uuid;
+
+use super::Daemon;
+use super::attachments::{Attachment, AttachmentsFile};
+use super::doors::{Door, Teller, described};
+use super::holds::Hold;
+use crate::api::types::{
+    AttachDisk, DetachDisk, DiskStats, EventKind, Export, ExportSpec, ExportState,
+};
+use crate::serve::{Limits, Volume, VolumeOptions};
+use crate::store::Access;
+
+/// Lanes of a volume at least: what comes later shares them.
+const LANES_MIN: usize = 8;
+
+/// A disk in service.
+struct Served {
+    disk: Uuid,
+    doors: Vec<Door>,
+    limits: Limits,
+    read_only: bool,
+    // Before the hold: the disk is closed when others may have it.
+    volume: Arc<Volume>,
+    _hold: Hold,
+}
+
+/// A disk that could not be served again.
+struct Failed {
+    attachment: Attachment,
+    error: String,
+}
+
+#[derive(Default)]
+struct Table {
+    served: BTreeMap<String, Served>,
+    failed: BTreeMap<String, Failed>,
+}
+
+/// All disks in service.
+pub struct Service {
+    table: Mutex<Table>,
+    /// Held by the one who attaches or detaches; before `table`.
+    changing: Mutex<()>,
+    file: AttachmentsFile,
+}
+
+impl Service {
+    /// Nothing is in service yet.
+    pub fn of(store: &Path) -> Self {
+        Service {
+            table: Mutex::default(),
+            changing: Mutex::default(),
+            file: AttachmentsFile::of(store),
+        }
+    }
+}
+
+/// What a volume in service is called among holds.
+fn in_service(name: &str) -> String {
+    format!("{name} (in service)")
+}
+
+impl Served {
+    fn attachment(&self) -> Attachment {
+        let exports = self.doors.iter().map(|door| door.spec().clone()).collect();
+        Attachment { disk: self.disk, limits: self.limits, exports }
+    }
+
+    fn exports(&self, name: &str) -> Vec<Export> {
+        self.doors.iter().map(|door| door.export(name)).collect()
+    }
+
+    fn sockets(&self) -> String {
+        let sockets = self.doors.iter().map(|d| d.spec().socket.display().to_string());
+        sockets.collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl Table {
+    /// What is to be remembered.
+    fn attachments(&self) -> Vec<Attachment> {
+        let served = self.served.values().map(Served::attachment);
+        served.chain(self.failed.values().map(|f| f.attachment.clone())).collect()
+    }
+
+    fn served(&mut self, name: &str) -> Result<&mut Served> {
+        self.served.get_mut(name).ok_or_else(|| {
+            Error::new(Kind::NotFound, "it is not served").on(format!("disk {name}"))
+        })
+    }
+}
+
+fn check_spec(spec: &ExportSpec) -> Result<()> {
+    if !spec.socket.is_absolute() {
+        return Err(Error::invalid("the path is not absolute")
+            .on(format!("socket {}", spec.socket.display())));
+    }
+    Ok(())
+}
+
+impl Daemon {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.service.table.lock()
+    }
+
+    /// The volume of a disk in service, for somebody who reads it; held until the hold is dropped.
+    pub(super) fn served_volume(&self, name: &str) -> Result<Option<(Arc<Volume>, Hold)>> {
+        if !self.table().served.contains_key(name) {
+            return Ok(None);
+        }
+        let hold = self.holds.take(&in_service(name), Access::Read)?;
+        // It may have been detached while the hold was waited for.
+        let volume = self.table().served.get(name).map(|s| Arc::clone(&s.volume));
+        Ok(volume.map(|volume| (volume, hold)))
+    }
+
+    /// Refuses what a disk in service does not allow.
+    pub(super) fn check_not_served(&self, name: &str, access: Access) -> Result<()> {
+        let table = self.table();
+        match table.served.get(name) {
+            Some(served) if access == Access::Write || !served.read_only => {
+                Err(Error::new(Kind::Busy, format!("it is served on {}", served.sockets()))
+                    .on(format!("disk {name}"))
+                    .hint(format!("detach it first: `offshoot disk detach {name}`")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// All exports.
+    #[must_use]
+    pub fn exports(&self) -> Vec<Export> {
+        let table = self.table();
+        let served = table.served.iter().flat_map(|(name, s)| s.exports(name));
+        let failed = table.failed.iter().flat_map(|(name, failed)| {
+            failed.attachment.exports.iter().map(|spec| Export {
+                error: Some(failed.error.clone()),
+                ..described(name, spec, ExportState::Failed)
+            })
+        });
+        served.chain(failed).collect()
+    }
+
+    /// What the disks in service did.
+    #[must_use]
+    pub fn stats(&self) -> Vec<DiskStats> {
+        let table = self.table();
+        let of = |(name, served): (&String, &Served)| DiskStats {
+            disk: name.clone(),
+            size: served.volume.disk().size(),
+            exports: served.exports(name),
+            limits: served.limits,
+            stats: served.volume.stats(),
+        };
+        table.served.iter().map(of).collect()
+    }
+
+    /// Serves a disk on a socket.
+    ///
+    /// # Errors
+    /// `NotFound`, `Exists` when the socket is taken, `Busy` when somebody else uses the disk,
+    /// `ReadOnly` for a sealed disk that is not to be read only, or what the host reports.
+    pub fn attach(&self, name: &str, request: &AttachDisk) -> Result<Export> {
+        let _changing = self.service.changing.lock();
+        let attach = || -> Result<Export> {
+            check_spec(&request.export)?;
+            self.check_attachable(name, request)?;
+            let disk = self.dir.disk(name)?.disk;
+            // On its own: the table must not be locked while the disk is opened.
+            let known = self.table().served.contains_key(name);
+            let newly = match known {
+                true => None,
+                false => Some(self.take_into_service(name, request)?),
+            };
+            let limits = request.limits.unwrap_or_default();
+            // Remembered before there is a socket: see `attachments.rs`.
+            let mut remembered = self.table().attachments();
+            match remembered.iter_mut().find(|a| a.disk == disk) {
+                Some(known) => known.exports.push(request.export.clone()),
+                None => {
+                    let exports = vec![request.export.clone()];
+                    remembered.push(Attachment { disk, limits, exports });
+                }
+            }
+            self.service.file.write(&remembered)?;
+            self.open_door(name, request, newly).inspect_err(|_| self.remember())
+        };
+        let export = attach().context("attach", || format!("disk {name}"))?;
+        let detail = format!("{} at {}", export.kind.name(), export.socket.display());
+        self.events.add(EventKind::Attached, format!("disk {name}"), detail);
+        Ok(export)
+    }
+
+    fn check_attachable(&self, name: &str, request: &AttachDisk) -> Result<()> {
+        let table = self.table();
+        let sockets = table.served.values().flat_map(|s| s.doors.iter().map(Door::spec));
+        if sockets.into_iter().any(|spec| spec.socket == request.export.socket) {
+            return Err(Error::new(Kind::Exists, "a disk is served there already")
+                .on(format!("socket {}", request.export.socket.display())));
+        }
+        if table.failed.contains_key(name) {
+            let reason = "it could not be served again when the daemon started";
+            return Err(Error::new(Kind::Failed, reason)
+                .hint(format!("detach it first: `offshoot disk detach {name}`")));
+        }
+        match table.served.get(name) {
+            Some(served) if served.read_only && !request.export.read_only => {
+                Err(Error::new(Kind::ReadOnly, "it is served for reading only")
+                    .hint("detach it first, or attach it with --readonly"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn take_into_service(&self, name: &str, request: &AttachDisk) -> Result<Served> {
+        let read_only = request.export.read_only;
+        let access = if read_only { Access::Read } else { Access::Write };
+        let hold = self.hold(name, access)?;
+        let limits = request.limits.unwrap_or_default();
+        let options = VolumeOptions {
+            lanes: LANES_MIN.max(usize::from(request.export.queues)),
+            read_only,
+            limits,
+            accept_lost_tail: request.accept_lost_tail,
+            observer: Some(Arc::new(Teller::new(Arc::clone(&self.events)))),
+        };
+        let row = self.dir.disk(name)?;
+        let volume = Volume::open(&self.dir, name, &options)?;
+        if let Some(problem) = volume.disk().problems.first() {
+            let detail = format!("{}: {}", problem.object, problem.detail);
+            self.events.add(EventKind::Damaged, format!("disk {name}"), detail);
+        }
+        Ok(Served { disk: row.disk, doors: Vec::new(), limits, read_only, volume, _hold: hold })
+    }
+
+    /// Makes the socket of a disk in service, or of one that is just taken into it.
+    fn open_door(&self, name: &str, request: &AttachDisk, newly: Option<Served>) -> Result<Export> {
+        if let Some(mut served) = newly {
+            return match Door::open(&self.dir, &served.volume, request.export.clone()) {
+                Ok(door) => {
+                    let export = door.export(name);
+                    served.doors.push(door);
+                    self.table().served.insert(name.to_owned(), served);
+                    Ok(export)
+                }
+                Err(e) => {
+                    let Served { volume, .. } = served;
+                    // The failure that is told is the first one.
+                    let _ = volume.close();
+                    Err(e)
+                }
+            };
+        }
+        let mut table = self.table();
+        let served = table.served(name)?;
+        let door = Door::open(&self.dir, &served.volume, request.export.clone())?;
+        let export = door.export(name);
+        served.doors.push(door);
+        if let Some(limits) = request.limits {
+            served.limits = limits;
+            served.volume.set_limits(limits);
+        }
+        Ok(export)
+    }
+
+    /// Writes down what is served now. A failure is told and costs nothing yet: what is remembered
+    /// too much is served again at the next start, and can be detached then.
+    fn remember(&self) {
+        let attachments = self.table().attachments();
+        if let Err(error) = self.service.file.write(&attachments) {
+            tracing::error!(%error, "what is served could not be written down");
+        }
+    }
+
+    /// Ends exports of a disk; with the last one the disk is taken out of service.
+    ///
+    /// # Errors
+    /// `NotFound`; `InUse` when a front end is connected, unless forced; `Busy` when somebody reads
+    /// the disk; or what closing it reports.
+    pub fn detach(&self, name: &str, request: &DetachDisk) -> Result<Vec<Export>> {
+        let _changing = self.service.changing.lock();
+        let ended = self.detach_changing(name, request);
+        let ended = ended.context("detach", || format!("disk {name}"))?;
+        for export in &ended {
+            let detail = format!("{} at {}", export.kind.name(), export.socket.display());
+            self.events.add(EventKind::Detached, format!("disk {name}"), detail);
+        }
+        Ok(ended)
+    }
+
+    fn detach_changing(&self, name: &str, request: &DetachDisk) -> Result<Vec<Export>> {
+        let chosen = |e: &Export| request.socket.as_ref().is_none_or(|s| *s == e.socket);
+        let exports = self.exports();
+        let ending: Vec<Export> =
+            exports.into_iter().filter(|e| e.disk == name && chosen(e)).collect();
+        if ending.is_empty() {
+            return Err(Error::new(Kind::NotFound, "it is not served there")
+                .hint("`offshoot disk show` lists where it is"));
+        }
+        if let Some(busy) = ending.iter().find(|e| e.connected > 0 && !request.force) {
+            let who: Vec<String> = busy.peers.iter().map(|p| format!("process {p}")).collect();
+            let who = if who.is_empty() { "a front end".into() } else { who.join(", ") };
+            let reason = format!("{who} is connected to {}", busy.socket.display());
+            return Err(Error::new(Kind::InUse, reason).hint("stop it first, or say --force"));
+        }
+        if self.table().failed.remove(name).is_some() {
+            self.remember();
+            return Ok(ending);
+        }
+        // Whoever reads the disk besides keeps it in service; asked before anything is ended.
+        let _alone = self.holds.take(&in_service(name), Access::Write)?;
+        let (doors, last) = {
+            let mut table = self.table();
+            let served = table.served(name)?;
+            let sockets: Vec<_> = ending.iter().map(|e| &e.socket).collect();
+            let doors: Vec<Door> =
+                served.doors.extract_if(.., |d| sockets.contains(&&d.spec().socket)).collect();
+            let last = served.doors.is_empty();
+            (doors, if last { table.served.remove(name) } else { None })
+        };
+        doors.into_iter().for_each(Door::close);
+        let closed = last.map_or(Ok(()), take_out_of_service);
+        // Forgotten after the sockets are gone: see `attachments.rs`.
+        self.remember();
+        closed.map(|()| ending)
+    }
+
+    /// Changes what a disk in service may do.
+    ///
+    /// # Errors
+    /// `NotFound` when it is not in service, or what the host reports.
+    pub fn set_limits(&self, name: &str, limits: Limits) -> Result<Limits> {
+        let _changing = self.service.changing.lock();
+        let set = || -> Result<()> {
+            let mut table = self.table();
+            let served = table.served(name)?;
+            served.limits = limits;
+            served.volume.set_limits(limits);
+            let attachments = table.attachments();
+            drop(table);
+            self.service.file.write(&attachments)
+        };
+        set().context("limit", || format!("disk {name}"))?;
+        Ok(limits)
+    }
+
+    /// Has held requests of a disk in service tried again now.
+    ///
+    /// # Errors
+    /// `NotFound` when it is not in service.
+    pub fn resume(&self, name: &str) -> Result<()> {
+        let mut table = self.table();
+        let served = table.served(name).context("resume", || format!("disk {name}"))?;
+        served.volume.resume();
+        Ok(())
+    }
+
+    /// Tells the guests of a disk in service that it has another size.
+    pub(super) fn tell_of_size(&self, name: &str) {
+        if let Some(served) = self.table().served.get(name) {
+            served.doors.iter().for_each(|door| door.config_changed());
+        }
+    }
+
+    /// Serves what was served when the last daemon ended, however it ended.
+    ///
+    /// # Errors
+    /// `Corrupt` or `Unsupported` when what is remembered cannot be understood, or what the host
+    /// reports. What goes wrong with one disk is told by its exports.
+    pub fn serve_again(&self) -> Result<()> {
+        let _changing = self.service.changing.lock();
+        for attachment in self.service.file.read()? {
+            let row = self.dir.disks().into_iter().find(|row| row.disk == attachment.disk);
+            let name = row.map_or_else(|| attachment.disk.to_string(), |row| row.name);
+            match self.serve_again_one(&name, &attachment) {
+                Ok(()) => {
+                    let detail = format!("again, on {} sockets", attachment.exports.len());
+                    self.events.add(EventKind::Attached, format!("disk {name}"), detail);
+                }
+                Err(e) => {
+                    let error = e.within("attach", format!("disk {name}")).to_string();
+                    self.events.add(EventKind::Failed, format!("disk {name}"), error.clone());
+                    self.table().failed.insert(name, Failed { attachment, error });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn serve_again_one(&self, name: &str, attachment: &Attachment) -> Result<()> {
+        let Some(first) = attachment.exports.first() else { return Ok(()) };
+        let writes = attachment.exports.iter().any(|e| !e.read_only);
+        let widest = attachment.exports.iter().map(|e| e.queues).max();
+        let whole = ExportSpec {
+            read_only: !writes,
+            queues: widest.unwrap_or(first.queues),
+            ..first.clone()
+        };
+        let limits = Some(attachment.limits);
+        let request = AttachDisk { export: whole, limits, accept_lost_tail: false };
+        let mut served = self.take_into_service(name, &request)?;
+        for spec in &attachment.exports {
+            match Door::open(&self.dir, &served.volume, spec.clone()) {
+                Ok(door) => served.doors.push(door),
+                Err(e) => {
+                    let Served { doors, volume, .. } = served;
+                    doors.into_iter().for_each(Door::close);
+                    // The failure that is told is the first one.
+                    let _ = volume.close();
+                    return Err(e);
+                }
+            }
+        }
+        self.table().served.insert(name.to_owned(), served);
+        Ok(())
+    }
+
+    /// Takes all disks out of service in order; what is remembered stays, so that the next daemon
+    /// serves them again.
+    pub fn end_service(&self) {
+        let _changing = self.service.changing.lock();
+        let served = std::mem::take(&mut self.table().served);
+        for (name, mut served) in served {
+            served.doors.drain(..).for_each(Door::close);
+            if let Err(error) = take_out_of_service(served) {
+                // What completed is in its tail, and goes to who opens it next.
+                tracing::error!(disk = %name, %error, "not closed in order");
+            }
+        }
+    }
+}
+
+/// Closes a disk whose sockets are gone.
+fn take_out_of_service(served: Served) -> Result<()> {
+    let Served { volume, _hold, doors, .. } = served;
+    drop(doors);
+    volume.give_up_held();
+    volume.close()
+}

@@ -1,0 +1,151 @@
+//! `blockd`: the daemon that has a store, and does with its disks what its control interface is
+//! asked for. It stays in the foreground.
+//!
+//! Order of a start, and what it defends against: the store's lock first, so that nothing is
+//! touched that another daemon has; then the socket; then the file that names it, so that whoever
+//! finds the file finds somebody at the socket. The end runs the other way.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockd::api::{Access, ApiSocket, group_id, serve};
+use blockd::daemon::{Daemon, DaemonFile};
+use blockd::store::file::CacheMode;
+use clap::{Parser, ValueEnum};
+use format::{Context as _, Error, Result};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Threads for requests that take time, and for jobs.
+const BLOCKING_THREADS_MAX: usize = 64;
+/// How long threads may take to end after everything was closed.
+const LAST_GRACE: Duration = Duration::from_secs(2);
+
+/// Serve the delta disks of a store.
+///
+/// The daemon has the store to itself while it runs; `offshoot` finds it by the store's folder and
+/// asks it. SIGTERM and SIGINT end it in order, a second signal at once, which is as safe as a
+/// power cut.
+#[derive(Debug, Parser)]
+#[command(name = "blockd", version, max_term_width = 100)]
+struct Args {
+    /// The folder of the store
+    #[arg(long, short = 's', env = "OFFSHOOT_STORE", value_name = "DIR")]
+    store: PathBuf,
+
+    /// The socket of the control interface
+    #[arg(long, env = "OFFSHOOT_API", value_name = "SOCK")]
+    #[arg(default_value = "/run/offshoot/blockd.sock")]
+    api: PathBuf,
+
+    /// Let the members of a group use the control interface, too; its owner and root always may
+    #[arg(long, value_name = "GROUP")]
+    allow_group: Option<String>,
+
+    /// Use of the host's page cache by the store's files
+    #[arg(long, value_name = "MODE", default_value = "buffered")]
+    cache: Cache,
+}
+
+/// Use of the host's page cache.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Cache {
+    /// Past the page cache, or not at all.
+    Direct,
+    /// Through the page cache.
+    Buffered,
+    /// Direct where the file system can.
+    Auto,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_target(false)
+        .init();
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nobody to read it is no reason to fail differently.
+            let _ = writeln!(std::io::stderr(), "blockd: {error}");
+            ExitCode::from(error.kind().exit_code())
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    let cache = match args.cache {
+        Cache::Direct => CacheMode::Direct,
+        Cache::Buffered => CacheMode::Buffered,
+        Cache::Auto => CacheMode::Auto,
+    };
+    let store = std::path::absolute(&args.store).context("find", || "the store".into())?;
+    let api = std::path::absolute(&args.api).context("find", || "the socket".into())?;
+    let group = args.allow_group.as_deref().map(group_id).transpose()?;
+    let daemon = Arc::new(Daemon::open(&store, cache)?);
+    let socket = ApiSocket::bind(&api, Access { group })?;
+    daemon.serve_again()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS_MAX)
+        .thread_name("control")
+        .build()
+        .context("start", || "the control runtime".into())?;
+    let file = DaemonFile {
+        pid: std::process::id(),
+        api: api.clone(),
+        version: env!("CARGO_PKG_VERSION").into(),
+    };
+    let served = runtime.block_on(async {
+        watch_signals(&daemon)?;
+        file.write(&store)?;
+        tell_the_service_manager("READY=1");
+        tracing::info!(store = %store.display(), api = %api.display(), "ready");
+        serve(Arc::clone(&daemon), socket).await
+    });
+    tell_the_service_manager("STOPPING=1");
+    daemon.end_service();
+    DaemonFile::remove(&store);
+    runtime.shutdown_timeout(LAST_GRACE);
+    served
+}
+
+/// The first signal asks the daemon to stop, a second one ends the process.
+fn watch_signals(daemon: &Arc<Daemon>) -> Result<()> {
+    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
+        let mut signals = signal(kind).context("handle", || "signals".into())?;
+        let daemon = Arc::clone(daemon);
+        tokio::spawn(async move {
+            while signals.recv().await.is_some() {
+                if *daemon.stopping().borrow() {
+                    std::process::exit(1);
+                }
+                daemon.stop();
+            }
+        });
+    }
+    Ok(())
+}
+
+/// Tells systemd how far the daemon is, when it was started by it.
+fn tell_the_service_manager(state: &str) {
+    use std::os::linux::net::SocketAddrExt as _;
+    use std::os::unix::ffi::OsStrExt as _;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let told = match path.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(&path),
+    };
+    let told = told.and_then(|address| {
+        UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address).map(|_| ())
+    });
+    if let Err(e) = told {
+        let error = Error::from(e).tried("tell").on("the service manager");
+        tracing::warn!(%error, "going on without");
+    }
+}

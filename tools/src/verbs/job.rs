@@ -1,0 +1,111 @@
+//! `job ls`, `watch`, `cancel`, and `events`.
+
+use std::io::Write as _;
+
+use blockd::api::types::{Event, Job, JobState};
+use blockd::pump::Watch as _;
+use format::{Error, Kind};
+
+use super::Session;
+use crate::cli::{Events, JobId};
+use crate::output::{Outcome, Stop, Table, Verdict, utc, wrote};
+use crate::progress::Progress;
+use crate::size::show;
+
+/// Milliseconds that one question waits for the end of a job.
+const WAIT_MS: u64 = 200;
+
+/// `job ls`
+pub fn ls(s: &Session) -> Outcome {
+    let jobs: Vec<Job> = s.need_daemon()?.get("/v1/jobs".into())?;
+    let text = || {
+        let head = ["ID", "KIND", "OBJECT", "STATE", "DONE", "OF", "STARTED"];
+        let mut table = Table::new(&head, &[0, 4, 5]);
+        for j in &jobs {
+            table.row([
+                j.id.to_string(),
+                j.kind.name().into(),
+                j.object.clone(),
+                j.state.name().into(),
+                show(j.done),
+                j.total.map_or("-".into(), show),
+                utc(j.started),
+            ]);
+        }
+        table.render()
+    };
+    s.out.result(&jobs, text)?;
+    Ok(Verdict::Done)
+}
+
+fn line(j: &Job) -> String {
+    let (kind, state) = (j.kind.name(), j.state.name());
+    format!("job {}, {kind} of {}: {state}, {} done", j.id, j.object, show(j.done))
+}
+
+/// `job watch`
+pub fn watch(s: &Session, args: &JobId) -> Outcome {
+    let client = s.need_daemon()?;
+    let progress = Progress::new(s.out, "waiting");
+    let job: Job = loop {
+        let job: Job = client.get(format!("/v1/jobs/{}?wait_ms={WAIT_MS}", args.id))?;
+        progress.set(job.done, job.total.unwrap_or(0));
+        if job.state != JobState::Running {
+            break job;
+        }
+    };
+    drop(progress);
+    match job.error.clone() {
+        Some(failure) => Err(Error::from(failure).into()),
+        None => {
+            s.out.confirm(&job, || line(&job))?;
+            Ok(Verdict::Done)
+        }
+    }
+}
+
+/// `job cancel`
+pub fn cancel(s: &Session, args: &JobId) -> Outcome {
+    let job: Job = s.need_daemon()?.delete(format!("/v1/jobs/{}", args.id))?;
+    s.out.confirm(&job, || match job.state {
+        JobState::Running => format!("job {} was asked to stop", job.id),
+        _ => line(&job),
+    })?;
+    Ok(Verdict::Done)
+}
+
+/// `events`
+pub fn events(s: &Session, args: &Events) -> Outcome {
+    let client = s.need_daemon()?;
+    let path = format!("/v1/events?since={}&follow={}", args.since, args.follow);
+    let mut rest = Vec::new();
+    client.stream(path, &mut |bytes| {
+        let mut out = std::io::stdout().lock();
+        for byte in bytes {
+            if *byte != b'\n' {
+                rest.push(*byte);
+                continue;
+            }
+            if s.out.json {
+                wrote(out.write_all(&rest).and_then(|()| out.write_all(b"\n")))?;
+            } else {
+                wrote(writeln!(out, "{}", render(&rest)?))?;
+            }
+            rest.clear();
+        }
+        // Whoever follows wants to see them now.
+        wrote(out.flush())
+    })?;
+    Ok(Verdict::Done)
+}
+
+fn render(line: &[u8]) -> Outcome<String> {
+    let event: Event = serde_json::from_slice(line).map_err(|e| {
+        let reason = "it answers something that is not known here";
+        let error = Error::new(Kind::Unsupported, reason).caused_by(e);
+        Stop::from(error.tried("ask").on("the daemon"))
+    })?;
+    let time = utc(event.time_ms / 1000);
+    let text = format!("{time}  {:<13} {}", event.kind.name(), event.object);
+    Ok(if event.detail.is_empty() { text } else { format!("{text}: {}", event.detail) })
+}

@@ -1,0 +1,210 @@
+//! `top`: what the disks in service do, second by second.
+
+use std::collections::HashMap;
+use std::io::{IsTerminal as _, Write as _};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use blockd::api::types::DiskStats;
+use blockd::serve::{Histogram, VolumeStats};
+use serde::Serialize;
+
+use super::Session;
+use crate::cli::Top;
+use crate::client::Client;
+use crate::output::{Outcome, Table, Verdict, wrote};
+use crate::signals;
+use crate::size::show;
+
+/// Cursor to the corner, and what is below it gone.
+const REDRAW: &str = "\x1b[H\x1b[J";
+const TICK: Duration = Duration::from_millis(100);
+
+/// What a disk did in the time between two looks.
+#[derive(Debug, Serialize)]
+struct Row {
+    disk: String,
+    /// Front ends that are connected.
+    connected: u64,
+    reads_per_s: f64,
+    writes_per_s: f64,
+    read_bytes_per_s: f64,
+    write_bytes_per_s: f64,
+    /// Upper bounds of how long reads and writes took, in microseconds; null when there were none.
+    p50_us: Option<f64>,
+    p99_us: Option<f64>,
+    in_flight: u64,
+    /// Why requests are held, if they are.
+    held: Option<String>,
+    /// Pages of the journal in use, of 100.
+    journal_percent: u64,
+    /// Polls that found work, of 100; null when nothing polled.
+    poll_hit_percent: Option<u64>,
+}
+
+/// `top`
+pub fn top(s: &Session, args: &Top) -> Outcome {
+    let client = s.need_daemon()?;
+    let mut before = look(&client)?;
+    let mut at = Instant::now();
+    let live = !args.once && !s.out.json && std::io::stdout().is_terminal();
+    loop {
+        wait(Duration::from_secs_f64(args.interval))?;
+        let now = look(&client)?;
+        let seconds = at.elapsed().as_secs_f64();
+        at = Instant::now();
+        let rows: Vec<Row> = now.values().map(|d| row(before.get(&d.disk), d, seconds)).collect();
+        let rows = sorted(rows);
+        if !live {
+            s.out.result(&rows, || render(&rows))?;
+            return Ok(Verdict::Done);
+        }
+        let screen = format!("{REDRAW}{}\n", render(&rows));
+        let mut out = std::io::stdout().lock();
+        wrote(out.write_all(screen.as_bytes()).and_then(|()| out.flush()))?;
+        before = now;
+    }
+}
+
+fn look(client: &Client) -> format::Result<HashMap<String, DiskStats>> {
+    let all: Vec<DiskStats> = client.get("/v1/stats".into())?;
+    Ok(all.into_iter().map(|d| (d.disk.clone(), d)).collect())
+}
+
+/// Waits, and ends early when a signal came.
+fn wait(time: Duration) -> format::Result<()> {
+    let start = Instant::now();
+    while start.elapsed() < time {
+        signals::check()?;
+        thread::sleep(TICK.min(time.saturating_sub(start.elapsed())));
+    }
+    Ok(())
+}
+
+fn sorted(mut rows: Vec<Row>) -> Vec<Row> {
+    rows.sort_by(|a, b| a.disk.cmp(&b.disk));
+    rows
+}
+
+/// Requests, bytes and time of one kind.
+struct Sum {
+    requests: u64,
+    bytes: u64,
+    latency: Histogram,
+}
+
+fn sum(stats: &VolumeStats, kind: &str) -> Sum {
+    let found = stats.kinds.iter().find(|k| k.kind == kind);
+    found.map_or(Sum { requests: 0, bytes: 0, latency: Histogram::default() }, |k| Sum {
+        requests: k.requests,
+        bytes: k.bytes,
+        latency: k.latency.clone(),
+    })
+}
+
+/// What came to a histogram between two looks.
+fn added(before: &Histogram, now: &Histogram) -> Histogram {
+    let old: HashMap<u64, u64> = before.buckets.iter().copied().collect();
+    let new = |(end, n): &(u64, u64)| (*end, n - old.get(end).unwrap_or(&0).min(n));
+    Histogram { buckets: now.buckets.iter().map(new).filter(|(_, n)| *n > 0).collect() }
+}
+
+fn joined(a: &Histogram, b: &Histogram) -> Histogram {
+    let mut sums = std::collections::BTreeMap::new();
+    for (end, n) in a.buckets.iter().chain(&b.buckets) {
+        *sums.entry(*end).or_insert(0) += n;
+    }
+    Histogram { buckets: sums.into_iter().collect() }
+}
+
+#[allow(clippy::cast_precision_loss)] // Rates for people.
+fn rate(before: u64, now: u64, seconds: f64) -> f64 {
+    now.saturating_sub(before) as f64 / seconds.max(0.001)
+}
+
+fn row(before: Option<&DiskStats>, now: &DiskStats, seconds: f64) -> Row {
+    let nothing = VolumeStats::default();
+    let (old, new) = (before.map_or(&nothing, |d| &d.stats), &now.stats);
+    let [old_reads, reads] = [old, new].map(|s| sum(s, "read"));
+    let [old_writes, writes] = [old, new].map(|s| sum(s, "write"));
+    let latency = joined(
+        &added(&old_reads.latency, &reads.latency),
+        &added(&old_writes.latency, &writes.latency),
+    );
+    #[allow(clippy::cast_precision_loss)] // Microseconds for people.
+    let percentile = |percent| match latency.buckets.is_empty() {
+        true => None,
+        false => Some(latency.percentile_ns(percent) as f64 / 1000.0),
+    };
+    let hits = new.polls_hit.saturating_sub(old.polls_hit);
+    let polls = hits + new.polls_missed.saturating_sub(old.polls_missed);
+    Row {
+        disk: now.disk.clone(),
+        connected: now.exports.iter().map(|e| e.connected).sum(),
+        reads_per_s: rate(old_reads.requests, reads.requests, seconds),
+        writes_per_s: rate(old_writes.requests, writes.requests, seconds),
+        read_bytes_per_s: rate(old_reads.bytes, reads.bytes, seconds),
+        write_bytes_per_s: rate(old_writes.bytes, writes.bytes, seconds),
+        p50_us: percentile(50),
+        p99_us: percentile(99),
+        in_flight: new.in_flight,
+        held: new.held.as_ref().map(|held| held.reason.clone()),
+        journal_percent: new.journal_pages.0 * 100 / new.journal_pages.1.max(1),
+        poll_hit_percent: (hits * 100).checked_div(polls),
+    }
+}
+
+fn render(rows: &[Row]) -> String {
+    let head = [
+        "DISK",
+        "FRONT ENDS",
+        "READ/s",
+        "WRITE/s",
+        "READ",
+        "WRITE",
+        "p50 us",
+        "p99 us",
+        "IN WORK",
+        "JOURNAL",
+        "POLL HITS",
+        "HELD",
+    ];
+    let mut table = Table::new(&head, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+    let us = |us: Option<f64>| us.map_or("-".into(), |us| format!("{us:.0}"));
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Rates are positive.
+    let bytes = |rate: f64| format!("{}/s", show(rate as u64));
+    for r in rows {
+        table.row([
+            r.disk.clone(),
+            r.connected.to_string(),
+            format!("{:.0}", r.reads_per_s),
+            format!("{:.0}", r.writes_per_s),
+            bytes(r.read_bytes_per_s),
+            bytes(r.write_bytes_per_s),
+            us(r.p50_us),
+            us(r.p99_us),
+            r.in_flight.to_string(),
+            format!("{} %", r.journal_percent),
+            r.poll_hit_percent.map_or("-".into(), |p| format!("{p} %")),
+            r.held.clone().unwrap_or_default(),
+        ]);
+    }
+    table.render()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_histogram_of_what_came_between_two_looks() {
+        let before = Histogram { buckets: vec![(10, 5), (20, 1)] };
+        let now = Histogram { buckets: vec![(10, 5), (20, 4), (40, 2)] };
+
+        let between = added(&before, &now);
+
+        assert_eq!(between.buckets, [(20, 3), (40, 2)]);
+        let both = joined(&between, &Histogram { buckets: vec![(20, 1), (80, 1)] });
+        assert_eq!(both.buckets, [(20, 4), (40, 2), (80, 1)]);
+    }
+}

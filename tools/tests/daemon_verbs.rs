@@ -1,0 +1,125 @@
+//! The verbs that only a daemon can do: start, status, stop, attach, jobs, events, top.
+
+#[allow(dead_code)] // Each test file uses a part of it.
+mod support;
+
+use serde_json::{Value, json};
+use support::{Bench, Ran, offshoot, run};
+
+/// A store whose daemon is started and stopped by the command line itself.
+struct Side {
+    bench: Bench,
+}
+
+impl Side {
+    fn new() -> Self {
+        Side { bench: Bench::new() }
+    }
+
+    fn start(&self) -> Ran {
+        let program = offshoot_tests::daemon::program("blockd");
+        let program = program.to_str().expect("a plain path");
+        self.bench.run(&["--api", &self.bench.arg("api"), "daemon", "start", "--program", program])
+    }
+}
+
+impl Drop for Side {
+    fn drop(&mut self) {
+        // A test that failed may have left it running.
+        run(&mut self.bench.command(&["daemon", "stop", "--quiet"]));
+    }
+}
+
+#[test]
+fn a_daemon_is_started_looked_at_and_stopped() {
+    let side = Side::new();
+    let bench = &side.bench;
+    bench.run(&["daemon", "status"]).fails(3, &["none is running", "daemon start"]);
+
+    let started = side.start().ok();
+
+    assert!(started.text().starts_with("started the daemon of store "), "{started:?}");
+    let status = bench.json(&["daemon", "status"]);
+    assert_eq!((&status["served"], &status["jobs"]), (&json!(0), &json!(0)));
+    assert!(
+        bench.ok(&["daemon", "status"]).text().contains(&format!("process     {}", status["pid"]))
+    );
+    side.start().fails(5, &["answers at", "already"]);
+    let taken = Bench::new();
+    let program = offshoot_tests::daemon::program("blockd");
+    let mut command = taken.command(&["daemon", "start", "--api", &bench.arg("api"), "--program"]);
+    run(command.arg(program)).fails(13, &["another process answers there"]);
+    bench.ok(&["disk", "create", "a", "--size", "1M"]);
+
+    bench.ok(&["daemon", "stop"]);
+
+    assert!(!bench.path("api").exists() && !bench.store().join("daemon.json").exists());
+    assert_eq!(bench.disks(), ["a"]);
+    bench.run(&["daemon", "stop"]).fails(3, &["none is running"]);
+}
+
+#[test]
+fn disks_are_attached_limited_and_detached() {
+    let side = Side::new();
+    let bench = &side.bench;
+    bench.ok(&["disk", "create", "a", "--size", "8M"]);
+    bench.run(&["disk", "attach", "a", "--socket", "x"]).fails(3, &["none is running"]);
+    side.start().ok();
+    let (socket, nbd) = (bench.arg("a.sock"), bench.arg("a.nbd"));
+
+    let args = ["disk", "attach", "a", "--socket", &socket, "--queues", "2", "--iops", "1000"];
+    let attached = bench.json(&args);
+
+    assert_eq!((&attached["socket"], &attached["queues"]), (&json!(socket), &json!(2)));
+    bench.ok(&["disk", "export-nbd", "a", "--socket", &nbd, "--readonly"]);
+    assert!(bench.ok(&["disk", "show", "a"]).text().contains(&format!("nbd at {nbd}, listening")));
+    bench.run(&["disk", "attach", "b", "--socket", &bench.arg("b")]).fails(3, &["disk b"]);
+    bench.run(&["disk", "rm", "a"]).fails(5, &["served on", "disk detach a"]);
+    bench.run(&["disk", "write", "a"]).fails(5, &["served on"]);
+    assert_eq!(bench.read("a", 0, 512), vec![0; 512]);
+    assert_eq!(bench.json(&["disk", "resize", "a", "16M"])["size"], 16 << 20);
+    let limits = bench.json(&["disk", "limits", "a", "--bps", "1M"]);
+    assert_eq!(limits, json!({"iops": 0, "bytes_per_s": 1 << 20, "burst_ms": 0}));
+    bench.run(&["disk", "limits", "b"]).fails(3, &["not served"]);
+    assert_eq!(bench.json(&["disk", "resume", "a"]), json!({"resumed": "a"}));
+    let top = bench.json(&["top", "--interval", "0.1"]);
+    assert_eq!((&top[0]["disk"], &top[0]["in_flight"]), (&json!("a"), &json!(0)));
+    let table = bench.ok(&["top", "--once", "--interval", "0.1"]);
+    assert!(table.text().lines().nth(1).is_some_and(|l| l.starts_with('a')), "{table:?}");
+
+    let ended = bench.json(&["disk", "detach", "a", "--socket", &nbd]);
+
+    assert_eq!(ended.as_array().map(Vec::len), Some(1));
+    bench.ok(&["disk", "detach", "a"]);
+    bench.run(&["disk", "detach", "a"]).fails(3, &["not served"]);
+    bench.ok(&["disk", "rm", "a"]);
+}
+
+#[test]
+fn jobs_and_events_are_told() {
+    let side = Side::new();
+    let bench = &side.bench;
+    side.start().ok();
+    bench.ok(&["disk", "create", "a", "--size", "8M"]);
+    bench.ok(&["disk", "seal", "a"]);
+
+    let jobs = bench.json(&["job", "ls"]);
+
+    let job = &jobs.as_array().unwrap()[0];
+    assert_eq!((&job["kind"], &job["state"]), (&json!("seal"), &json!("done")));
+    assert!(bench.ok(&["job", "ls"]).text().contains("seal  disk a  done"));
+    let id = job["id"].to_string();
+    assert_eq!(bench.json(&["job", "watch", &id])["result"]["name"], "a");
+    assert_eq!(bench.json(&["job", "cancel", &id])["state"], "done");
+    bench.run(&["disk", "seal", "a"]).fails(2, &["sealed already"]);
+    bench.run(&["job", "watch", "2"]).fails(2, &["cannot seal disk a: it is sealed already"]);
+    bench.run(&["job", "watch", "99"]).fails(3, &["job 99"]);
+    let lines = bench.ok(&["events", "--json"]);
+    let events: Vec<Value> =
+        lines.text().lines().map(|l| serde_json::from_str(l).expect("JSON")).collect();
+    assert_eq!(events[0]["kind"], "started");
+    let since = (events.len() - 1).to_string();
+    let last = bench.ok(&["events", "--since", &since]);
+    assert!(last.text().contains("job-finished  job 2 (seal): cannot seal"), "{last:?}");
+    run(&mut offshoot(&["job", "ls", "--api", &bench.arg("nobody")])).fails(3, &["nobody answers"]);
+}
