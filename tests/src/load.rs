@@ -87,6 +87,21 @@ impl Load {
         }
     }
 
+    /// As [`Load::run`], and returns with requests in work, as a monitor does that dies.
+    ///
+    /// # Panics
+    /// As [`Load::run`].
+    pub fn leave(&mut self, more: &mut dyn FnMut(u64) -> bool) {
+        while more(self.done) {
+            while self.submit_one() {}
+            self.queue.kick();
+            assert!(self.queue.wait(PATIENCE_MS), "requests complete");
+            self.collect();
+        }
+        while self.submit_one() {}
+        self.queue.kick();
+    }
+
     /// Reads the whole part back.
     ///
     /// # Panics

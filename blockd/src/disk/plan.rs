@@ -9,8 +9,8 @@
 //! Contract, and the crash it defends against:
 //! - A [`Pass`] is held from before the plan is made until the last transfer has ended: else space
 //!   that a transfer still touches is given to another extent.
-//! - [`Disk::publish`] is called only after every transfer of the plan succeeded: a record that a
-//!   killed process leaves must not name a block whose data never arrived.
+//! - [`Disk::publish_plan`] is called only after every transfer of the plan succeeded: a record
+//!   that a killed process leaves must not name a block whose data never arrived.
 //!
 //! Test: `tests/tests/vhost_user.rs` (`killed_under_load_…`), and the unit tests below.
 
@@ -62,8 +62,8 @@ struct Part {
     count: usize,
 }
 
-/// A reusable plan. One that has been filled by [`Disk::plan_write`] must go to [`Disk::publish`]
-/// or [`Disk::abandon`]: it may hold claims.
+/// A reusable plan. One that has been filled by [`Disk::plan_write`] must go to
+/// [`Disk::publish_plan`] or [`Disk::abandon`]: it may hold claims.
 #[derive(Debug)]
 pub struct Plan {
     transfers: Vec<Transfer>,
@@ -308,6 +308,13 @@ impl Disk {
         core.tail.append(&Record::Map { block, count: count as u64, target: first });
         core.dirty.insert(block.extent().leaf());
         self.map.set_own(block, count, target).map(|_| ())
+    }
+
+    /// Whether so many records wait for the journal that a commit should be made now, before first
+    /// writes have to wait for room. Two loads.
+    #[must_use]
+    pub fn should_commit(&self) -> bool {
+        self.tail.room() < self.tail.capacity() / 4 * 3
     }
 
     /// Ends the claims of a plan that is not published: its write failed.

@@ -113,6 +113,8 @@ struct Waiting {
 
 #[derive(Default)]
 struct Shared {
+    /// Somebody asked for a commit that nobody waits for, and it has not begun.
+    early: AtomicBool,
     waiting: Mutex<Waiting>,
     commit: Condvar,
     other: Condvar,
@@ -155,6 +157,18 @@ impl SlowLane {
     }
 }
 
+impl SlowLane {
+    /// Has a commit made that nobody waits for, unless one is asked for already. One exchange when
+    /// it is.
+    pub(super) fn commit_early(&self) {
+        // Relaxed: a hint. The lock orders what the commit reads.
+        if !self.shared.early.swap(true, Ordering::Relaxed) {
+            let _waiting = self.shared.waiting.lock();
+            self.shared.commit.notify_one();
+        }
+    }
+}
+
 impl Drop for SlowLane {
     fn drop(&mut self) {
         self.shared.waiting.lock().stop = true;
@@ -170,17 +184,26 @@ impl Drop for SlowLane {
 fn commit_all(shared: &Shared, disk: &Weak<Disk>) {
     let mut batch: Vec<Errand> = Vec::new();
     loop {
-        {
+        let early = {
             let mut waiting = shared.waiting.lock();
-            while waiting.commits.is_empty() {
+            let early = loop {
+                let early = shared.early.load(Ordering::Relaxed); // as in `commit_early`
+                if early || !waiting.commits.is_empty() {
+                    break early;
+                }
                 if waiting.stop {
                     return;
                 }
                 shared.commit.wait(&mut waiting);
-            }
+            };
             std::mem::swap(&mut waiting.commits, &mut batch);
-        }
+            early
+        };
         let outcome = with(disk, Disk::flush);
+        if early {
+            // Asked for again from now on; a failure is met by whoever needs the room.
+            shared.early.store(false, Ordering::Relaxed); // as in `commit_early`
+        }
         let said = outcome.as_ref().err().map(|e| (e.kind(), e.to_string()));
         for errand in batch.drain(..) {
             let result = said.clone().map_or(Ok(()), |(kind, text)| Err(Error::new(kind, text)));

@@ -221,6 +221,11 @@ impl Volume {
         &self.hold
     }
 
+    /// Has the journal written in good time: so that no first write has to wait for it.
+    pub(super) fn commit_early(&self) {
+        self.slow.commit_early();
+    }
+
     pub(super) fn send(&self, errand: Errand) {
         self.slow.send(errand);
     }

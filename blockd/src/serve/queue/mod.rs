@@ -13,6 +13,7 @@
 //! - When the queue is stopped, what is in work is finished and answered, except for what is held:
 //!   that stays marked in the in-flight area and is done by whoever serves the ring next.
 
+mod inline;
 mod poll;
 mod request;
 mod ring;
@@ -32,6 +33,7 @@ use vhost_blk::session::{ActiveQueue, Control};
 use super::hold;
 use super::slow::{Mailbox, Outcome};
 use super::volume::Volume;
+use inline::Inline;
 use poll::Poller;
 use ring::{Bell, DataRing, Done};
 use slot::{Phase, Slot};
@@ -107,6 +109,7 @@ struct Worker {
     refused: u64,
     finished: bool,
     poller: Poller,
+    inline: Inline,
 }
 
 /// Runs the worker of a queue until the queue is stopped. `started` is told once whether it could
@@ -166,6 +169,7 @@ impl Worker {
             refused: 0,
             finished: false,
             poller: Poller::new(poll_us_max),
+            inline: Inline::default(),
         })
     }
 

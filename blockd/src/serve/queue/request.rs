@@ -4,6 +4,7 @@
 //! in write-through mode, a flush, then the answer. A guest that was answered relies on the write
 //! surviving the death of this process, and in write-through mode a power cut.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -143,14 +144,43 @@ impl Worker {
         slot.pass = Some(pass);
         slot.phase = Phase::Moving;
         slot.moving = u32::try_from(slot.parts.len()).expect("a window has few transfers");
+        let mut now = Instant::now();
         for part in 0..slot.parts.len() {
-            let moved = self.start_transfer(number, part);
+            let moved = if write && self.inline.is_quick(now) {
+                self.write_inline(number, part, &mut now)
+            } else {
+                self.start_transfer(number, part)
+            };
             self.slot(number).note(moved);
         }
         Ok(match self.slot(number).moving {
             0 => self.window_moved(number)?,
             _ => Next::Wait,
         })
+    }
+
+    /// Writes through the page cache at once; hands to the ring what goes past it, or is left.
+    fn write_inline(&mut self, number: u32, part: usize, now: &mut Instant) -> Result<()> {
+        let slot = &mut self.slots[number as usize];
+        let at = slot.parts[part];
+        let Some(file) = self.files[usize::from(at.row)].filter(|file| file.offset_align == 1)
+        else {
+            return self.start_transfer(number, part);
+        };
+        // SAFETY: the volume keeps the disk open, and the disk its files, as long as the worker is.
+        let fd = unsafe { BorrowedFd::borrow_raw(file.fd) };
+        match self.inline.write(fd, at.offset, slot.buffers(part), now) {
+            Ok(bytes) if bytes > 0 && slot.advance(part, bytes) => {
+                slot.moving -= 1;
+                Ok(())
+            }
+            // The ring finds out what is wrong with the rest.
+            Ok(_) => self.start_transfer(number, part),
+            Err(e) => {
+                slot.moving -= 1;
+                Err(e.on(format!("disk {}, segment {}", self.volume.name(), at.row)))
+            }
+        }
     }
 
     /// Hands one transfer, or what is left of it, to the ring. One that cannot be handed over
@@ -213,6 +243,9 @@ impl Worker {
             return Ok(Next::Wait);
         }
         let bytes = slot.plan.bytes();
+        if disk.should_commit() {
+            self.volume.commit_early();
+        }
         Ok(self.window_done(number, bytes))
     }
 
