@@ -6,14 +6,16 @@
 //! finds the file finds somebody at the socket. The end runs the other way.
 
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use blockd::api::{Access, ApiSocket, group_id, serve};
+use blockd::daemon::sandbox::{self, Folders};
 use blockd::daemon::{Daemon, DaemonFile};
 use blockd::store::file::CacheMode;
+use blockd::storedir::{IDENTITY_FILE, Identity};
 use clap::{Parser, ValueEnum};
 use format::{Context as _, Error, Result};
 use tokio::signal::unix::{SignalKind, signal};
@@ -47,6 +49,24 @@ struct Args {
     /// Use of the host's page cache by the store's files
     #[arg(long, value_name = "MODE", default_value = "buffered")]
     cache: Cache,
+
+    /// Give up what the daemon does not need: other folders, and dangerous system calls
+    #[arg(long, value_name = "MODE", default_value = "on")]
+    sandbox: Sandbox,
+
+    /// Let sockets of disks be in this folder, too; always allowed are the folders of the store and
+    /// of the control socket, /run and /tmp
+    #[arg(long, value_name = "DIR")]
+    socket_dir: Vec<PathBuf>,
+}
+
+/// Whether the daemon confines itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Sandbox {
+    /// As far as the kernel can.
+    On,
+    /// Not at all.
+    Off,
 }
 
 /// Use of the host's page cache.
@@ -86,7 +106,8 @@ fn run(args: &Args) -> Result<()> {
     let store = std::path::absolute(&args.store).context("find", || "the store".into())?;
     let api = std::path::absolute(&args.api).context("find", || "the socket".into())?;
     let group = args.allow_group.as_deref().map(group_id).transpose()?;
-    let daemon = Arc::new(Daemon::open(&store, cache)?);
+    let confined_by = confine(args, &store, &api)?;
+    let daemon = Arc::new(Daemon::open(&store, cache)?.confined_by(confined_by));
     let socket = ApiSocket::bind(&api, Access { group })?;
     daemon.serve_again()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -112,6 +133,29 @@ fn run(args: &Args) -> Result<()> {
     DaemonFile::remove(&store);
     runtime.shutdown_timeout(LAST_GRACE);
     served
+}
+
+/// Confines the process before it reads anything that others have written.
+fn confine(args: &Args, store: &Path, api: &Path) -> Result<Vec<String>> {
+    if args.sandbox == Sandbox::Off {
+        return Ok(Vec::new());
+    }
+    let folder = api.parent().unwrap_or(Path::new("/"));
+    // Made now: what is not there cannot be allowed.
+    std::fs::create_dir_all(folder).context("create", || folder.display().to_string())?;
+    sandbox::enter(&Folders {
+        store: store.to_owned(),
+        tails: tail_folder(store),
+        api: folder.to_owned(),
+        sockets: args.socket_dir.clone(),
+    })
+}
+
+/// Where a store keeps its tails. A store that cannot be read fails to open with a better reason.
+fn tail_folder(store: &Path) -> PathBuf {
+    let identity = std::fs::read(store.join(IDENTITY_FILE)).ok();
+    let identity = identity.and_then(|text| serde_json::from_slice::<Identity>(&text).ok());
+    identity.map_or_else(|| "/dev/shm".into(), |identity| identity.tail_dir)
 }
 
 /// The first signal asks the daemon to stop, a second one ends the process.

@@ -372,6 +372,42 @@ fn strangers_are_turned_away() {
     assert!(!ask(65_534, 65_534).status.success());
 }
 
+/// What the daemon says that confines it is what the kernel says, and it bites.
+#[test]
+fn the_daemon_confines_itself() {
+    let bench = Bench::new();
+    let daemon = bench.daemon();
+    create(&daemon, "a", MIB);
+    let status = |daemon: &Daemon| {
+        let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
+        let mode = status.lines().find_map(|l| l.strip_prefix("Seccomp:")).unwrap().trim();
+        mode.to_owned()
+    };
+    let sandbox = daemon.json("GET", "/v1/health", &Value::Null)["sandbox"].clone();
+    let applied: Vec<&str> = sandbox.as_array().unwrap().iter().filter_map(Value::as_str).collect();
+    assert!(applied.contains(&"seccomp"), "{sandbox}");
+    assert_eq!(status(&daemon), "2");
+    let outside = tempfile::tempdir_in("/var/tmp").unwrap();
+    let socket = outside.path().join("a.sock");
+    let export = json!({"export": {"kind": "vhost-user", "socket": socket}}).to_string();
+    if applied.contains(&"landlock") {
+        let reply = daemon.ask("POST", "/v1/disks/a/attach", export.as_bytes());
+        refused(&reply, 403, "read-only");
+    } else {
+        let test = "the_daemon_confines_itself (landlock)";
+        offshoot_tests::skip(test, "this kernel has no landlock");
+    }
+    drop(daemon);
+
+    let folder = outside.path().to_str().unwrap();
+    let wider = Daemon::start_with(&bench.store, &bench.api(), &["--socket-dir", folder]);
+    assert_eq!(wider.ask("POST", "/v1/disks/a/attach", export.as_bytes()).status, 201);
+    drop(wider);
+    let free = Daemon::start_with(&bench.store, &bench.api(), &["--sandbox", "off"]);
+    assert_eq!(free.json("GET", "/v1/health", &Value::Null)["sandbox"], json!([]));
+    assert_eq!(status(&free), "0");
+}
+
 /// Many clients at once: nothing is lost, nothing is done twice, nobody waits for ever.
 #[test]
 fn many_clients_at_once_leave_what_each_of_them_was_told() {

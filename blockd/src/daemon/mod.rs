@@ -19,6 +19,7 @@ mod events;
 mod holds;
 mod jobs;
 mod metrics;
+pub mod sandbox;
 mod served;
 mod sessions;
 mod state;
@@ -56,6 +57,7 @@ pub struct Daemon {
     events: Arc<Events>,
     sessions: Sessions,
     service: Service,
+    sandbox: Vec<String>,
     stopping: watch::Sender<bool>,
 }
 
@@ -86,10 +88,17 @@ impl Daemon {
             events,
             sessions: Sessions::default(),
             service: Service::of(path),
+            sandbox: Vec::new(),
             stopping: watch::Sender::new(false),
         };
         daemon.events.add(EventKind::Started, format!("store {}", path.display()), "");
         Ok(daemon)
+    }
+
+    /// The same, confined by what has these names.
+    #[must_use]
+    pub fn confined_by(self, sandbox: Vec<String>) -> Self {
+        Daemon { sandbox, ..self }
     }
 
     /// Its jobs.
@@ -136,6 +145,7 @@ impl Daemon {
             connected: exports.iter().map(|e| e.connected).sum(),
             held: held.map(|d| d.disk.clone()).collect(),
             failed,
+            sandbox: self.sandbox.clone(),
         }
     }
 

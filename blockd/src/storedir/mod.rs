@@ -35,7 +35,8 @@ use crate::store::{Access, File, Store};
 pub use rebuild::Rebuilt;
 pub use verbs::{Import, NewDisk};
 
-const IDENTITY_FILE: &str = "offshoot.json";
+/// Name of the file that makes a folder a store; its content is an [`Identity`].
+pub const IDENTITY_FILE: &str = "offshoot.json";
 const IDENTITY_NEW: &str = "offshoot.json.new";
 const LOCK_FILE: &str = "lock";
 /// Version of the folder's layout.

@@ -43,6 +43,10 @@ pub struct StartDaemon {
     /// Where it writes what it has to say; without it, `daemon.log` in the store's folder
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
+    /// Let sockets of disks be in this folder, too; always allowed are the folders of the store and
+    /// of the daemon's own socket, /run and /tmp
+    #[arg(long, value_name = "DIR")]
+    pub socket_dir: Vec<PathBuf>,
     /// Let the members of a group ask it, too
     #[arg(long, value_name = "GROUP")]
     pub allow_group: Option<String>,

@@ -55,6 +55,7 @@ fn launch(s: &Session, args: &StartDaemon, paths: (&Path, &Path, &Path)) -> Resu
         Cache::Buffered => "buffered",
         Cache::Auto => "auto",
     });
+    command.args(args.socket_dir.iter().map(|dir| format!("--socket-dir={}", dir.display())));
     if let Some(group) = &args.allow_group {
         command.arg("--allow-group").arg(group);
     }
@@ -122,6 +123,7 @@ fn render(h: &Health) -> String {
         ("served", format!("{} disks, to {} front ends", h.served, h.connected)),
         ("held", list(&h.held)),
         ("failed", list(&h.failed)),
+        ("confined by", list(&h.sandbox)),
     ];
     let lines = lines.into_iter().map(|(key, value)| format!("{key:<12}{value}"));
     lines.collect::<Vec<_>>().join("\n")

@@ -41,6 +41,8 @@ pub struct Health {
     pub held: Vec<String>,
     /// Disks that could not be served again when the daemon started.
     pub failed: Vec<String>,
+    /// What confines the daemon: `landlock`, `seccomp`, both or nothing.
+    pub sandbox: Vec<String>,
 }
 
 /// What a job does.
