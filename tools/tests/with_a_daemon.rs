@@ -270,6 +270,32 @@ fn an_import_that_is_cut_off_leaves_nothing() {
     assert_eq!(bench.ok(&["disk", "compare", "a", &bench.arg("image")]).code, 0);
 }
 
+/// A signal to the verb stops the job that it started, and the verb says so in the words it has for
+/// a signal.
+#[test]
+fn a_signal_stops_the_job_of_a_verb() {
+    let bench = Bench::new();
+    let daemon = Daemon::start(bench.store(), &bench.path("api"));
+    bench.ok(&["disk", "create", "a", "--size", "512M"]);
+    bench.feed(&["disk", "write", "a"], &vec![1; 512 << 20]).ok();
+    let seal = bench.start(&["disk", "seal", "a", "--json"]);
+    let job = || {
+        let jobs = daemon.json("GET", "/v1/jobs", &serde_json::Value::Null);
+        let jobs = jobs.as_array().expect("a list").clone();
+        jobs.into_iter().find(|j| j["kind"] == "seal")
+    };
+    support::until("it sums", || job().is_some_and(|j| j["done"].as_u64() > Some(0)));
+
+    support::signal(&seal, rustix::process::Signal::INT);
+
+    let ran = wait(seal).fails(130, &["a signal stopped it", "seal it again"]);
+    assert_eq!(ran.json()["error"]["kind"], "cancelled");
+    assert_eq!(job().expect("it is kept")["state"], "cancelled");
+    assert_eq!(bench.json(&["disk", "ls"])[0]["state"], "sealing");
+    assert_eq!(bench.json(&["disk", "seal", "a"])["state"], "sealed");
+    bench.is_clean("a");
+}
+
 /// What a killed client of `disk write` sent before its death is whole pieces, durable, and the
 /// disk can be used at once.
 #[test]
