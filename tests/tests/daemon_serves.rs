@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 use blockd::storedir::StoreDir;
 use offshoot_tests::daemon::{Daemon, Reply};
 use offshoot_tests::load::Load;
+use offshoot_tests::mount::Mount;
 use offshoot_tests::pattern::{self, Found};
 use offshoot_tests::rng::seed;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use vhost_blk::client::{Client, Options};
+use vhost_blk::client::{Client, ClientQueue, Op, Options, Span};
 
 const MIB: u64 = 1 << 20;
 
@@ -28,6 +29,14 @@ impl Bench {
     fn new() -> Bench {
         let dir = tempfile::tempdir().unwrap();
         let store = dir.path().join("store");
+        Bench::in_dir(dir, store)
+    }
+
+    fn at(store: PathBuf) -> Bench {
+        Bench::in_dir(tempfile::tempdir().unwrap(), store)
+    }
+
+    fn in_dir(dir: TempDir, store: PathBuf) -> Bench {
         let tail_dir = StoreDir::init(&store, None).unwrap().tail_dir;
         Bench { dir, store, tail_dir }
     }
@@ -337,4 +346,69 @@ fn a_tool_reads_a_disk_over_nbd() {
     offshoot_tests::mount::run("qemu-img", &["convert", "-f", "raw", "-O", "raw", &uri, raw_arg]);
 
     assert!(fs::read(&raw).unwrap() == daemon.ask("GET", "/v1/disks/a/data", b"").body);
+}
+
+/// Writes on until the host is full and a request is held; gives back its first sector.
+fn write_until_held(daemon: &Daemon, queue: &mut ClientQueue, mut sector: u64) -> u64 {
+    let held = || !get(daemon, "/v1/stats")[0]["stats"]["held"].is_null();
+    loop {
+        let bytes = pattern::bytes(2, sector, 1024);
+        queue.arena().write(queue.data().0, &bytes);
+        let span = Span { offset: queue.data().0, len: 512 << 10 };
+        queue.submit(Op::Write, sector * 512, &[span], sector).unwrap();
+        queue.kick();
+        let start = Instant::now();
+        while queue.in_work() > 0 {
+            assert!(start.elapsed() < Duration::from_secs(20), "it completes or is held");
+            if queue.wait(20) {
+                assert_eq!(queue.poll().unwrap().status, 0);
+            } else if held() {
+                return sector;
+            }
+        }
+        sector += 1024;
+    }
+}
+
+/// A full host is told of, and neither it nor an end of the daemon meanwhile costs the guest its
+/// request: it is answered when there is space again, whoever serves the disk then.
+#[test]
+fn held_requests_are_told_of_and_outlive_the_daemon() {
+    let test = "daemon_serves::held_requests_are_told_of_and_outlive_the_daemon";
+    let Some(mount) = Mount::ext4(test, 128 << 20) else { return };
+    let bench = Bench::at(mount.path().join("store"));
+    let daemon = bench.daemon();
+    create(&daemon, "a", 256 * MIB);
+    let socket = bench.path("a.sock");
+    attach(&daemon, "a", json!({"kind": "vhost-user", "socket": socket}));
+    let options = Options { data_size: 2 << 20, ..Options::default() };
+    let (mut client, mut queues) = Client::connect(&socket, options).unwrap();
+    let queue = &mut queues[0];
+
+    let full = mount.fill(0);
+    let sector = write_until_held(&daemon, queue, 0);
+
+    assert_eq!(get(&daemon, "/v1/health")["held"], json!(["a"]));
+    drop(full);
+    assert_eq!(daemon.ask("POST", "/v1/disks/a/resume", b"").status, 204);
+    assert!(queue.wait(20_000), "it goes on");
+    assert_eq!(queue.poll().unwrap().status, 0);
+    assert_eq!(get(&daemon, "/v1/health")["held"], json!([]));
+    let told = events(&daemon);
+    let told: Vec<&str> = told.iter().map(|(kind, _)| kind.as_str()).collect();
+    assert!(told.ends_with(&["held", "resumed"]), "{told:?}");
+    let full = mount.fill(0);
+    let sector = write_until_held(&daemon, queue, sector + 1024);
+    assert!(daemon.terminate().success());
+    drop(full);
+    let daemon = bench.daemon();
+    client.reconnect(&socket).unwrap();
+    assert!(queue.wait(20_000), "it goes on with the next daemon");
+    assert_eq!(queue.poll().unwrap().status, 0);
+    drop((client, queues));
+    let bytes = daemon.ask("GET", "/v1/disks/a/data", b"").body;
+    for at in (0..=sector).step_by(1024) {
+        let from = usize::try_from(at * 512).unwrap();
+        assert_eq!(pattern::look(&bytes[from..from + 512], at), Found::Tag(2), "sector {at}");
+    }
 }
