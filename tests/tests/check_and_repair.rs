@@ -587,6 +587,60 @@ fn an_older_generation_is_refused_when_nothing_is_gained_or_too_much_was_overwri
     assert!(report.refused[0].contains("no superblock copy holds one"), "{:?}", report.refused);
 }
 
+/// Story: an opening for writing brings all superblock copies to the newest state before it writes
+/// anything. Where the newest map was damaged, that overwrote the copy from which a repair could
+/// have brought everything back.
+#[test]
+fn a_better_older_generation_is_not_overwritten_by_an_opening() {
+    let mut sample = half_flipped();
+    let leaf = sample.leaf_at(0).page.file_offset();
+    sample.flip(leaf + 77, 3);
+    let before = sample.image.fingerprint();
+
+    let store = sample.store();
+    let file = store.open(&sample.name(), Access::Write).unwrap();
+    let refused = Disk::open(file, &ByName(&store), &Options::default());
+
+    let e = refused.err().expect("it is refused");
+    assert_eq!(e.kind(), Kind::Corrupt);
+    let text = e.to_string();
+    let generation = format!("generation {}", choose_older(&sample).generation);
+    for said in ["map is damaged", generation.as_str(), "--older-generation", "--drop-damaged"] {
+        assert!(text.contains(said), "{text}");
+    }
+    assert_eq!(store.live_image().fingerprint(), before);
+    sample.open_read_only().expect("it can be read");
+    for exit in [RepairOptions { older_generation: true, ..RepairOptions::default() }, DROP] {
+        let mut mended = sample.clone();
+        assert!(mended.repair(exit).unwrap().after.unwrap().clean);
+        mended.session(|disk, _| disk.write(0, 0, &[0; 512]).unwrap());
+    }
+}
+
+/// The same copy is no reason to refuse when the older state lacks what the newest one lacks.
+#[test]
+fn an_older_generation_that_is_no_better_does_not_keep_a_disk_closed() {
+    let mut sample = closed();
+    let older = sample.clone();
+    sample.killed_session(|disk, contents| {
+        put(disk, contents, 60, (200 * 128, 300));
+        disk.flush().unwrap();
+        disk.checkpoint().unwrap();
+        put(disk, contents, 61, (100 * 128, 64));
+        disk.flush().unwrap();
+    });
+    for offset in &SUPERBLOCK_OFFSETS[2..] {
+        sample.overwrite(*offset, &older.read(*offset, PAGE));
+    }
+    let at = sample.leaf_at(1);
+    assert_eq!(at.page, older.leaf_at(1).page, "both have it");
+    sample.flip(at.page.file_offset() + 77, 3);
+
+    sample.session(|disk, contents| put(disk, contents, 62, (101 * 128, 64)));
+
+    assert!(sample.lost_blocks().iter().all(|b| blocks_of_leaf(1).contains(b)));
+}
+
 fn choose_older(sample: &Sample) -> format::superblock::Superblock {
     let page = sample.read(SUPERBLOCK_OFFSETS[3], PAGE).try_into().expect("a page");
     format::superblock::Superblock::decode(&page, 3).expect("an older copy")

@@ -11,7 +11,6 @@
 
 mod commit;
 mod leaks;
-mod older;
 mod outcome;
 mod parents;
 mod repair;

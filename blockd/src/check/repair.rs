@@ -15,12 +15,13 @@ use std::sync::Arc;
 use format::entry::BlockState;
 use format::limits::{BLOCK, EXTENT_BLOCKS};
 use format::superblock::{Attached, State, Superblock};
-use format::units::{GuestExtent, index};
+use format::units::{Generation, GuestExtent, index};
 use format::{Error, Kind, Result};
 
 use super::commit::{Publish, commit};
 use super::outcome::{Action, Loss, RepairOptions, RepairReport, Why};
-use super::{Examined, examine, leaks, older, report};
+use super::{Examined, examine, leaks, report};
+use crate::disk::load::older::{self, Older};
 use crate::disk::load::{How, Loaded, OnDamage, load_state, newest};
 use crate::disk::problem::{GuestRange, Problems, Severity, What};
 use crate::disk::tail::Tail;
@@ -211,67 +212,45 @@ impl Repair<'_> {
     }
 
     fn load(&self, sb: Superblock) -> Result<Loaded> {
-        let on_damage = if self.options.drop_damaged { OnDamage::Zero } else { OnDamage::Keep };
-        let how = How { on_damage, search_ring: true };
+        let how = How { on_damage: on_damage(&self.options), search_ring: true };
         load_state(self.file, sb, self.segments, self.tail, (how, Problems::default()))
-    }
-
-    fn has_older(&self) -> Result<bool> {
-        Ok(!older::candidates(self.file.as_ref(), &self.newest)?.is_empty())
     }
 
     /// True when a copy of an older generation may still be worth something.
     fn keeps_older(&self, before: &Examined) -> Result<bool> {
         let damaged = !before.loaded.damaged.is_empty();
-        Ok(damaged && !self.options.drop_damaged && self.has_older()?)
+        Ok(damaged && !self.options.drop_damaged && older::any(self.file.as_ref(), &self.newest)?)
     }
 
     fn choose_older(&mut self, newest: &Loaded) -> Result<Option<Loaded>> {
-        let size = self.newest.virtual_size;
-        let unreadable = |ranges: Vec<GuestRange>| ranges.iter().map(|r| r.len).sum::<u64>();
-        let now = unreadable(newest.damaged.in_bytes(size));
-        if now == 0 {
+        let refused = &mut self.refused;
+        if newest.damaged.in_bytes(self.newest.virtual_size).is_empty() {
             let why = "the newest generation can be read: there is nothing to gain";
-            self.refused.push(format!("going back to an older generation: {why}"));
+            refused.push(format!("going back to an older generation: {why}"));
             return Ok(None);
         }
-        for sb in older::candidates(self.file.as_ref(), &self.newest)? {
-            let generation = sb.generation;
-            let refused =
-                |e: Error| format!("going back to generation {generation}: {}", e.reason());
-            let loaded = match self.load(sb) {
-                Ok(loaded) => loaded,
-                Err(e) if e.kind() == Kind::Corrupt => {
-                    self.refused.push(refused(e));
-                    continue;
-                }
-                Err(e) => return Err(e),
-            };
-            if let Err(e) = older::check(&loaded, newest) {
-                self.refused.push(refused(e));
-                continue;
+        let on_damage = on_damage(&self.options);
+        let mut refuse = |generation: Generation, e: &Error| {
+            refused.push(format!("going back to generation {generation}: {}", e.reason()));
+        };
+        let from = (newest, on_damage);
+        let found = older::find(self.file, self.segments, self.tail, from, &mut refuse)?;
+        let Some(Older { loaded, regained_bytes }) = found else {
+            if !older::any(self.file.as_ref(), &self.newest)? {
+                let why = "no superblock copy holds one";
+                self.refused.push(format!("going back to an older generation: {why}"));
             }
-            let then = unreadable(loaded.damaged.in_bytes(size))
-                + unreadable(loaded.dropped.in_bytes(size));
-            if then >= now {
-                self.refused.push(refused(Error::corrupt("it is no less damaged")));
-                continue;
-            }
-            for range in older::differences(&loaded, newest).in_bytes(size) {
-                self.lost.push(Loss { range, why: Why::Differs });
-            }
-            self.actions.push(Action::UseOlderGeneration {
-                newest: self.newest.generation.0,
-                older: generation.0,
-                regained_bytes: now - then,
-            });
-            return Ok(Some(loaded));
+            return Ok(None);
+        };
+        for range in older::differences(&loaded, newest).in_bytes(self.newest.virtual_size) {
+            self.lost.push(Loss { range, why: Why::Differs });
         }
-        if !self.has_older()? {
-            let why = "no superblock copy holds one";
-            self.refused.push(format!("going back to an older generation: {why}"));
-        }
-        Ok(None)
+        self.actions.push(Action::UseOlderGeneration {
+            newest: self.newest.generation.0,
+            older: loaded.superblock.generation.0,
+            regained_bytes,
+        });
+        Ok(Some(loaded))
     }
 
     fn note_dropped(&mut self, loaded: &Loaded, dropped: Vec<GuestRange>) {
@@ -386,6 +365,10 @@ impl Repair<'_> {
         let (sb, _) = newest(self.file.as_ref()).ok()?;
         self.tail.filter(|_| sb.attached == Attached::WithTail)
     }
+}
+
+fn on_damage(options: &RepairOptions) -> OnDamage {
+    if options.drop_damaged { OnDamage::Zero } else { OnDamage::Keep }
 }
 
 fn has(loaded: &Loaded, what: What) -> bool {

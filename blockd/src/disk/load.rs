@@ -11,6 +11,7 @@
 //!   Where damage hides what is used, everything up to the end of the file counts as used.
 
 mod leaves;
+pub mod older;
 pub mod ranges;
 mod replay;
 mod space;

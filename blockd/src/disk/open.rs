@@ -24,7 +24,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::claims::Claims;
 use super::gate::IoGate;
-use super::load::{Loaded, load};
+use super::load::{Loaded, load, older};
 use super::problem::Severity;
 use super::tail::Tail;
 use super::{Checkpoint, Commit, Core, Disk, Options, Tickets};
@@ -66,9 +66,10 @@ impl Disk {
 
     /// Opens a disk for reading and writing.
     ///
-    /// # Errors As [`Disk::open_read_only`], and `ReadOnly` for a sealed disk, `TailLost` when
-    /// completed writes of a living client may be missing, `Corrupt` when writing would make damage
-    /// worse.
+    /// # Errors
+    /// As [`Disk::open_read_only`], and `ReadOnly` for a sealed disk, `TailLost` when completed
+    /// writes of a living client may be missing, `Corrupt` when writing would make damage worse or
+    /// overwrite an older state that shows more.
     pub fn open(file: Arc<dyn File>, segments: &dyn Segments, options: &Options) -> Result<Self> {
         // A sealed file may be open for reading only, and then there is no lock to be had.
         refuse_sealed(&segment::read_superblock(file.as_ref())?.superblock)?;
@@ -89,6 +90,7 @@ impl Disk {
         if let Some(problem) = worst {
             return Err(problem.to_error());
         }
+        older::keep(&file, segments, left.as_ref(), &loaded)?;
         let next = loaded.cursor.seq;
         let capacity = tail_capacity(sb.journal_pages());
         // Records that only the tail of a killed process holds stay in that tail until they are in

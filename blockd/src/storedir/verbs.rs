@@ -18,7 +18,8 @@ use uuid::Uuid;
 use super::StoreDir;
 use crate::catalogue::{Change, DiskRow};
 use crate::disk::create::{NewSegment, Parent};
-use crate::disk::{Disk, Options};
+use crate::disk::load::{load, older};
+use crate::disk::{Disk, Options, left_tail};
 use crate::segment::{self, Segments, deleted_name, file_name, new_name};
 use crate::store::Access;
 
@@ -180,12 +181,30 @@ impl StoreDir {
         check_name(to)?;
         let row = self.disk(from)?;
         self.check_name_free(to)?;
+        self.check_label(&row)?;
         // The catalogue first, with a note that the label is behind: a crash in between leaves the
         // new name taken, and the next opening writes the label. The other way round, a crash would
         // leave two names for one disk.
         let behind = DiskRow { name: to.into(), relabel: true, ..row };
         self.catalogue.apply(&[Change::Remove(from.into()), Change::Put(behind.clone())])?;
         self.finish_rename(behind)
+    }
+
+    /// Whether a disk's name may be written into its segment. Asked before the catalogue is changed,
+    /// because a rename that has begun must be finished.
+    fn check_label(&self, row: &DiskRow) -> Result<()> {
+        let check = || {
+            let file = self.segment_file(row.segment, Access::Read)?;
+            let sb = segment::read_superblock(file.as_ref())?.superblock;
+            sb.check_writable_features()?;
+            if !older::any(file.as_ref(), &sb)? {
+                return Ok(());
+            }
+            let tail = left_tail(&sb, &Options { accept_lost_tail: true, ..self.disk_options() })?;
+            let loaded = load(&file, self, tail.as_ref())?;
+            older::keep(&file, self, tail.as_ref(), &loaded)
+        };
+        check().context("rename", || format!("disk {}", row.name))
     }
 
     /// Writes the label of a renamed disk and takes the note back.
@@ -206,8 +225,8 @@ impl StoreDir {
         }
         let file = self.store.open(&name, Access::Write)?;
         file.lock()?;
+        segment::read_superblock(file.as_ref())?.superblock.check_writable_features()?;
         let mut sb = segment::settle(file.as_ref())?;
-        sb.check_writable_features()?;
         sb.generation = sb.generation.next();
         sb.name.clone_from(&row.name);
         segment::flip(file.as_ref(), &sb)?;

@@ -127,6 +127,8 @@ mod swapped_orders_are_caught {
         expect_caught("flush_without_the_sync_of_its_journal", &run, spoilt, Wrong::Value);
     }
 
+    /// The newest state names pages that are not there; the state before is whole still, and so the
+    /// disk is refused for writing.
     #[test]
     fn flip_before_the_sync_of_the_map() {
         let run = run(|s| {
@@ -138,7 +140,7 @@ mod swapped_orders_are_caught {
         let flip = find(&run, last(&run), is_first_pair);
         let spoilt = drop_syncs(&run.log, |at, _| last(&run).start <= at && at < flip);
 
-        expect_caught("flip_before_the_sync_of_the_map", &run, spoilt, Wrong::Problem);
+        expect_caught("flip_before_the_sync_of_the_map", &run, spoilt, Wrong::Error);
     }
 
     /// Copies of leaves hold records that no commit made durable, and replay from a head that was

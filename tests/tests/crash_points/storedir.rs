@@ -5,14 +5,17 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use blockd::disk::Disk;
+use blockd::segment::file_name;
 use blockd::store::file::CacheMode;
 use blockd::store::sim::{
     Bounds, CrashState, CrashStats, CrashWalk, Image, Op, SimStore, all_crash_states, drop_syncs,
 };
 use blockd::store::{Access, Store};
 use blockd::storedir::{NewDisk, OpenOptions, StoreDir};
-use format::Result;
-use format::superblock::State;
+use format::limits::{PAGE, SUPERBLOCK_OFFSETS};
+use format::node::NodePtr;
+use format::superblock::{Mode, State, Superblock};
+use format::{Kind, Result};
 use offshoot_tests::crash::{Report, no_panic};
 use offshoot_tests::inspect::{Violation, Wrong, contents};
 use offshoot_tests::model::Contents;
@@ -299,4 +302,77 @@ fn a_name_that_is_not_made_durable_is_caught() {
         lost += usize::from(found.is_err() || found.is_ok_and(|world| world.is_empty()));
     });
     assert!(lost > 0, "nobody noticed");
+}
+
+/// A store with the disk `one`, whose segment `spoil` changed, and what the change left.
+fn spoilt(spoil: impl FnOnce(&mut Image, &str)) -> (SimStore, String, Image) {
+    let store = SimStore::new();
+    StoreDir::init_in(&store, None).unwrap();
+    let dir = open(&store).unwrap();
+    let row = dir.create(&new_disk("one", None)).unwrap();
+    let disk = dir.open_disk("one", Access::Write, &dir.disk_options()).unwrap();
+    write(&disk, 1, 0, EXTENT);
+    disk.checkpoint().unwrap();
+    drop((disk, dir));
+    let (mut image, name) = (store.live_image(), file_name(row.segment));
+    spoil(&mut image, &name);
+    (SimStore::from_image(image.clone()), name, image)
+}
+
+fn superblock_of(image: &Image, name: &str, copy: usize) -> Superblock {
+    let page = image.get(name).unwrap().read(SUPERBLOCK_OFFSETS[copy], PAGE);
+    Superblock::decode(page[..].try_into().unwrap(), copy).unwrap()
+}
+
+/// A rename is refused before anything was changed: the disk has its old name, and the store opens.
+fn rename_is_refused(spoilt: &(SimStore, String, Image), kind: Kind, said: &str) {
+    let (store, name, image) = spoilt;
+    for _ in 0..2 {
+        let dir = open(store).unwrap();
+        let e = dir.rename("one", "two").unwrap_err();
+        assert!(e.kind() == kind && e.to_string().contains(said), "{e}");
+        assert_eq!(dir.disks().len(), 1);
+        assert_eq!(dir.disk("one").unwrap().name, "one");
+    }
+    assert_eq!(store.live_image().get(name), image.get(name));
+}
+
+/// Story: the catalogue was changed first, and then the segment refused to be written. Each later
+/// opening of the store tried to finish the rename, failed, and so no disk of it could be used.
+#[test]
+fn a_rename_that_the_segment_refuses_leaves_the_store_as_it_was() {
+    let read_only = spoilt(|image, name| {
+        let sb = Superblock { mode: Mode::Undoable, ..superblock_of(image, name, 0) };
+        for (copy, offset) in SUPERBLOCK_OFFSETS.into_iter().enumerate() {
+            image.overwrite(name, offset, &sb.encode(copy)).unwrap();
+        }
+    });
+
+    rename_is_refused(&read_only, Kind::Unsupported, "mode");
+}
+
+/// Nor does a rename overwrite an older superblock copy that is needed to mend the map.
+#[test]
+fn a_rename_keeps_an_older_state_that_is_better() {
+    let half_flipped = spoilt(|image, name| {
+        let newest = superblock_of(image, name, 0);
+        let before = image.clone();
+        let store = SimStore::from_image(before.clone());
+        let dir = open(&store).unwrap();
+        let disk = dir.open_disk("one", Access::Write, &dir.disk_options()).unwrap();
+        write(&disk, 2, 2 * EXTENT, EXTENT);
+        disk.checkpoint().unwrap();
+        let opened = superblock_of(&store.live_image(), name, 2);
+        assert_ne!(opened.root, newest.root);
+        drop((disk, dir));
+        *image = store.live_image();
+        let older = Superblock { epoch: opened.epoch, ..newest };
+        for (copy, offset) in SUPERBLOCK_OFFSETS.into_iter().enumerate().skip(2) {
+            image.overwrite(name, offset, &older.encode(copy)).unwrap();
+        }
+        let NodePtr::Page(root) = opened.root else { panic!("a root") };
+        image.flip_bit(name, root.page.file_offset() + 1, 1).unwrap();
+    });
+
+    rename_is_refused(&half_flipped, Kind::Corrupt, "--older-generation");
 }
