@@ -7,6 +7,10 @@ use std::fs;
 use std::os::unix::fs::FileExt as _;
 use std::time::Duration;
 
+use format::journal::{Record, encode_commit};
+use format::limits::{PAGE, SUPERBLOCK_OFFSETS};
+use format::superblock::{Attached, Superblock};
+use format::units::{ExtentId, GuestExtent};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use support::{Bench, Ran, names, noise, offshoot, run, signal, sparse, until, wait};
@@ -614,6 +618,58 @@ fn a_damaged_superblock_copy_is_noted_and_repaired_on_active_and_sealed_disks() 
         bench.is_clean(disk);
     }
     assert!(fs::metadata(bench.segment("s")).unwrap().permissions().readonly());
+}
+
+/// Puts records into the journal of a closed disk, which no writer would make.
+fn forge(path: &std::path::Path, records: impl FnOnce(&Superblock) -> Vec<Record>) {
+    let file = fs::File::options().read(true).write(true).open(path).unwrap();
+    let mut page = [0; PAGE];
+    file.read_exact_at(&mut page, 0).unwrap();
+    let sb = Superblock { attached: Attached::Plain, ..Superblock::decode(&page, 0).unwrap() };
+    let (pages, _) = encode_commit(&sb.journal, sb.segment, sb.journal_pages(), &records(&sb));
+    for page in pages {
+        file.write_all_at(&page.bytes, sb.journal_offset(page.position)).unwrap();
+    }
+    for (copy, offset) in SUPERBLOCK_OFFSETS.into_iter().enumerate() {
+        file.write_all_at(&sb.encode(copy), offset).unwrap();
+    }
+}
+
+/// Whoever only reads such a disk must be told which ranges may show the data of others.
+#[test]
+fn space_that_is_used_twice_is_warned_about_and_unshared_on_request() {
+    const EXTENT: u64 = 64 << 10;
+    let bench = Bench::new();
+    bench.ok(&["disk", "create", "a", "--size", "1M"]);
+    bench.write("a", 0, &noise(1, 4096));
+    forge(&bench.segment("a"), |sb| {
+        // An extent of the file that is in no use.
+        let target = ExtentId(sb.data_start().0 + 9).block(0);
+        let map =
+            |extent| Record::Map { block: GuestExtent(extent).first_block(), count: 16, target };
+        vec![map(3), map(8)]
+    });
+
+    for verb in [&["disk", "show", "a"][..], &["disk", "read", "a", "--length", "4096"]] {
+        let ran = bench.ok(verb);
+        for offset in [3 * EXTENT, 8 * EXTENT] {
+            let line = format!("warning: disk a: byte offset {offset}: extent ");
+            let line = ran.err.lines().find(|l| l.contains(&line)).expect("a warning");
+            assert!(
+                line.contains("is used twice: what is read here may belong elsewhere"),
+                "{line}"
+            );
+        }
+        assert!(ran.err.contains("`offshoot disk check`"), "{ran:?}");
+    }
+    let write = ["disk", "write", "a", "--offset", "0"];
+    let refused = bench.feed(&write, &noise(2, 4096));
+    refused.fails(6, &["used twice", "disk check", "disk repair"]);
+    let checked = bench.run(&["disk", "check", "a", "--json"]).json();
+    assert_eq!(checked["problems"][0]["remedy"], "repair-unshare");
+    bench.ok(&["disk", "repair", "a", "--unshare"]);
+    bench.is_clean("a");
+    bench.write("a", 0, &noise(2, 4096));
 }
 
 #[test]

@@ -190,8 +190,8 @@ impl StoreDir {
         self.finish_rename(behind)
     }
 
-    /// Whether a disk's name may be written into its segment. Asked before the catalogue is changed,
-    /// because a rename that has begun must be finished.
+    /// Whether a disk's name may be written into its segment. Asked before the catalogue is
+    /// changed, because a rename that has begun must be finished.
     fn check_label(&self, row: &DiskRow) -> Result<()> {
         let check = || {
             let file = self.segment_file(row.segment, Access::Read)?;

@@ -40,7 +40,10 @@ pub fn warnings(name: &str, disk: &Disk) -> Vec<String> {
     let mut notes: Vec<String> = lines.take(NOTES_MAX).collect();
     if disk.problems.len() > notes.len() {
         let more = disk.problems.len() - notes.len();
-        notes.push(format!("warning: disk {name}: {more} more problems; see `disk check`"));
+        notes.push(format!("warning: disk {name}: {more} more problems"));
+    }
+    if !notes.is_empty() {
+        notes.push("`offshoot disk check` lists them, with what mends each".into());
     }
     notes
 }

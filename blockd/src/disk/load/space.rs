@@ -3,7 +3,7 @@
 //! Invariant: an extent or page that anything readable names is used, and so is everything up to
 //! the end of the file when something unreadable may name it.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use format::array::ArrayRef;
 use format::entry::{BlockState, Vector};
@@ -155,27 +155,16 @@ impl Loader<'_> {
         let count = self.leaf_count();
         let named = tree.leaves().map(|(leaf, _)| leaf).filter(|leaf| leaf.0 < count);
         let leaves: LeafSet = named.chain(self.dirty.iter()).collect();
-        let (mut shared, mut problems) = (Vec::new(), Vec::new());
-        let mut note = |what: What, v: GuestExtent, error: &Error| {
-            let problem = Problem::new(what, format!("byte offset {}", v.0 * EXTENT), error);
-            problems.push(problem.costing(v.0 * EXTENT, EXTENT));
-        };
+        let mut shared = BTreeSet::new();
         let mut claim = |v: GuestExtent, e: ExtentId| {
             // What lies outside was noticed when the entry was read.
-            let claimed = if inside.contains(&e) { space.claim(e) } else { Ok(()) };
-            if let Err(error) = claimed {
-                shared.push((v, e));
-                return Some(error);
+            if inside.contains(&e) && space.claim(e).is_err() {
+                shared.insert((v, e));
             }
-            None
         };
         for leaf in leaves.iter() {
             // A leaf that is damaged as a whole names nothing that is known.
-            let _ = self.map.each_own_extent(leaf, &mut |v, e| {
-                if let Some(error) = claim(v, e) {
-                    note(What::DoubleUse, v, &error);
-                }
-            });
+            let _ = self.map.each_own_extent(leaf, &mut claim);
         }
         for v in std::mem::take(&mut self.moved) {
             let Ok(owned) = self.map.vector(v).map(|vector| owned(&vector, self.sb.own_index))
@@ -183,16 +172,42 @@ impl Loader<'_> {
                 continue;
             };
             for e in owned.iter().skip(1) {
-                let reason = format!("it owns two extents, {} and {e}", owned[0]);
-                note(What::Nonsense, v, &Error::corrupt(reason));
-                if let Some(error) = claim(v, *e) {
-                    note(What::DoubleUse, v, &error);
-                }
+                let seen = format!("it owns two extents, {} and {e}", owned[0]);
+                self.problems.note(of_extent(What::Nonsense, v, seen));
+                claim(v, *e);
             }
         }
-        self.problems.extend(problems);
-        shared
+        self.note_shared(&leaves, &shared);
+        shared.into_iter().collect()
     }
+
+    /// Notes every virtual extent that reads an extent which something else names, too: those that
+    /// came to it first as well, since nothing tells whose data it holds.
+    fn note_shared(&mut self, leaves: &LeafSet, shared: &BTreeSet<(GuestExtent, ExtentId)>) {
+        let twice: HashSet<ExtentId> = shared.iter().map(|(_, e)| *e).collect();
+        if twice.is_empty() {
+            return;
+        }
+        let mut users = shared.clone();
+        for leaf in leaves.iter() {
+            let _ = self.map.each_own_extent(leaf, &mut |v, e| {
+                if twice.contains(&e) {
+                    users.insert((v, e));
+                }
+            });
+        }
+        for (v, e) in users {
+            let seen = format!("extent {e} is used twice: what is read here may belong elsewhere");
+            self.problems.note(of_extent(What::DoubleUse, v, seen));
+        }
+    }
+}
+
+/// What is wrong with a virtual extent.
+fn of_extent(what: What, v: GuestExtent, seen: String) -> Problem {
+    let offset = v.0 * EXTENT;
+    let problem = Problem::new(what, format!("byte offset {offset}"), &Error::corrupt(seen));
+    problem.costing(offset, EXTENT)
 }
 
 /// Takes every extent up to the end of the file, and every free page beside a map page.
