@@ -11,10 +11,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use format::{Error, Kind, Result};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use rustix::event::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
 use vhost_blk::blk::{Capabilities, RangeLimits};
@@ -30,6 +30,9 @@ const SESSIONS_MAX: usize = 4;
 /// Bytes of one discard or write-zeroes range: what a thread empties at once.
 const RANGE_BYTES_MAX: u32 = 1 << 30;
 const SECTOR: u32 = 512;
+/// How long a front end that wants to run waits for another one's rings to stop: that of a monitor
+/// that has just died still finishes what it has in work.
+const OWNER_WAIT: Duration = Duration::from_secs(2);
 /// How long to look for a worker's next round before waking it again.
 const ROUND_WAIT: Duration = Duration::from_micros(200);
 
@@ -81,8 +84,10 @@ struct Shared {
     options: VhostOptions,
     sessions: Mutex<Vec<Front>>,
     next_id: AtomicU64,
-    /// The front end whose rings run, or 0.
+    /// The front end whose rings run.
     owner: Mutex<Owner>,
+    /// A ring of it stopped.
+    ring_stopped: Condvar,
     stopping: AtomicBool,
     wake: EventFd,
 }
@@ -127,6 +132,7 @@ impl VhostServer {
             sessions: Mutex::default(),
             next_id: AtomicU64::new(1),
             owner: Mutex::default(),
+            ring_stopped: Condvar::new(),
             stopping: AtomicBool::new(false),
             wake: EventFd::new()?,
         });
@@ -341,10 +347,13 @@ struct Running {
 impl Running {
     fn begin(shared: &Arc<Shared>, id: u64) -> Result<Running> {
         let mut owner = shared.owner.lock();
-        if owner.queues > 0 && owner.id != id {
-            return Err(Error::new(Kind::Busy, "another front end is running this disk")
-                .tried("start a queue of")
-                .on(format!("disk {}", shared.volume.name())));
+        let until = Instant::now() + OWNER_WAIT;
+        while owner.queues > 0 && owner.id != id {
+            if shared.ring_stopped.wait_until(&mut owner, until).timed_out() {
+                return Err(Error::new(Kind::Busy, "another front end is running this disk")
+                    .tried("start a queue of")
+                    .on(format!("disk {}", shared.volume.name())));
+            }
         }
         owner.id = id;
         owner.queues += 1;
@@ -355,6 +364,7 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.shared.owner.lock().queues -= 1;
+        self.shared.ring_stopped.notify_all();
     }
 }
 
