@@ -6,7 +6,7 @@
 //! and a thread per queue, which completes requests in an order that a seed decides.
 //!
 //! Standard input takes one command a line, and each is answered with one line: `counters` (as
-//! JSON), `hold` (requests are taken and not done any more), `release`, `resize SECTORS`.
+//! JSON), `hold` (requests are taken and not done any more), `release`.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -24,7 +24,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FallocateFlags, fallocate};
 use vhost_blk::blk::{Capabilities, Range, RangeLimits, RangeList, Request, Status};
 use vhost_blk::queue::{Chain, Segment, as_iovecs};
-use vhost_blk::session::{ActiveQueue, Control, Device, Session, SessionHandle};
+use vhost_blk::session::{ActiveQueue, Control, Device, Session};
 
 /// Requests that one queue has in work at most.
 const SLOTS: usize = 64;
@@ -34,8 +34,7 @@ const IOVECS_MAX: usize = 1024;
 #[derive(Debug)]
 struct Disk {
     file: File,
-    capabilities: Mutex<Capabilities>,
-    sessions: Mutex<Vec<SessionHandle>>,
+    capabilities: Capabilities,
     /// The guest's choice of cache mode; as everything here, it ends with the process.
     write_back: Mutex<Option<bool>>,
     /// While set, workers take requests and do not do them.
@@ -118,7 +117,7 @@ struct Server(Arc<Disk>);
 
 impl Device for Server {
     fn capabilities(&self) -> Capabilities {
-        lock(&self.0.capabilities).clone()
+        self.0.capabilities.clone()
     }
 
     fn start_queue(&mut self, queue: ActiveQueue) -> Result<()> {
@@ -157,7 +156,7 @@ fn work(mut queue: ActiveQueue, disk: &Disk) {
     let mut pending: Vec<(Slot, Request)> = Vec::new();
     loop {
         let stop = queue.control() == Control::Stop;
-        let limits = lock(&disk.capabilities).limits(queue.features());
+        let limits = disk.capabilities.limits(queue.features());
         while !stop && let Some(mut slot) = free.pop() {
             match queue.take(&limits, &mut slot.chain, &mut slot.list) {
                 Some(request) => {
@@ -210,21 +209,8 @@ fn command(disk: &Disk, line: &str) -> String {
             disk.hold.store(false, Ordering::Relaxed); // see `work`
             "released".to_owned()
         }
-        ("resize", sectors) => resize(disk, sectors),
         _ => "unknown command".to_owned(),
     }
-}
-
-fn resize(disk: &Disk, sectors: &str) -> String {
-    let Ok(sectors) = sectors.parse::<u64>() else { return "not a number".to_owned() };
-    // The file first: a guest that sees the new size may use it at once.
-    if let Err(e) = disk.file.set_len(sectors * 512) {
-        return e.to_string();
-    }
-    lock(&disk.capabilities).sectors = sectors;
-    let told =
-        lock(&disk.sessions).iter().filter(|s| matches!(s.config_changed(), Ok(true))).count();
-    format!("told {told}")
 }
 
 fn serve_commands(disk: &Disk) {
@@ -258,8 +244,7 @@ fn main() {
     };
     let disk = Arc::new(Disk {
         file,
-        capabilities: Mutex::new(capabilities),
-        sessions: Mutex::default(),
+        capabilities,
         write_back: Mutex::default(),
         hold: AtomicBool::new(false),
         counters: Mutex::default(),
@@ -274,9 +259,8 @@ fn main() {
     for connection in listener.incoming() {
         let mut server = Server(disk.clone());
         let connection = connection.expect("a connection");
-        let (mut session, handle) = Session::new(connection, &server).expect("a session");
+        let (mut session, _handle) = Session::new(connection, &server).expect("a session");
         disk.count("sessions");
-        lock(&disk.sessions).push(handle);
         thread::spawn(move || match session.run(&mut server) {
             Ok(end) => eprintln!("vhost_disk: a session ended: {end:?}"),
             Err(e) => {

@@ -2,7 +2,6 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -14,15 +13,15 @@ use tempfile::TempDir;
 
 /// How a disk is served.
 #[derive(Debug, Clone)]
-pub struct Served {
+pub struct Setup {
     pub mib: u64,
     pub queues: u16,
     pub flags: Vec<&'static str>,
 }
 
-impl Served {
-    pub fn plain(mib: u64) -> Served {
-        Served { mib, queues: 1, flags: Vec::new() }
+impl Setup {
+    pub fn plain(mib: u64) -> Setup {
+        Setup { mib, queues: 1, flags: Vec::new() }
     }
 }
 
@@ -31,16 +30,16 @@ pub struct Backend {
     child: Child,
     commands: ChildStdin,
     answers: BufReader<ChildStdout>,
-    served: Served,
+    setup: Setup,
     dir: TempDir,
 }
 
-fn start(dir: &Path, served: &Served) -> (Child, ChildStdin, BufReader<ChildStdout>) {
+fn start(dir: &Path, setup: &Setup) -> (Child, ChildStdin, BufReader<ChildStdout>) {
     let socket = dir.join("socket");
     let _ = fs::remove_file(&socket);
     let mut command = Command::new(env!("CARGO_BIN_EXE_vhost_disk"));
-    command.args([&socket, &dir.join("disk")]).arg(served.queues.to_string());
-    command.args(&served.flags).stdin(Stdio::piped()).stdout(Stdio::piped());
+    command.args([&socket, &dir.join("disk")]).arg(setup.queues.to_string());
+    command.args(&setup.flags).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut child = die_with_test(&mut command).spawn().unwrap();
     let end = Instant::now() + Duration::from_secs(20);
     while !socket.exists() {
@@ -53,24 +52,24 @@ fn start(dir: &Path, served: &Served) -> (Child, ChildStdin, BufReader<ChildStdo
 
 impl Backend {
     /// Serves a new, empty disk.
-    pub fn new(served: Served) -> Backend {
-        Backend::with(served, |file| File::create(file).map(drop).unwrap())
+    pub fn new(setup: Setup) -> Backend {
+        Backend::with(setup, |file| File::create(file).map(drop).unwrap())
     }
 
     /// Serves a disk that `make` fills.
-    pub fn with(served: Served, make: impl FnOnce(&Path)) -> Backend {
+    pub fn with(setup: Setup, make: impl FnOnce(&Path)) -> Backend {
         let dir = memory_dir();
         make(&dir.path().join("disk"));
         let file = File::options().write(true).open(dir.path().join("disk")).unwrap();
-        file.set_len(served.mib << 20).unwrap();
-        let (child, commands, answers) = start(dir.path(), &served);
-        Backend { child, commands, answers, served, dir }
+        file.set_len(setup.mib << 20).unwrap();
+        let (child, commands, answers) = start(dir.path(), &setup);
+        Backend { child, commands, answers, setup, dir }
     }
 
     /// The guest's end of it.
     pub fn disk(&self) -> GuestDisk {
-        let queues = self.served.queues;
-        let packed = self.served.flags.contains(&"packed");
+        let queues = self.setup.queues;
+        let packed = self.setup.flags.contains(&"packed");
         GuestDisk { queues, packed, ..GuestDisk::new(&self.dir.path().join("socket")) }
     }
 
@@ -82,11 +81,6 @@ impl Backend {
     /// A path in the disk's folder.
     pub fn place(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
-    }
-
-    /// Bytes that the disk takes on the host.
-    pub fn allocated(&self) -> u64 {
-        fs::metadata(self.file()).unwrap().blocks() * 512
     }
 
     /// Gives a command to the process and returns its answer.
@@ -120,7 +114,7 @@ impl Backend {
 
     /// Starts a new process on the same disk and socket after [`Backend::kill`].
     pub fn revive(&mut self) {
-        (self.child, self.commands, self.answers) = start(self.dir.path(), &self.served);
+        (self.child, self.commands, self.answers) = start(self.dir.path(), &self.setup);
     }
 }
 

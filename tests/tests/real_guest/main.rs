@@ -1,21 +1,27 @@
 //! A real Linux guest in QEMU on disks of our vhost-user-blk device: file systems, cache modes,
 //! discard, resize, resets, a backend or a virtual machine that dies, live migration.
 //!
-//! The disks are files served by `vhost_disk`, so a failure here is one of the protocol side.
+//! Most disks are of a store and served by `blockd`. Some are files served by `vhost_disk`, which
+//! can stop in the middle of requests, and has nothing of a store behind it.
 
 mod backend;
+mod served;
 
 use std::fs;
 use std::process::Command;
 use std::time::Duration;
 
-use backend::{Backend, Served};
-use offshoot_tests::guest::{Guest, GuestOptions, Image, RUN};
+use backend::{Backend, Setup};
+use offshoot_tests::guest::{Guest, GuestDisk, GuestOptions, Image, RUN};
 use offshoot_tests::rng::{Rng, seed, soak};
 use offshoot_tests::skip;
+use served::{NAME, Served};
 
 /// The feature bit of packed rings.
 const RING_PACKED: usize = 34;
+
+/// Says how the guest sees its cache.
+const WRITE_CACHE: &str = "cat /sys/block/vda/queue/write_cache";
 
 /// How long each half of a migration may take.
 const MIGRATION: Duration = Duration::from_secs(90);
@@ -26,14 +32,14 @@ fn image(test: &str) -> Option<&'static Image> {
 }
 
 /// A verified run of the whole life of a file system.
-fn use_file_system(image: &Image, served: Served) {
-    let (queues, packed) = (served.queues, served.flags.contains(&"packed"));
-    let mut backend = Backend::new(served);
-    let mut guest = Guest::boot(image, &GuestOptions::with(vec![backend.disk()]));
-    assert_eq!(guest.run("ls /sys/block/vda/mq | wc -l").trim(), queues.to_string());
+fn use_file_system(image: &Image, packed: bool) {
+    let served = Served::new(128, 2);
+    let disk = GuestDisk { packed, ..served.disk() };
+    let mut guest = Guest::boot(image, &GuestOptions::with(vec![disk]));
+    assert_eq!(guest.run("ls /sys/block/vda/mq | wc -l").trim(), "2");
     let features = guest.run("cat /sys/block/vda/device/features");
     assert_eq!(&features[RING_PACKED..=RING_PACKED], if packed { "1" } else { "0" });
-    assert_eq!(guest.run("cat /sys/block/vda/serial"), "offshoot-test-disk");
+    assert_eq!(guest.run("cat /sys/block/vda/serial"), NAME);
     guest.run("mke2fs -q -t ext4 /dev/vda && mount /dev/vda /mnt");
     guest.run("dd if=/dev/urandom of=/mnt/a bs=1M count=24 conv=fsync");
     guest.run("cp /mnt/a /mnt/b; sha256sum /mnt/a > /mnt/sums; sync");
@@ -41,29 +47,31 @@ fn use_file_system(image: &Image, served: Served) {
     guest.run("sha256sum -c /mnt/sums && cmp /mnt/a /mnt/b");
 
     // What the guest deletes is space again on the host.
-    let full = backend.allocated();
-    guest.run("rm /mnt/b; sync; fstrim /mnt");
-    assert!(backend.count("discards") > 0);
-    assert!(backend.allocated() + (20 << 20) < full, "{full} to {}", backend.allocated());
+    let full = served.allocated();
+    guest.run("rm /mnt/b; sync; fstrim /mnt; sync");
+    assert!(served.count("discard") > 0);
+    assert!(served.allocated() + (20 << 20) < full, "{full} to {}", served.allocated());
 
     // A reset in the middle of work: the journal repairs what it left.
     guest.run("(while :; do cp /mnt/a /mnt/c; sync; done) >/dev/null 2>&1 & sleep 0.5");
     guest.reset();
     guest.run("e2fsck -p /dev/vda; e2fsck -fn /dev/vda");
     guest.run("mount /dev/vda /mnt && sha256sum -c /mnt/sums && umount /mnt");
-    assert_eq!((backend.count("queues_failed"), backend.count("sessions_failed")), (0, 0));
+    assert_eq!(served.mistakes(), 0);
+    drop(guest);
+    served.check();
 }
 
 #[test]
 fn file_system_in_a_guest_keeps_its_files() {
     let Some(image) = image("file_system_in_a_guest_keeps_its_files") else { return };
-    use_file_system(image, Served { queues: 2, ..Served::plain(128) });
+    use_file_system(image, false);
 }
 
 #[test]
 fn file_system_over_packed_rings_keeps_its_files() {
     let Some(image) = image("file_system_over_packed_rings_keeps_its_files") else { return };
-    use_file_system(image, Served { queues: 2, flags: vec!["packed"], ..Served::plain(128) });
+    use_file_system(image, true);
 }
 
 /// The guest is told the truth about the cache, and what it does about it arrives: in write-back
@@ -72,54 +80,75 @@ fn file_system_over_packed_rings_keeps_its_files() {
 #[test]
 fn guest_sees_the_cache_as_it_is() {
     let Some(image) = image("guest_sees_the_cache_as_it_is") else { return };
-    let mut backend = Backend::new(Served::plain(64));
+    let served = Served::new(64, 1);
     let write = "dd if=/dev/urandom of=/dev/vda bs=64k count=16 conv=fsync";
     for config_wce in [true, false] {
-        let mut disk = backend.disk();
-        disk.config_wce = config_wce;
+        let disk = GuestDisk { config_wce, ..served.disk() };
         let mut guest = Guest::boot(image, &GuestOptions::with(vec![disk]));
-        assert_eq!(guest.run("cat /sys/block/vda/queue/write_cache").trim(), "write back");
-        let before = backend.count("flushes");
+        assert_eq!(guest.run(WRITE_CACHE).trim(), "write back");
+        let before = served.count("flush");
         guest.run(write);
-        assert!(backend.count("flushes") > before, "fsync sends a flush");
+        assert!(served.count("flush") > before, "fsync sends a flush");
         if config_wce {
-            switch_cache(&mut backend, &mut guest, write);
+            guest.run("echo 'write through' > /sys/block/vda/cache_type");
+            assert_eq!(guest.run(WRITE_CACHE).trim(), "write through");
+            let before = served.count("flush");
+            guest.run(write);
+            assert_eq!(served.count("flush"), before);
+            guest.run("echo 'write back' > /sys/block/vda/cache_type");
+            guest.run(write);
+            assert!(served.count("flush") > before);
         }
     }
 }
 
-fn switch_cache(backend: &mut Backend, guest: &mut Guest, write: &str) {
-    let cache = "/sys/block/vda/cache_type";
-    guest.run(&format!("echo 'write through' > {cache}"));
-    assert_eq!(guest.run("cat /sys/block/vda/queue/write_cache").trim(), "write through");
-    let (flushes, durable) = (backend.count("flushes"), backend.count("write_through_writes"));
-    guest.run(write);
-    assert_eq!(backend.count("flushes"), flushes);
-    assert!(backend.count("write_through_writes") > durable);
-    guest.run(&format!("echo 'write back' > {cache}"));
-    let durable = backend.count("write_through_writes");
-    guest.run(write);
-    assert!(backend.count("flushes") > flushes);
-    assert_eq!(backend.count("write_through_writes"), durable);
+/// A guest that switched to write-through sends no flushes, and its virtual machine does not tell a
+/// new daemon what it chose. What it writes after a restart must outlive a power cut all the same.
+#[test]
+fn write_through_outlives_the_daemon_and_then_a_power_cut() {
+    let test = "write_through_outlives_the_daemon_and_then_a_power_cut";
+    let Some(image) = image(test) else { return };
+    let mut served = Served::new(64, 1);
+    let mut guest = Guest::boot(image, &GuestOptions::with(vec![served.disk()]));
+    guest.run("echo 'write through' > /sys/block/vda/cache_type");
+    for (byte, at) in [("a", 0), ("b", 1)] {
+        guest.run(&format!(
+            "yes {byte} | tr -d '\\n' | dd of=/run/data bs=64k count=1 iflag=fullblock && \
+             dd if=/run/data of=/dev/vda bs=64k seek={at} oflag=direct"
+        ));
+        if at == 0 {
+            served.kill();
+            served.revive();
+        }
+    }
+    assert_eq!(served.count("flush"), 0);
+    assert_eq!(served.count("write"), 1);
+    served.cut_power();
+    guest.kill();
+    let bytes = served.read_after_cut(128 << 10);
+    let (a, b) = bytes.split_at(64 << 10);
+    assert!(a.iter().all(|x| *x == b'a'), "written before the daemon was killed");
+    assert!(b.iter().all(|x| *x == b'b'), "written after it");
 }
 
 #[test]
 fn guest_sees_a_resize_at_once() {
     let Some(image) = image("guest_sees_a_resize_at_once") else { return };
-    let mut backend = Backend::new(Served::plain(64));
-    let mut guest = Guest::boot(image, &GuestOptions::with(vec![backend.disk()]));
+    let served = Served::new(64, 1);
+    let mut guest = Guest::boot(image, &GuestOptions::with(vec![served.disk()]));
     guest.run("mke2fs -q -t ext4 /dev/vda");
     assert_eq!(guest.run("cat /sys/block/vda/size").trim(), "131072");
-    assert_eq!(backend.command("resize 262144"), "told 1");
+    served.resize(128);
     guest.run("until [ $(cat /sys/block/vda/size) = 262144 ]; do sleep 0.05; done");
     guest.run("dd if=/dev/urandom of=/dev/vda bs=1M count=64 seek=64 conv=fsync");
     guest.run("e2fsck -fn /dev/vda");
+    assert_eq!(served.mistakes(), 0);
 }
 
 #[test]
 fn system_boots_from_the_disk_and_again_after_a_change() {
     let Some(image) = image("system_boots_from_the_disk_and_again_after_a_change") else { return };
-    let backend = Backend::with(Served::plain(512), |file| image.make_disk(file).unwrap());
+    let backend = Backend::with(Setup::plain(512), |file| image.make_disk(file).unwrap());
     let with_disk = GuestOptions::with(vec![backend.disk()]);
     let options = GuestOptions { root_on_disk: true, ..with_disk };
     let mut guest = Guest::boot(image, &options);
@@ -132,8 +161,8 @@ fn system_boots_from_the_disk_and_again_after_a_change() {
 #[test]
 fn read_only_disk_is_read_and_not_written() {
     let Some(image) = image("read_only_disk_is_read_and_not_written") else { return };
-    let served = Served { flags: vec!["read-only"], ..Served::plain(64) };
-    let backend = Backend::with(served, |file| {
+    let setup = Setup { flags: vec!["read-only"], ..Setup::plain(64) };
+    let backend = Backend::with(setup, |file| {
         let files = tempfile::tempdir().unwrap();
         fs::write(files.path().join("word"), "what was there").unwrap();
         let mke2fs = offshoot_tests::tool("mke2fs").expect("the image was made with it");
@@ -168,28 +197,30 @@ fn verified_load(seconds: u32) -> String {
 }
 
 #[test]
-fn killed_backend_loses_nothing_under_a_running_guest() {
-    let test = "killed_backend_loses_nothing_under_a_running_guest";
+fn killed_daemon_loses_nothing_under_a_running_guest() {
+    let test = "killed_daemon_loses_nothing_under_a_running_guest";
     let Some(image) = image(test) else { return };
     if image.initramfs_fio.is_none() {
         return skip(test, "no fio on this machine");
     }
     let mut rng = Rng::new(seed(1));
-    let mut backend = Backend::new(Served { queues: 2, ..Served::plain(64) });
-    let options = GuestOptions { fio: true, ..GuestOptions::with(vec![backend.disk()]) };
+    let mut served = Served::new(64, 2);
+    let options = GuestOptions { fio: true, ..GuestOptions::with(vec![served.disk()]) };
     let mut guest = Guest::boot(image, &options);
     let (kills, seconds) = if soak() { (200, 300) } else { (8, 12) };
     guest.submit(&verified_load(seconds));
     for _ in 0..kills {
         // The load runs, whatever the last kill did.
-        backend.wait_for("writes", 200 + rng.below(200));
-        backend.kill();
-        backend.revive();
+        served.wait_for("write", 100 + rng.below(100));
+        served.kill();
+        served.revive();
     }
-    backend.wait_for("writes", 200);
+    served.wait_for("write", 100);
     let output = guest.collect(Duration::from_secs(u64::from(seconds) + 60));
     assert_eq!(output.code, 0, "{}", output.text);
-    assert_eq!(backend.count("queues_failed"), 0);
+    assert_eq!(served.mistakes(), 0);
+    drop(guest);
+    served.check();
 }
 
 /// Requests that a dead backend had taken and not done are done by the next one, which finds them
@@ -201,7 +232,7 @@ fn requests_that_died_with_the_backend_are_done_by_the_next() {
     };
     for packed in [false, true] {
         let flags = if packed { vec!["packed"] } else { vec![] };
-        let mut backend = Backend::new(Served { flags, ..Served::plain(64) });
+        let mut backend = Backend::new(Setup { flags, ..Setup::plain(64) });
         let mut guest = Guest::boot(image, &GuestOptions::with(vec![backend.disk()]));
         guest.run("dd if=/dev/urandom of=/run/data bs=1M count=4");
         backend.command("hold");
@@ -222,19 +253,20 @@ fn requests_that_died_with_the_backend_are_done_by_the_next() {
 #[test]
 fn disk_outlives_a_killed_virtual_machine() {
     let Some(image) = image("disk_outlives_a_killed_virtual_machine") else { return };
-    let mut backend = Backend::new(Served { queues: 2, ..Served::plain(64) });
-    let options = GuestOptions::with(vec![backend.disk()]);
+    let served = Served::new(64, 2);
+    let options = GuestOptions::with(vec![served.disk()]);
     let mut guest = Guest::boot(image, &options);
     guest.run("mke2fs -q -t ext4 /dev/vda && mount /dev/vda /mnt");
     guest.run("dd if=/dev/urandom of=/mnt/a bs=1M count=8; sha256sum /mnt/a > /mnt/sums; sync");
     guest.submit("while :; do cp /mnt/a /mnt/b; sync; done");
-    let writes = backend.count("writes");
-    backend.wait_for("writes", writes + 40);
+    served.wait_for("write", served.count("write") + 40);
     guest.kill();
     let mut guest = Guest::boot(image, &options);
     guest.run("e2fsck -p /dev/vda || [ $? = 1 ]; e2fsck -fn /dev/vda");
     guest.run("mount /dev/vda /mnt && sha256sum -c /mnt/sums");
-    assert_eq!((backend.count("queues_failed"), backend.count("sessions_failed")), (0, 0));
+    assert_eq!(served.mistakes(), 0);
+    drop(guest);
+    served.check();
 }
 
 /// What the device writes into guest memory while it migrates must reach the other side through the
@@ -245,7 +277,7 @@ fn guest_migrates_while_it_reads_and_writes() {
     let Some(image) = image("guest_migrates_while_it_reads_and_writes") else { return };
     for packed in [false, true] {
         let flags = if packed { vec!["packed"] } else { vec![] };
-        let backend = Backend::new(Served { queues: 2, flags, ..Served::plain(128) });
+        let backend = Backend::new(Setup { queues: 2, flags, ..Setup::plain(128) });
         migrate(image, backend);
     }
 }

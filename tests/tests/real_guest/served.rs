@@ -1,0 +1,139 @@
+//! A disk of a store that a real `blockd` serves.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use blockd::storedir::StoreDir;
+use offshoot_tests::daemon::Daemon;
+use offshoot_tests::guest::GuestDisk;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// Name of the disk, which is also its serial number.
+pub const NAME: &str = "guest-disk";
+
+/// One disk in a store of its own, and the daemon that serves it now.
+pub struct Served {
+    daemon: Option<Daemon>,
+    queues: u16,
+    tail_dir: PathBuf,
+    dir: TempDir,
+}
+
+impl Served {
+    /// Serves a new, empty disk.
+    pub fn new(mib: u64, queues: u16) -> Served {
+        let dir = tempfile::tempdir().unwrap();
+        let tail_dir = StoreDir::init(&dir.path().join("store"), None).unwrap().tail_dir;
+        let mut served = Served { daemon: None, queues, tail_dir, dir };
+        served.revive();
+        served.ask("POST", "/v1/disks", &json!({"name": NAME, "size": mib << 20}));
+        let socket = served.dir.path().join("socket");
+        let export = json!({"kind": "vhost-user", "socket": socket, "queues": queues});
+        served.ask("POST", &served.path("/attach"), &json!({ "export": export }));
+        served
+    }
+
+    fn path(&self, rest: &str) -> String {
+        format!("/v1/disks/{NAME}{rest}")
+    }
+
+    fn daemon(&self) -> &Daemon {
+        self.daemon.as_ref().expect("it runs")
+    }
+
+    /// Asks the daemon for something that must succeed.
+    pub fn ask(&self, method: &str, path: &str, body: &Value) -> Value {
+        self.daemon().json(method, path, body)
+    }
+
+    /// The guest's end of it.
+    pub fn disk(&self) -> GuestDisk {
+        GuestDisk { queues: self.queues, ..GuestDisk::new(&self.dir.path().join("socket")) }
+    }
+
+    /// Bytes that the disk takes on the host.
+    pub fn allocated(&self) -> u64 {
+        self.ask("GET", &self.path(""), &Value::Null)["allocated"].as_u64().unwrap()
+    }
+
+    /// Changes the size of the disk.
+    pub fn resize(&self, mib: u64) {
+        self.ask("POST", &self.path("/resize"), &json!({"size": {"to": mib << 20}}));
+    }
+
+    /// A number of the daemon's metrics, 0 when it is not there.
+    fn number(&self, labelled: &str) -> u64 {
+        let page = self.daemon().ask("GET", "/metrics", b"").body;
+        let page = String::from_utf8(page).unwrap();
+        let value = page.lines().find_map(|l| l.strip_prefix(labelled)?.strip_prefix(' '));
+        value.map_or(0, |v| v.parse().unwrap())
+    }
+
+    /// Requests of a kind (`write`, `flush`, `discard`) that this process answered.
+    pub fn count(&self, kind: &str) -> u64 {
+        let labels = format!("{{disk=\"{NAME}\",kind=\"{kind}\"}}");
+        self.number(&format!("offshoot_disk_requests_total{labels}"))
+    }
+
+    /// Requests that broke a rule, and those that were answered with an error.
+    pub fn mistakes(&self) -> u64 {
+        let errors: u64 = ["read", "write", "flush", "discard", "write_zeroes"]
+            .iter()
+            .map(|kind| format!("{{disk=\"{NAME}\",kind=\"{kind}\"}}"))
+            .map(|labels| self.number(&format!("offshoot_disk_errors_total{labels}")))
+            .sum();
+        errors + self.number(&format!("offshoot_disk_refused_total{{disk=\"{NAME}\"}}"))
+    }
+
+    /// Waits until this process answered `count` requests of a kind.
+    pub fn wait_for(&self, kind: &str, count: u64) {
+        let end = Instant::now() + Duration::from_secs(60);
+        while self.count(kind) < count {
+            assert!(Instant::now() < end, "{kind}: {}, not {count}", self.count(kind));
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Kills the daemon with SIGKILL.
+    pub fn kill(&mut self) {
+        self.daemon.take().expect("it runs").kill();
+    }
+
+    /// Starts a new daemon on the store; it serves again what was served.
+    pub fn revive(&mut self) {
+        let (store, api) = (self.dir.path().join("store"), self.dir.path().join("api"));
+        self.daemon = Some(Daemon::start(&store, &api));
+    }
+
+    /// Kills the daemon and takes away what a power cut takes: the memory that outlives processes.
+    pub fn cut_power(&mut self) {
+        self.kill();
+        fs::remove_dir_all(&self.tail_dir).unwrap();
+        fs::create_dir(&self.tail_dir).unwrap();
+    }
+
+    /// Reads the disk after [`Served::cut_power`], with a new daemon.
+    pub fn read_after_cut(&mut self, length: u64) -> Vec<u8> {
+        self.revive();
+        let path = self.path(&format!("/data?offset=0&length={length}&accept_lost_tail=true"));
+        let reply = self.daemon().ask("GET", &path, b"");
+        assert_eq!(reply.status, 200, "{reply:?}");
+        reply.body
+    }
+
+    /// Has the structure of the disk checked, once no guest uses it.
+    pub fn check(self) {
+        self.ask("POST", &self.path("/detach"), &json!({"force": true}));
+        let checked = self.ask("POST", &self.path("/check"), &json!({}));
+        assert_eq!(checked["clean"], true, "{checked}");
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        drop(self.daemon.take());
+        let _ = fs::remove_dir_all(&self.tail_dir);
+    }
+}
