@@ -16,7 +16,7 @@ pub mod ranges;
 mod replay;
 mod space;
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use format::journal::Record;
@@ -187,7 +187,7 @@ pub fn load_state(
         dirty: LeafSet::default(),
         waiting: Vec::new(),
         freed: Vec::new(),
-        moved: BTreeSet::new(),
+        moved: BTreeMap::new(),
         hidden: false,
         seen: HashSet::new(),
         cursor: sb.journal,
@@ -201,6 +201,7 @@ pub fn load_state(
     loader.leaves(&tree)?;
     loader.replay_journal(file.as_ref())?;
     loader.replay_tail(tail)?;
+    loader.settle_moved()?;
     loader.check_end()?;
     let (space, shared) = loader.rebuild_space(&tree);
     let tree = if how.on_damage == OnDamage::Zero { loader.without_damage(&tree) } else { tree };
@@ -334,8 +335,9 @@ struct Loader<'a> {
     /// Extents of the own segment that records took from the map; after replay, those of the tail
     /// only. The durable map may name them still.
     freed: Vec<ExtentId>,
-    /// Virtual extents that had another own extent when a record gave them one.
-    moved: BTreeSet<GuestExtent>,
+    /// Virtual extents that had another own extent when a record gave them one, and the own extent
+    /// that a record gave them last.
+    moved: BTreeMap<GuestExtent, ExtentId>,
     hidden: bool,
     /// Pages met so far, those of arrays included. Each has one place in the map, so that what a
     /// map takes in memory is bounded by the pages it has.

@@ -9,6 +9,7 @@
 //! The last commit of the journal is the exception to the first: damage to it looks like a commit
 //! that a power cut stopped (`docs/format.md` §7).
 
+use format::entry::BlockState;
 use format::journal::{Record, Replay, Step};
 use format::limits::{BLOCK, EXTENT_BLOCKS, LEAF_SPAN, PAGE};
 use format::superblock::{Attached, Superblock};
@@ -233,8 +234,10 @@ impl Loader<'_> {
             let at = block.plus(done);
             let n = (EXTENT_BLOCKS as u64 - at.in_extent() as u64).min(count - done);
             let target = extent(done);
-            if self.map.own_extent(at.extent())?.is_some_and(|owned| owned != target) {
-                self.moved.insert(at.extent());
+            if let Some(owned) = self.map.own_extent(at.extent())?
+                && (owned != target || self.moved.contains_key(&at.extent()))
+            {
+                self.moved.insert(at.extent(), target);
             }
             self.freed.extend(self.map.set_own(at, index(n), target)?);
             self.dropped.subtract(at, n);
@@ -246,6 +249,28 @@ impl Loader<'_> {
                 }
             }
             done += n;
+        }
+        Ok(())
+    }
+
+    /// A virtual extent owns one extent at most once replay is over. Where it owns two, the place
+    /// that the newest record names stays: by the time of that record, every block in the other one
+    /// had been given up, and it may hold what belongs elsewhere since.
+    pub(super) fn settle_moved(&mut self) -> Result<()> {
+        for (extent, newest) in self.moved.clone() {
+            let Ok(vector) = self.map.vector(extent) else { continue };
+            for (b, state) in vector.iter().enumerate() {
+                let BlockState::Data { segment, block } = *state else { continue };
+                if segment != self.sb.own_index || block.extent() == newest {
+                    continue;
+                }
+                let reason = format!("it owns two extents, {newest} and {}", block.extent());
+                let bad = Bad { what: What::Nonsense, error: Error::corrupt(reason) };
+                if self.lose_blocks(extent, b, 1, &bad) {
+                    let at = extent.first_block().plus(b as u64);
+                    self.map.clear(at, 1, Whole::Zero, &mut |_, _| ())?;
+                }
+            }
         }
         Ok(())
     }

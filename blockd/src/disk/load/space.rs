@@ -166,16 +166,9 @@ impl Loader<'_> {
             // A leaf that is damaged as a whole names nothing that is known.
             let _ = self.map.each_own_extent(leaf, &mut claim);
         }
-        for v in std::mem::take(&mut self.moved) {
-            let Ok(owned) = self.map.vector(v).map(|vector| owned(&vector, self.sb.own_index))
-            else {
-                continue;
-            };
-            for e in owned.iter().skip(1) {
-                let seen = format!("it owns two extents, {} and {e}", owned[0]);
-                self.problems.note(of_extent(What::Nonsense, v, seen));
-                claim(v, *e);
-            }
+        for v in self.moved.keys() {
+            let Ok(vector) = self.map.vector(*v) else { continue };
+            owned(&vector, self.sb.own_index).iter().skip(1).for_each(|e| claim(*v, *e));
         }
         self.note_shared(&leaves, &shared);
         shared.into_iter().collect()
