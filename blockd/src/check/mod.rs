@@ -26,7 +26,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use crate::disk::load::{How, Loaded, OnDamage, load_state, newest};
+use crate::disk::load::{How, Loaded, OnDamage, load_state, newest, older};
 use crate::disk::problem::{Problem, Problems, Remedy, What};
 use crate::disk::tail::Tail;
 use crate::segment::Segments;
@@ -172,6 +172,7 @@ fn examine(file: &Arc<dyn File>, segments: &dyn Segments, tail: Option<&Tail>) -
     let mut loaded = load_state(file, sb, segments, tail, (how, problems))?;
     let mut problems = Problems::default();
     problems.extend(std::mem::take(&mut loaded.problems));
+    problems.extend(older::better(file, segments, tail, &loaded)?);
     parents::check(&loaded, segments, &mut problems)?;
     if loaded.superblock.seal == Seal::Pending {
         problems.note(pending("the segment"));

@@ -16,6 +16,9 @@ pub enum What {
     SuperblockCopy,
     /// Two valid superblock copies of one generation differ.
     SuperblockSplit,
+    /// The newest map is damaged, and a superblock copy of an older generation, which writing would
+    /// overwrite, leads to more.
+    OlderGeneration,
     /// Durable journal records are missing.
     JournalLoss,
     /// Journal records are about a damaged range: they wait until it is mended.
@@ -82,6 +85,9 @@ pub enum Remedy {
     /// A repair that punches leaks.
     #[serde(rename = "repair-leaks")]
     Leaks,
+    /// A repair that goes back to an older generation.
+    #[serde(rename = "repair-older-generation")]
+    OlderGeneration,
     /// A repair that gives damaged ranges up.
     #[serde(rename = "repair-drop-damaged")]
     DropDamaged,
@@ -109,6 +115,7 @@ impl Remedy {
         match self {
             Remedy::Plain => "repair",
             Remedy::Leaks => "repair-leaks",
+            Remedy::OlderGeneration => "repair-older-generation",
             Remedy::DropDamaged => "repair-drop-damaged",
             Remedy::AcceptJournalLoss => "repair-accept-journal-loss",
             Remedy::Unshare => "repair-unshare",
@@ -132,6 +139,7 @@ impl What {
         match self {
             What::SuperblockCopy => "superblock-copy",
             What::SuperblockSplit => "superblock-split",
+            What::OlderGeneration => "older-generation",
             What::JournalLoss => "journal-loss",
             What::JournalWaits => "journal-waits",
             What::MapPage => "map-page",
@@ -155,6 +163,7 @@ impl What {
             What::SuperblockCopy | What::SealPending | What::Leak => Severity::Minor,
             What::MapPage | What::DataSum => Severity::Range,
             What::SuperblockSplit
+            | What::OlderGeneration
             | What::JournalLoss
             | What::JournalWaits
             | What::DoubleUse
@@ -173,6 +182,7 @@ impl What {
         match self {
             What::SuperblockCopy => Remedy::Plain,
             What::Leak => Remedy::Leaks,
+            What::OlderGeneration => Remedy::OlderGeneration,
             What::MapPage | What::Truncated | What::Nonsense | What::JournalWaits => {
                 Remedy::DropDamaged
             }
@@ -349,7 +359,8 @@ mod tests {
             assert_eq!((&wire["severity"], &wire["what"]), (&"range".into(), &"map-page".into()));
             assert_eq!(serde_json::from_value::<Problem>(wire).unwrap(), written);
         }
-        for remedy in [Remedy::AcceptJournalLoss, Remedy::Unshare, Remedy::Parent, Remedy::None] {
+        let others = [Remedy::Unshare, Remedy::Parent, Remedy::None, Remedy::OlderGeneration];
+        for remedy in others.into_iter().chain([Remedy::AcceptJournalLoss]) {
             let written = Problem { remedy, ..problem(What::JournalLoss, 0) };
             let wire = serde_json::to_value(&written).unwrap();
             assert_eq!(serde_json::from_value::<Problem>(wire).unwrap(), written);

@@ -6,7 +6,7 @@
 //! generation is usable when the journal still leads from it to the newest state, and only then.
 //!
 //! Whoever brings the copies to one state overwrites the older ones: an opening for writing asks
-//! [`keep`] first, a repair asks [`find`].
+//! [`keep`] first, a repair asks [`find`], a check tells of it ([`better`]).
 //!
 //! Test: `check_and_repair` (`an_older_generation_…`, `a_better_older_generation_…`).
 
@@ -19,7 +19,7 @@ use format::{Error, Kind, Result};
 
 use super::ranges::Ranges;
 use super::{How, Loaded, OnDamage, load_state};
-use crate::disk::problem::{Problem, Problems, Severity};
+use crate::disk::problem::{Problem, Problems, Severity, What};
 use crate::disk::tail::Tail;
 use crate::segment::{Segments, read_copies};
 use crate::store::File;
@@ -69,11 +69,38 @@ pub fn find(
         });
         match usable {
             Ok(older) => return Ok(Some(older)),
-            Err(e) if e.kind() == Kind::Corrupt => refused(generation, &e),
-            Err(e) => return Err(e),
+            Err(e) if e.kind() == Kind::Io => return Err(e),
+            // Whatever else ends the loading, a record of an unknown kind among it, ends it for
+            // this generation only.
+            Err(e) => refused(generation, &e),
         }
     }
     Ok(None)
+}
+
+/// What forbids to bring the superblock copies to the newest state: an older one that is better.
+///
+/// # Errors
+/// What the host reports.
+pub fn better(
+    file: &Arc<dyn File>,
+    segments: &dyn Segments,
+    tail: Option<&Tail>,
+    newest: &Loaded,
+) -> Result<Option<Problem>> {
+    let found = find(file, segments, tail, (newest, OnDamage::Keep), &mut |_, _| ())?;
+    Ok(found.map(|older| {
+        let reason = format!(
+            "the newest map is damaged, and this copy, which writing would overwrite, still leads \
+             to {} bytes of what cannot be read",
+            older.regained_bytes
+        );
+        let hint = "run `offshoot disk check`, then `offshoot disk repair --older-generation` to \
+                    go back to that generation, or `--drop-damaged` to give up what is damaged";
+        let object =
+            format!("superblock copy of generation {}", older.loaded.superblock.generation);
+        Problem::new(What::OlderGeneration, object, &Error::corrupt(reason).hint(hint))
+    }))
 }
 
 /// Refuses to go on where the superblock copies would be brought to the newest state, and an older
@@ -87,17 +114,7 @@ pub fn keep(
     tail: Option<&Tail>,
     newest: &Loaded,
 ) -> Result<()> {
-    let found = find(file, segments, tail, (newest, OnDamage::Keep), &mut |_, _| ())?;
-    found.map_or(Ok(()), |older| {
-        let reason = format!(
-            "its map is damaged, and the superblock copy of generation {}, which writing would \
-             overwrite, still leads to {} bytes of what cannot be read",
-            older.loaded.superblock.generation, older.regained_bytes
-        );
-        let hint = "run `offshoot disk check`, then `offshoot disk repair --older-generation` to \
-                    go back to that generation, or `--drop-damaged` to give up what is damaged";
-        Err(Error::corrupt(reason).hint(hint))
-    })
+    better(file, segments, tail, newest)?.map_or(Ok(()), |problem| Err(problem.to_error()))
 }
 
 /// True when a valid copy holds an older state, whatever it is worth.
