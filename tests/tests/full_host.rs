@@ -1,13 +1,19 @@
 //! A full host file system stops first writes, by name, and nothing else: what a disk holds can be
 //! overwritten, flushed, discarded and closed, and a discard gives its space back.
 
-use blockd::check::{self, Action, RepairOptions};
+#[allow(dead_code)] // Each test file uses a part of it.
+mod support;
+
+use std::collections::BTreeSet;
+
+use blockd::check::{self, Action, RepairOptions, RepairReport};
 use blockd::disk::{Disk, Options};
 use blockd::segment::{file_name, read_superblock};
 use blockd::store::file::{FileStore, FileStoreOptions};
 use blockd::store::sim::{Faults, SimStore};
 use blockd::store::{Access, Store};
 use format::Kind;
+use format::entry::Entry;
 use format::superblock::Attached;
 use offshoot_tests::inspect::contents;
 use offshoot_tests::kill::{live, memory_dir};
@@ -16,6 +22,8 @@ use offshoot_tests::mount::Mount;
 use offshoot_tests::pattern::{SECTOR, bytes};
 use offshoot_tests::sim::{BLOCK, ByName, EXTENT, LEAF, create};
 use uuid::Uuid;
+
+use support::{Sample, closed, killed, read_back};
 
 const SEGMENT: Uuid = Uuid::from_u128(100);
 const SECTORS: u64 = 8 * LEAF;
@@ -237,4 +245,111 @@ fn a_repair_gives_space_back_on_a_full_file_system() {
     bench.store = &store;
     bench.open();
     bench.expect_contents();
+}
+
+/// Two damaged disks, and the repair that mends each.
+fn damaged() -> [(Sample, RepairOptions); 2] {
+    let mut leaf = killed();
+    let at = leaf.leaf_at(1).page.file_offset();
+    leaf.flip(at, 0);
+    let drop_damaged = RepairOptions { drop_damaged: true, ..RepairOptions::default() };
+    let mut shared = closed();
+    shared.edit_leaf(0, |leaf| leaf.entries[400] = leaf.entries[3]);
+    shared.edit_leaf(0, |leaf| {
+        assert!(matches!(leaf.entries[400], Entry::Uniform { .. }), "extent 3 is whole");
+    });
+    let unshare = RepairOptions { unshare: true, ..RepairOptions::default() };
+    [(leaf, drop_damaged), (shared, unshare)]
+}
+
+/// A damaged disk in a store that has little space.
+struct Tight<'a> {
+    store: &'a dyn Store,
+    sample: Sample,
+    options: RepairOptions,
+}
+
+impl Tight<'_> {
+    fn repair(&self) -> format::Result<RepairReport> {
+        let file = self.store.open(&self.sample.name(), Access::Write).unwrap();
+        check::repair(&file, &ByName(self.store), None, &self.options)
+    }
+
+    /// Length and space of the file, what is wrong, and which blocks cannot be read.
+    fn state(&self) -> (u64, u64, Vec<String>, BTreeSet<u64>) {
+        let open = || self.store.open(&self.sample.name(), Access::Read).unwrap();
+        let segments = ByName(self.store);
+        let report = check::check(&open(), &segments, None, &check::CheckOptions::default());
+        let problems = report.unwrap().problems.into_iter().map(|p| p.detail).collect();
+        let disk = Disk::open_read_only(open(), &segments, &Options::default()).unwrap();
+        let back = read_back(&disk, &self.sample.contents, self.sample.sectors);
+        (open().size().unwrap(), open().allocated().unwrap(), problems, back.lost)
+    }
+
+    /// Repairs where there is not enough space; the disk stays as it is.
+    fn expect_refused(&self) {
+        let before = self.state();
+        let error = self.repair().unwrap_err();
+        assert_eq!(error.kind(), Kind::NoSpace);
+        assert!(error.to_string().contains("free space on the host"), "{error}");
+        assert!(error.object().is_some(), "{error}");
+        assert_eq!(self.state(), before);
+    }
+
+    fn expect_repaired(&self) {
+        let after = self.repair().unwrap().after.unwrap();
+        assert!(after.clean, "{:?}", after.problems);
+    }
+}
+
+/// Story: a repair that ran out of space kept what it had taken. Each further try began behind
+/// that, and needed as much again.
+#[test]
+fn a_repair_without_space_leaves_the_disk_as_it_was() {
+    for (sample, options) in damaged() {
+        let mut refused = 0;
+        for pages in 0.. {
+            let store = sample.store();
+            let used = store.space().unwrap();
+            store.set_faults(Faults::none().capacity(used.total - used.free + pages * 4096));
+            let tight = Tight { store: &store, sample: sample.clone(), options };
+            if tight.repair().is_ok() {
+                break;
+            }
+            refused += 1;
+            assert_eq!(store.live_image().fingerprint(), sample.image.fingerprint(), "{pages}");
+            tight.expect_refused();
+            fill_simulated(&store, false);
+            tight.expect_repaired();
+        }
+        // Pages of a leaf and of three levels above it; unshared data as well.
+        assert!(refused >= 4, "{refused}");
+    }
+}
+
+#[test]
+fn a_repair_without_space_on_a_real_file_system() {
+    let test = "full_host::a_repair_without_space_on_a_real_file_system";
+    for (sample, options) in damaged() {
+        let Some(mount) = Mount::ext4(test, 96 << 20) else { return };
+        let folder = mount.path().join("store");
+        std::fs::create_dir(&folder).unwrap();
+        let store = FileStore::open(&folder, FileStoreOptions::default()).unwrap();
+        let content = sample.image.get(&sample.name()).unwrap();
+        let file = store.create(&sample.name()).unwrap();
+        file.set_len(content.len()).unwrap();
+        let mut at = 0;
+        while let Some((start, end)) = content.next_data(at) {
+            let len = usize::try_from(end - start).unwrap();
+            file.write_at(start, &content.read(start, len)).unwrap();
+            at = end;
+        }
+        drop(file);
+        let tight = Tight { store: &store, sample, options };
+        let filler = mount.fill(0);
+        tight.expect_refused();
+        tight.expect_refused();
+        drop(filler);
+        tight.expect_repaired();
+    }
 }

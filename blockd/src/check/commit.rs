@@ -2,9 +2,9 @@
 //! names is durable.
 //!
 //! Order, and the crash it defends against:
-//! 1. a sync: the present state is durable and not in the host's cache alone;
-//! 2. map pages and copied data go behind the end of the file, where no state of the segment names
-//!    anything — a cut leaves the old state and some unused space; then a sync;
+//! 1. a sync (by the caller): the present state is durable and not in the host's cache alone;
+//! 2. copied data (by the caller) and map pages go behind the end of the file, where no state of
+//!    the segment names anything — a cut leaves the old state and some unused space; then a sync;
 //! 3. the superblock copies are written one by one with a sync after each, a copy that alone holds
 //!    the newest state, or the older one that is to replace it, last — so at every instant the
 //!    state before or the new one is whole, and a repair that was cut short can be repeated;
@@ -38,13 +38,11 @@ pub(super) struct Publish {
     pub(super) tail_done: bool,
 }
 
-/// Makes the loaded map the durable one. `newest` is the newest superblock, whatever was loaded.
-/// Takes space behind the end of the file: [`Loaded::reserve_file`] was called.
-pub(super) fn commit(loaded: &mut Loaded, newest: &Superblock, how: Publish) -> Result<()> {
+/// Writes the changed pages of the loaded map, which superblock state `generation` will name, and
+/// makes them durable, with what was written before. Takes space behind the end of the file:
+/// [`Loaded::reserve_file`] was called.
+pub(super) fn write(loaded: &mut Loaded, generation: Generation) -> Result<()> {
     let file = Arc::clone(&loaded.own_file().file);
-    let file = file.as_ref();
-    file.sync()?;
-    let generation = newest.generation.next();
     let writes = draft(loaded, generation)?;
     let end = loaded.space.end().0 * EXTENT;
     if end > file.size()? {
@@ -53,14 +51,20 @@ pub(super) fn commit(loaded: &mut Loaded, newest: &Superblock, how: Publish) -> 
     let ops: Vec<WriteOp<'_>> =
         writes.iter().map(|(page, buf)| WriteOp { offset: page.file_offset(), buf }).collect();
     file.write_many(&ops)?;
-    file.sync()?;
+    file.sync()
+}
+
+/// Makes the loaded map, which [`write`] has written, the durable one. `newest` is the newest
+/// superblock, whatever was loaded.
+pub(super) fn publish(loaded: &Loaded, newest: &Superblock, how: Publish) -> Result<()> {
+    let file = loaded.own_file().file.as_ref();
     let attached = match loaded.superblock.attached {
         Attached::WithTail if !how.tail_done => Attached::WithTail,
         _ => Attached::No,
     };
     let epoch = newest.epoch.next();
     let sb = Superblock {
-        generation,
+        generation: newest.generation.next(),
         epoch,
         attached,
         root: loaded.tree.root(),

@@ -15,10 +15,10 @@ use std::sync::Arc;
 use format::entry::BlockState;
 use format::limits::{BLOCK, EXTENT_BLOCKS};
 use format::superblock::{Attached, State, Superblock};
-use format::units::{Generation, GuestExtent, index};
+use format::units::{ExtentId, Generation, GuestExtent, index};
 use format::{Error, Kind, Result};
 
-use super::commit::{Publish, commit};
+use super::commit::{self, Publish};
 use super::outcome::{Action, Loss, RepairOptions, RepairReport, Why};
 use super::{Examined, examine, leaks, report};
 use crate::disk::load::older::{self, Older};
@@ -121,8 +121,7 @@ impl Repair<'_> {
             let action = Action::AcceptJournalLoss { first_missing: seq.0, tail_records: held };
             self.actions.push(action);
         }
-        loaded.reserve_file();
-        self.unshare(&mut loaded)?;
+        let shared = self.note_shared(&mut loaded)?;
         let records = loaded.replayed.0 + loaded.replayed.1;
         let leaks = before.leaks.as_deref().map_or(0, leaks::bytes);
         if self.options.leaks && leaks > 0 && records > 0 {
@@ -134,21 +133,38 @@ impl Repair<'_> {
         if self.options.dry_run {
             return Ok(());
         }
-        let publish = Publish { wipe_ring: lossy, tail_done: self.tail.is_some() };
-        match commit(&mut loaded, &self.newest, publish) {
+        self.file.sync()?;
+        match self.write(&mut loaded, &shared) {
             Err(e) if e.kind() == Kind::NoSpace && self.gives_space_first(before) => {
-                self.file.sync()?;
                 let runs = before.leaks.as_deref().unwrap_or_default();
                 if !leaks::punch(self.file.as_ref(), runs)? {
                     return Err(e);
                 }
                 self.actions.push(Action::PunchLeaks { bytes: leaks::bytes(runs) });
-                let mut loaded = self.load(self.newest.clone())?;
-                loaded.reserve_file();
-                commit(&mut loaded, &self.newest, publish)
+                loaded = self.load(self.newest.clone())?;
+                self.write(&mut loaded, &[])?;
             }
-            outcome => outcome,
+            outcome => outcome?,
         }
+        let publish = Publish { wipe_ring: lossy, tail_done: self.tail.is_some() };
+        commit::publish(&loaded, &self.newest, publish)
+    }
+
+    /// Writes what the new state of the map names and the present one does not. What fails leaves
+    /// the disk as it was: a full file system gets back what was taken.
+    fn write(&self, loaded: &mut Loaded, shared: &[(GuestExtent, ExtentId)]) -> Result<()> {
+        loaded.reserve_file();
+        let len = self.file.size()?;
+        let copied = self.unshare(loaded, shared);
+        copied.and_then(|()| commit::write(loaded, self.newest.generation.next())).map_err(|e| {
+            // Nothing names what lies behind the end that the file had. Where it cannot be cut, a
+            // later repair finds it as a leak.
+            let _ = self.file.set_len(len);
+            match e.kind() {
+                Kind::NoSpace => e.hint("the disk is as it was: free space on the host and repeat"),
+                _ => e,
+            }
+        })
     }
 
     /// True when leaks may be given back before the journal is taken into the map: on a full host
@@ -264,10 +280,10 @@ impl Repair<'_> {
         self.lost.extend(lost);
     }
 
-    /// Copies what shares its extent to an extent of its own, in memory and in unused space.
-    fn unshare(&mut self, loaded: &mut Loaded) -> Result<()> {
+    /// Notes what shares its extent and will get one of its own; gives that back.
+    fn note_shared(&mut self, loaded: &mut Loaded) -> Result<Vec<(GuestExtent, ExtentId)>> {
         if !self.options.unshare || loaded.shared.is_empty() {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let changes = |v: &GuestExtent| loaded.map.check_changes(v.first_block(), 1).is_ok();
         let (shared, stuck): (Vec<_>, Vec<_>) =
@@ -279,19 +295,21 @@ impl Repair<'_> {
             ));
         }
         if shared.is_empty() {
-            return Ok(());
+            return Ok(shared);
         }
         let extents: HashSet<_> = shared.iter().map(|(_, e)| *e).collect();
         for range in loaded.users(&extents)?.in_bytes(self.newest.virtual_size) {
             self.lost.push(Loss { range, why: Why::Shared });
         }
         self.actions.push(Action::Unshare { extents: shared.len() as u64 });
-        if self.options.dry_run {
-            return Ok(());
-        }
+        Ok(shared)
+    }
+
+    /// Copies what shares its extent to an extent of its own, in memory and in unused space.
+    fn unshare(&self, loaded: &mut Loaded, shared: &[(GuestExtent, ExtentId)]) -> Result<()> {
         let own = loaded.superblock.own_index;
         let mut buf = AlignedBuf::zeroed(index(BLOCK));
-        for (virtual_extent, from) in shared {
+        for &(virtual_extent, from) in shared {
             let to = loaded.space.take_run(1)?.first;
             let mut vector = loaded.map.vector(virtual_extent)?;
             for (i, state) in vector.iter_mut().enumerate() {
