@@ -14,11 +14,13 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use blockd::disk::Disk;
 use blockd::nbd::wire::{Style, chunk, command as c, option, reply, transmission as t};
 use blockd::nbd::{
-    BlockStatus, Export, Extent, Listener, NbdServer, STATE_HOLE, STATE_ZERO, ServerOptions, Visit,
-    VolumeExport,
+    Ancestors, BlockStatus, Export, ExportEntry, Exports, Extent, Listener, NbdServer, NoAncestors,
+    STATE_HOLE, STATE_ZERO, ServerOptions, Visit, VolumeExport,
 };
+use blockd::serve::Volume;
 use format::{Error, Kind, Result};
 use offshoot_tests::nbd::{
     Client, Disks, Named, PATIENCE, Served, in_service, info_request, meta_request, request,
@@ -583,6 +585,63 @@ fn a_stop_says_when_a_request_does_not_end() {
     assert_eq!(stopped.unwrap_err().kind(), Kind::Busy);
     memory.hold(None);
     served.server.stop(PATIENCE).unwrap();
+}
+
+/// Something that takes its time to go, with what a disk is to its export.
+struct Lingering(Arc<()>, Duration);
+
+impl Drop for Lingering {
+    fn drop(&mut self) {
+        thread::sleep(self.1);
+    }
+}
+
+impl Ancestors for Lingering {
+    fn names(&self) -> Vec<String> {
+        vec![format!("of {} users", Arc::strong_count(&self.0))]
+    }
+
+    fn open(&self, name: &str) -> Result<Arc<Disk>> {
+        NoAncestors.open(name)
+    }
+}
+
+/// Makes an export anew for each client, as the daemon does.
+struct Making(Arc<Volume>, Lingering);
+
+impl Exports for Making {
+    fn open(&self, _: &str) -> Result<Arc<dyn Export>> {
+        let ancestors = Box::new(Lingering(Arc::clone(&self.1.0), Duration::from_millis(300)));
+        Ok(Arc::new(VolumeExport::new(Arc::clone(&self.0)).with_ancestors(ancestors)))
+    }
+
+    fn list(&self) -> Vec<ExportEntry> {
+        Vec::new()
+    }
+}
+
+/// Story: a client that went just before the server was stopped was off the list while its thread
+/// still had the disk. The daemon stopped the server, could not close the disk, and left it as a
+/// killed daemon would.
+#[test]
+fn a_stopped_server_has_let_go_of_its_exports() {
+    let disks = Disks::new();
+    let volume = in_service("vm", disks.disk(1, 8192, None));
+    let users = Arc::new(());
+    let dir = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(dir.path().join("nbd")).unwrap();
+    let lingering = Lingering(Arc::clone(&users), Duration::from_millis(100));
+    let exports = Arc::new(Making(Arc::clone(&volume), lingering));
+    let listeners = vec![Listener::Unix(listener)];
+    let server = NbdServer::start(listeners, exports, ServerOptions::default()).unwrap();
+    let mut client = Client::connect(&dir.path().join("nbd")).greeted();
+    client.go("vm");
+    drop(client);
+
+    server.stop(PATIENCE).unwrap();
+
+    assert_eq!((Arc::strong_count(&users), Arc::strong_count(&volume)), (1, 1));
+    volume.abandon().unwrap();
 }
 
 #[test]

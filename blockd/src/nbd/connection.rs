@@ -58,7 +58,7 @@ pub fn serve(place: Place, tls: Option<&TlsConfig>, refusal: Option<&str>) {
         let lead = Lead::new(Input::new(), options.threads_max);
         let recent = AtomicU64::new(0);
         let pending = Mutex::default();
-        Arc::new(Session { place, agreed, lead, pending, buffers, recent }).work();
+        Arc::new(Session { agreed, lead, pending, buffers, recent, place }).work();
     }
 }
 
@@ -176,7 +176,6 @@ struct Work<'a> {
 
 /// A connection that transmits.
 struct Session {
-    place: Place,
     agreed: Agreed,
     lead: Lead<Input>,
     /// Replies to be sent.
@@ -184,6 +183,8 @@ struct Session {
     buffers: Buffers,
     /// Nanoseconds that small reads and writes took of late, on average.
     recent: AtomicU64,
+    // Last: without it, the server may be taken to be done with the export.
+    place: Place,
 }
 
 /// Whether the reading thread may serve this itself, if such requests are quick.

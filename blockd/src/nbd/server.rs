@@ -1,7 +1,8 @@
 //! The server: listening sockets, the connections, and how it stops.
 //!
 //! Invariants:
-//! - A connection is on the list from the moment it is accepted until its last thread has left it.
+//! - A connection is on the list from the moment it is accepted until its last thread has left it
+//!   and nothing of it uses an export any more: whoever has stopped a server can close the disks.
 //! - Beyond `connections_max`, a client is told so in the handshake, as long as few are being told;
 //!   after that it is closed at once.
 //!
@@ -179,7 +180,6 @@ struct Register {
 }
 
 struct Shared {
-    exports: Arc<dyn Exports>,
     options: ServerOptions,
     register: Mutex<Register>,
     left: Condvar,
@@ -188,34 +188,41 @@ struct Shared {
     wake: OwnedFd,
 }
 
-/// A connection's place on the list; dropping it closes the connection and takes it off.
+/// A connection's place at the server; dropping it closes the connection and takes it off the list.
 pub struct Place {
-    shared: Arc<Shared>,
-    connection: Arc<Connection>,
-    refused: bool,
+    // Before the entry: off the list means that no export is in use.
+    exports: Arc<dyn Exports>,
+    entry: Entry,
 }
 
 impl Place {
     pub fn connection(&self) -> &Connection {
-        &self.connection
+        &self.entry.connection
     }
 
     pub fn options(&self) -> &ServerOptions {
-        &self.shared.options
+        &self.entry.shared.options
     }
 
     pub fn exports(&self) -> Arc<dyn Exports> {
-        Arc::clone(&self.shared.exports)
+        Arc::clone(&self.exports)
     }
 
     /// True when requests that come now are to be refused.
     pub fn stopping(&self) -> bool {
         // Acquire pairs with the Release store in `stop`.
-        self.shared.stopping.load(Ordering::Acquire)
+        self.entry.shared.stopping.load(Ordering::Acquire)
     }
 }
 
-impl Drop for Place {
+/// A connection on the list.
+struct Entry {
+    shared: Arc<Shared>,
+    connection: Arc<Connection>,
+    refused: bool,
+}
+
+impl Drop for Entry {
     fn drop(&mut self) {
         self.connection.stream.close();
         let mut register = self.shared.register.lock();
@@ -249,7 +256,6 @@ impl NbdServer {
             .map_err(io::Error::from)
             .context("start", object)?;
         let shared = Arc::new(Shared {
-            exports,
             options,
             register: Mutex::default(),
             left: Condvar::new(),
@@ -259,10 +265,10 @@ impl NbdServer {
         let server = NbdServer { shared, acceptors: Mutex::default() };
         for listener in listeners {
             listener.set_nonblocking()?;
-            let shared = Arc::clone(&server.shared);
+            let (shared, exports) = (Arc::clone(&server.shared), Arc::clone(&exports));
             let acceptor = thread::Builder::new()
                 .name("nbd-accept".to_owned())
-                .spawn(move || accept(&shared, &listener))
+                .spawn(move || accept(&shared, &exports, &listener))
                 .context("start", object)?;
             server.acceptors.lock().push(acceptor);
         }
@@ -334,7 +340,7 @@ impl Drop for NbdServer {
     }
 }
 
-fn accept(shared: &Arc<Shared>, listener: &Listener) {
+fn accept(shared: &Arc<Shared>, exports: &Arc<dyn Exports>, listener: &Listener) {
     use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
     let tls = match listener {
         Listener::Unix(_) => None,
@@ -350,7 +356,11 @@ fn accept(shared: &Arc<Shared>, listener: &Listener) {
             return;
         }
         match listener.accept() {
-            Ok((stream, peer)) => admit(shared, stream, peer, tls.cloned()),
+            Ok((stream, peer)) => {
+                if let Some(entry) = admit(shared, stream, peer) {
+                    welcome(Place { exports: Arc::clone(exports), entry }, tls.cloned());
+                }
+            }
             // The client has gone again: its own affair, and nothing for the log.
             Err(e) if matches!(e.kind(), WouldBlock | ConnectionAborted | Interrupted) => {}
             Err(e) => {
@@ -361,31 +371,34 @@ fn accept(shared: &Arc<Shared>, listener: &Listener) {
     }
 }
 
-fn admit(shared: &Arc<Shared>, stream: Stream, peer: String, tls: Option<TlsConfig>) {
-    let limit = shared.options.connections_max;
-    let place = {
-        let mut register = shared.register.lock();
-        register.accepted += 1;
-        let served = register.connections.len() - register.refused_now;
-        let refused = served >= limit;
-        register.refused += u64::from(refused);
-        if refused && register.refused_now >= REFUSED_MAX {
-            return;
-        }
-        register.refused_now += usize::from(refused);
-        let connection = Arc::new(Connection {
-            id: register.accepted,
-            stream,
-            counters: Counters::default(),
-            peer,
-            since: Instant::now(),
-            export: OnceLock::new(),
-        });
-        register.connections.insert(connection.id, Arc::clone(&connection));
-        Place { shared: Arc::clone(shared), connection, refused }
-    };
-    let refusal = place.refused.then(|| format!("{limit} clients are connected, the limit"));
-    let name = format!("nbd-{}", place.connection.id);
+/// Takes a client on the list; `None` when there are so many that it is not even told.
+fn admit(shared: &Arc<Shared>, stream: Stream, peer: String) -> Option<Entry> {
+    let mut register = shared.register.lock();
+    register.accepted += 1;
+    let served = register.connections.len() - register.refused_now;
+    let refused = served >= shared.options.connections_max;
+    register.refused += u64::from(refused);
+    if refused && register.refused_now >= REFUSED_MAX {
+        return None;
+    }
+    register.refused_now += usize::from(refused);
+    let connection = Arc::new(Connection {
+        id: register.accepted,
+        stream,
+        counters: Counters::default(),
+        peer,
+        since: Instant::now(),
+        export: OnceLock::new(),
+    });
+    register.connections.insert(connection.id, Arc::clone(&connection));
+    drop(register);
+    Some(Entry { shared: Arc::clone(shared), connection, refused })
+}
+
+fn welcome(place: Place, tls: Option<TlsConfig>) {
+    let limit = place.options().connections_max;
+    let refusal = place.entry.refused.then(|| format!("{limit} clients are connected, the limit"));
+    let name = format!("nbd-{}", place.connection().id);
     // Without a thread the place is dropped, and the client sees its connection closed.
     let spawned = thread::Builder::new()
         .name(name)
