@@ -18,6 +18,8 @@ pub mod nbd;
 pub mod pattern;
 pub mod rng;
 pub mod sim;
+pub mod store;
+pub mod tls;
 pub mod wire;
 
 use std::env;

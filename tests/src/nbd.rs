@@ -187,9 +187,9 @@ pub struct Chunk {
 }
 
 /// The client.
-pub struct Client {
+pub struct Client<S = UnixStream> {
     /// The socket.
-    pub socket: UnixStream,
+    pub socket: S,
     style: Style,
 }
 
@@ -202,6 +202,14 @@ impl Client {
     pub fn connect(socket: &Path) -> Self {
         let socket = UnixStream::connect(socket).expect("connected");
         socket.set_read_timeout(Some(PATIENCE)).expect("set");
+        Client::over(socket)
+    }
+}
+
+impl<S: Read + Write> Client<S> {
+    /// A client that has said nothing yet, over any stream.
+    #[must_use]
+    pub fn over(socket: S) -> Self {
         Client { socket, style: Style::Simple }
     }
 

@@ -3,7 +3,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,54 +13,14 @@ use blockd::nbd::wire::{option, reply};
 use blockd::nbd::{Listener, NbdServer, ServerOptions, TlsConfig, VolumeExport};
 use format::Kind;
 use offshoot_tests::nbd::{Disks, Named, in_service, info_request};
+use offshoot_tests::tls::Authority;
 use offshoot_tests::{skip, tool};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-use tempfile::TempDir;
 
 const SIZE: u64 = 16 << 20;
 
-/// An authority and what it signed, in the layout that GnuTLS clients look for.
-struct Authority {
-    dir: TempDir,
-}
-
-impl Authority {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let ca = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
-        let authority = Authority { dir };
-        authority.keep("ca-cert.pem", &ca.pem());
-        for who in ["server", "client"] {
-            let key = KeyPair::generate().unwrap();
-            let params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
-            let signed = params.signed_by(&key, &ca).unwrap();
-            authority.keep(&format!("{who}-cert.pem"), &signed.pem());
-            authority.keep(&format!("{who}-key.pem"), &key.serialize_pem());
-        }
-        authority
-    }
-
-    fn keep(&self, name: &str, pem: &str) {
-        std::fs::write(self.path(name), pem).unwrap();
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn config(&self, client_ca: Option<&Path>) -> TlsConfig {
-        let (chain, key) = (self.path("server-cert.pem"), self.path("server-key.pem"));
-        TlsConfig::from_files(&chain, &key, client_ca).unwrap()
-    }
-
-    /// A folder with the authority's certificate and no other.
-    fn stranger(&self) -> TempDir {
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::copy(self.path("ca-cert.pem"), dir.path().join("ca-cert.pem")).unwrap();
-        dir
-    }
+fn config(authority: &Authority, client_ca: Option<&Path>) -> TlsConfig {
+    let (chain, key) = (authority.path("server-cert.pem"), authority.path("server-key.pem"));
+    TlsConfig::from_files(&chain, &key, client_ca).unwrap()
 }
 
 /// A server on a TCP port.
@@ -134,7 +94,7 @@ fn outcome(socket: &mut TcpStream, option: u32, data: &[u8]) -> u32 {
 #[test]
 fn in_plain_text_nothing_is_said() {
     let authority = Authority::new();
-    let tcp = Tcp::new(authority.config(None), ServerOptions::default());
+    let tcp = Tcp::new(config(&authority, None), ServerOptions::default());
     let mut socket = tcp.plain();
     for option in [option::LIST, option::STRUCTURED_REPLY, option::EXTENDED_HEADERS, 4711] {
         assert_eq!(outcome(&mut socket, option, &[]), reply::ERR_TLS_REQD);
@@ -155,7 +115,7 @@ fn in_plain_text_nothing_is_said() {
 #[test]
 fn nothing_slips_in_before_tls() {
     let authority = Authority::new();
-    let tcp = Tcp::new(authority.config(None), ServerOptions::default());
+    let tcp = Tcp::new(config(&authority, None), ServerOptions::default());
     let mut socket = tcp.plain();
     let go = option_bytes(option::GO, &info_request("vm", &[]));
     socket.write_all(&[option_bytes(option::STARTTLS, &[]), go].concat()).unwrap();
@@ -171,7 +131,7 @@ fn a_client_that_stalls_in_the_tls_handshake_is_dropped() {
     let authority = Authority::new();
     let handshake_max = Duration::from_millis(300);
     let options = ServerOptions { handshake_max, ..ServerOptions::default() };
-    let tcp = Tcp::new(authority.config(None), options);
+    let tcp = Tcp::new(config(&authority, None), options);
     let mut socket = tcp.plain();
     assert_eq!(outcome(&mut socket, option::STARTTLS, &[]), reply::ACK);
     let mut rest = Vec::new();
@@ -186,12 +146,12 @@ fn nbdcopy_copies_under_tls() {
     }
     let authority = Authority::new();
     let ca = authority.path("ca-cert.pem");
-    let tcp = Tcp::new(authority.config(Some(&ca)), ServerOptions::default());
+    let tcp = Tcp::new(config(&authority, Some(&ca)), ServerOptions::default());
     let content: Vec<u8> = (0..SIZE / 8).flat_map(|i| (i * i).to_le_bytes()).collect();
     let dir = tempfile::tempdir().unwrap();
     let (source, back) = (dir.path().join("source.raw"), dir.path().join("back.raw"));
     std::fs::write(&source, &content).unwrap();
-    let uri = tcp.uri(authority.dir.path());
+    let uri = tcp.uri(authority.folder());
 
     for copy in [[source.to_str().unwrap(), &uri], [&uri, back.to_str().unwrap()]] {
         let (ok, said) =
@@ -212,8 +172,8 @@ fn qemu_works_under_tls() {
     }
     let authority = Authority::new();
     let ca = authority.path("ca-cert.pem");
-    let tcp = Tcp::new(authority.config(Some(&ca)), ServerOptions::default());
-    let dir = authority.dir.path().display();
+    let tcp = Tcp::new(config(&authority, Some(&ca)), ServerOptions::default());
+    let dir = authority.folder().display();
     let object = format!("tls-creds-x509,id=tls0,endpoint=client,dir={dir}");
     let options = format!(
         "driver=nbd,server.type=inet,server.host=localhost,server.port={},export=vm,\
@@ -239,18 +199,18 @@ fn only_clients_of_the_authority_get_in() {
     }
     let (authority, other) = (Authority::new(), Authority::new());
     let ca = authority.path("ca-cert.pem");
-    let tcp = Tcp::new(authority.config(Some(&ca)), ServerOptions::default());
+    let tcp = Tcp::new(config(&authority, Some(&ca)), ServerOptions::default());
     // The other authority's client, which trusts this server.
     std::fs::copy(&ca, other.path("ca-cert.pem")).unwrap();
     let stranger = authority.stranger();
-    for dir in [stranger.path(), other.dir.path()] {
+    for dir in [stranger.path(), other.folder()] {
         let (ok, said) = run("nbdinfo", &["--size", &tcp.uri(dir)]);
         assert!(!ok, "{said}");
     }
-    let (ok, said) = run("nbdinfo", &["--size", &tcp.uri(authority.dir.path())]);
+    let (ok, said) = run("nbdinfo", &["--size", &tcp.uri(authority.folder())]);
     assert!(ok && said.trim() == SIZE.to_string(), "{said}");
     // Without an authority for clients, whoever trusts the server is let in.
-    let tcp = Tcp::new(authority.config(None), ServerOptions::default());
+    let tcp = Tcp::new(config(&authority, None), ServerOptions::default());
     let (ok, said) = run("nbdinfo", &["--size", &tcp.uri(stranger.path())]);
     assert!(ok, "{said}");
 }

@@ -96,6 +96,34 @@ fn disks_are_attached_limited_and_detached() {
 }
 
 #[test]
+fn a_disk_is_exported_over_tcp_under_tls_only() {
+    let side = Side::new();
+    let bench = &side.bench;
+    bench.ok(&["disk", "create", "a", "--size", "8M"]);
+    side.start().ok();
+    let authority = offshoot_tests::tls::Authority::new();
+    let pem = |name: &str| authority.path(name).to_str().expect("a plain path").to_owned();
+    let (cert, key, ca) = (pem("server-cert.pem"), pem("server-key.pem"), pem("ca-cert.pem"));
+    let address = format!("127.0.0.1:{}", offshoot_tests::tls::free_port());
+    let export = ["disk", "export-nbd", "a", "--tcp", &address];
+    bench.run(&export).fails(2, &[&address, "under TLS only", "--tls-cert"]);
+    let tls = ["--tls-cert", &cert, "--tls-key", &key, "--tls-client-ca", &ca];
+
+    let made = bench.json(&[&export, &tls[..]].concat());
+
+    assert_eq!((&made["socket"], &made["kind"]), (&json!(address), &json!("nbd")));
+    assert_eq!(made["tls"], json!({"cert": cert, "key": key, "client_ca": ca}));
+    assert!(std::net::TcpStream::connect(&address).is_ok());
+    bench.run(&[&export, &tls[..]].concat()).fails(4, &[&address, "served there already"]);
+    let shown = bench.ok(&["disk", "show", "a"]);
+    assert!(shown.text().contains(&format!("nbd at {address} under TLS, ")), "{shown:?}");
+    bench.run(&["disk", "detach", "a", "--socket", "127.0.0.1:1"]).fails(3, &["not served there"]);
+    let ended = bench.json(&["disk", "detach", "a", "--socket", &address, "--force"]);
+    assert_eq!(ended[0]["socket"], json!(address));
+    bench.ok(&["disk", "rm", "a"]);
+}
+
+#[test]
 fn jobs_and_events_are_told() {
     let side = Side::new();
     let bench = &side.bench;

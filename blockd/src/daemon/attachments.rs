@@ -119,7 +119,8 @@ mod tests {
             limits: Limits { iops: 100, ..Limits::default() },
             exports: vec![ExportSpec {
                 kind: ExportKind::VhostUser,
-                socket: "/run/a.sock".into(),
+                socket: "/run/a.sock".parse().unwrap(),
+                tls: None,
                 read_only: false,
                 queues: 2,
                 poll_us_max: None,

@@ -5,6 +5,8 @@
 
 use std::fs;
 use std::io;
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -13,9 +15,12 @@ use std::time::Duration;
 use format::{Context as _, Error, Kind, Result};
 
 use super::events::Events;
-use crate::api::types::{EventKind, Export, ExportKind, ExportSpec, ExportState};
+use crate::api::types::{
+    EventKind, Export, ExportKind, ExportSpec, ExportState, Place, SocketName, TlsFiles,
+};
 use crate::nbd::{
-    self, ExportEntry, Exports, Listener, NbdServer, ServerOptions, StoreAncestors, VolumeExport,
+    self, ExportEntry, Exports, Listener, NbdServer, ServerOptions, StoreAncestors, TlsConfig,
+    VolumeExport,
 };
 use crate::serve::vhost::VhostServer;
 use crate::serve::{Observer, Volume, VolumeEvent};
@@ -100,21 +105,8 @@ impl Door {
         volume: &Arc<Volume>,
         spec: ExportSpec,
     ) -> Result<Door> {
-        let object = || format!("socket {}", spec.socket.display());
-        let listener = listen(&spec.socket).context("listen on", object)?;
-        let volume = Arc::clone(volume);
-        let started = match spec.kind {
-            ExportKind::VhostUser => {
-                VhostServer::start(volume, listener, spec.vhost_options()).map(Server::Vhost)
-            }
-            ExportKind::Nbd => {
-                let (dir, read_only) = (Arc::clone(dir), spec.read_only);
-                let exports = Arc::new(OneDisk { volume, read_only, dir });
-                let listeners = vec![Listener::Unix(listener)];
-                NbdServer::start(listeners, exports, ServerOptions::default()).map(Server::Nbd)
-            }
-        };
-        match started {
+        let listener = listen(spec.place()?)?;
+        match serve(dir, volume, &spec, listener) {
             Ok(server) => Ok(Door { spec, server }),
             Err(e) => {
                 remove_socket(&spec.socket);
@@ -131,7 +123,7 @@ impl Door {
             Server::Vhost(server) => drop(server.stop()),
             Server::Nbd(server) => {
                 if let Err(error) = server.stop(NBD_GRACE) {
-                    tracing::warn!(socket = %spec.socket.display(), %error, "cut off");
+                    tracing::warn!(socket = %spec.socket, %error, "cut off");
                 }
             }
         }
@@ -179,6 +171,7 @@ pub(super) fn described(disk: &str, spec: &ExportSpec, state: ExportState) -> Ex
         disk: disk.to_owned(),
         kind: spec.kind,
         socket: spec.socket.clone(),
+        tls: spec.tls.clone(),
         read_only: spec.read_only,
         queues: spec.queues,
         state,
@@ -189,8 +182,63 @@ pub(super) fn described(disk: &str, spec: &ExportSpec, state: ExportState) -> Ex
     }
 }
 
+/// Serves on a socket that is bound and listening.
+fn serve(
+    dir: &Arc<StoreDir>,
+    volume: &Arc<Volume>,
+    spec: &ExportSpec,
+    listener: OwnedFd,
+) -> Result<Server> {
+    let volume = Arc::clone(volume);
+    let listener = match (spec.kind, spec.place()?) {
+        (ExportKind::VhostUser, _) => {
+            let server = VhostServer::start(volume, listener.into(), spec.vhost_options());
+            return server.map(Server::Vhost);
+        }
+        (ExportKind::Nbd, Place::Unix(_)) => Listener::Unix(listener.into()),
+        (ExportKind::Nbd, Place::Tls(_, files)) => Listener::Tls(listener.into(), read(files)?),
+    };
+    let (dir, read_only) = (Arc::clone(dir), spec.read_only);
+    let exports = Arc::new(OneDisk { volume, read_only, dir });
+    NbdServer::start(vec![listener], exports, ServerOptions::default()).map(Server::Nbd)
+}
+
+fn read(files: &TlsFiles) -> Result<TlsConfig> {
+    let config = TlsConfig::from_files(&files.cert, &files.key, files.client_ca.as_deref());
+    config.map_err(|e| match e.kind() {
+        Kind::ReadOnly => e.hint(
+            "let the daemon's user read it; confined, the daemon reads only below /etc, /run, /tmp \
+             and the folders of its store, its control socket and --socket-dir",
+        ),
+        _ => e,
+    })
+}
+
+/// Binds a socket and listens.
+fn listen(place: Place<'_>) -> Result<OwnedFd> {
+    match place {
+        Place::Unix(path) => {
+            let object = || format!("socket {}", path.display());
+            listen_at(path).context("listen on", object).map(OwnedFd::from)
+        }
+        Place::Tls(address, _) => {
+            let bound = TcpListener::bind(address).map_err(|e| match e.kind() {
+                io::ErrorKind::AddrInUse => {
+                    Error::new(Kind::Exists, "another process listens there")
+                        .hint("choose another port")
+                }
+                io::ErrorKind::AddrNotAvailable => {
+                    Error::new(Kind::NotFound, "this machine does not have that address")
+                }
+                _ => e.into(),
+            });
+            bound.context("listen on", || format!("socket {address}")).map(OwnedFd::from)
+        }
+    }
+}
+
 /// Listens at `path`. A socket that nobody answers on is what a killed daemon left.
-fn listen(path: &Path) -> Result<UnixListener> {
+fn listen_at(path: &Path) -> Result<UnixListener> {
     match UnixListener::bind(path) {
         Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
         Err(e) if e.kind() == io::ErrorKind::InvalidInput => {
@@ -214,7 +262,9 @@ fn listen(path: &Path) -> Result<UnixListener> {
     }
 }
 
-fn remove_socket(path: &Path) {
-    // What stays is found to be dead by whoever binds there next.
-    let _ = fs::remove_file(path);
+fn remove_socket(socket: &SocketName) {
+    if let SocketName::Unix(path) = socket {
+        // What stays is found to be dead by whoever binds there next.
+        let _ = fs::remove_file(path);
+    }
 }

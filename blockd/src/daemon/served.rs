@@ -87,7 +87,7 @@ impl Served {
     }
 
     fn sockets(&self) -> String {
-        let sockets = self.doors.iter().map(|d| d.spec().socket.display().to_string());
+        let sockets = self.doors.iter().map(|d| d.spec().socket.to_string());
         sockets.collect::<Vec<_>>().join(", ")
     }
 }
@@ -104,14 +104,6 @@ impl Table {
             Error::new(Kind::NotFound, "it is not served").on(format!("disk {name}"))
         })
     }
-}
-
-fn check_spec(spec: &ExportSpec) -> Result<()> {
-    if !spec.socket.is_absolute() {
-        return Err(Error::invalid("the path is not absolute")
-            .on(format!("socket {}", spec.socket.display())));
-    }
-    Ok(())
 }
 
 impl Daemon {
@@ -179,7 +171,7 @@ impl Daemon {
     pub fn attach(&self, name: &str, request: &AttachDisk) -> Result<Export> {
         let _changing = self.service.changing.lock();
         let attach = || -> Result<Export> {
-            check_spec(&request.export)?;
+            request.export.place()?;
             self.check_attachable(name, request)?;
             let disk = self.dir.disk(name)?.disk;
             // On its own: the table must not be locked while the disk is opened.
@@ -202,7 +194,7 @@ impl Daemon {
             self.open_door(name, request, newly).inspect_err(|_| self.remember())
         };
         let export = attach().context("attach", || format!("disk {name}"))?;
-        let detail = format!("{} at {}", export.kind.name(), export.socket.display());
+        let detail = format!("{} at {}", export.kind.name(), export.socket);
         self.events.add(EventKind::Attached, format!("disk {name}"), detail);
         Ok(export)
     }
@@ -212,7 +204,7 @@ impl Daemon {
         let sockets = table.served.values().flat_map(|s| s.doors.iter().map(Door::spec));
         if sockets.into_iter().any(|spec| spec.socket == request.export.socket) {
             return Err(Error::new(Kind::Exists, "a disk is served there already")
-                .on(format!("socket {}", request.export.socket.display())));
+                .on(format!("socket {}", request.export.socket)));
         }
         if table.failed.contains_key(name) {
             let reason = "it could not be served again when the daemon started";
@@ -298,7 +290,7 @@ impl Daemon {
         let ended = self.detach_changing(name, request);
         let ended = ended.context("detach", || format!("disk {name}"))?;
         for export in &ended {
-            let detail = format!("{} at {}", export.kind.name(), export.socket.display());
+            let detail = format!("{} at {}", export.kind.name(), export.socket);
             self.events.add(EventKind::Detached, format!("disk {name}"), detail);
         }
         Ok(ended)
@@ -316,7 +308,7 @@ impl Daemon {
         if let Some(busy) = ending.iter().find(|e| e.connected > 0 && !request.force) {
             let who: Vec<String> = busy.peers.iter().map(|p| format!("process {p}")).collect();
             let who = if who.is_empty() { "a front end".into() } else { who.join(", ") };
-            let reason = format!("{who} is connected to {}", busy.socket.display());
+            let reason = format!("{who} is connected to {}", busy.socket);
             return Err(Error::new(Kind::InUse, reason).hint("stop it first, or say --force"));
         }
         if self.table().failed.remove(name).is_some() {

@@ -201,14 +201,20 @@ Examples:
   offshoot disk attach debian --socket /run/debian.sock --readonly")]
     Attach(Attach),
 
-    /// Serve a disk to NBD clients, on a Unix socket
+    /// Serve a disk to NBD clients, on a Unix socket or under TLS
     ///
     /// qemu-img, nbdcopy and backup tools can then read and write it, and see what is allocated and
     /// what was changed since a disk that it stands on. It is remembered as `disk attach` is.
+    ///
+    /// There is no TCP without TLS. The daemon reads the PEM files now, and whenever it starts.
+    /// With `--tls-client-ca`, clients have to show a certificate; without it, everybody who can
+    /// reach the port may read the disk and, without `--readonly`, write to it.
     #[command(after_help = "\
 Examples:
   offshoot disk export-nbd web1 --socket /run/web1.nbd --readonly
-  qemu-img convert -O qcow2 'nbd+unix:///web1?socket=/run/web1.nbd' web1.qcow2")]
+  qemu-img convert -O qcow2 'nbd+unix:///web1?socket=/run/web1.nbd' web1.qcow2
+  offshoot disk export-nbd web1 --tcp 192.0.2.7:10809 --tls-cert /etc/offshoot/cert.pem \\
+    --tls-key /etc/offshoot/key.pem --tls-client-ca /etc/offshoot/clients.pem")]
     ExportNbd(ExportNbd),
 
     /// End the exports of a disk

@@ -1,5 +1,6 @@
 //! The arguments of the verbs on disks in service.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use blockd::serve::Limits;
@@ -37,8 +38,20 @@ pub struct ExportNbd {
     /// Name of the disk
     pub name: String,
     /// The Unix socket to make
-    #[arg(long, value_name = "PATH")]
-    pub socket: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "tcp")]
+    pub socket: Option<PathBuf>,
+    /// The TCP socket to make instead; needs a certificate and its key
+    #[arg(long, value_name = "ADDR:PORT", value_parser = address, conflicts_with = "socket")]
+    pub tcp: Option<SocketAddr>,
+    /// The server's certificate, and those that lead from it to its authority
+    #[arg(long, value_name = "PEM", requires_all = ["tcp", "tls_key"])]
+    pub tls_cert: Option<PathBuf>,
+    /// The private key of the certificate
+    #[arg(long, value_name = "PEM", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// Let in only clients that show a certificate of one of these authorities
+    #[arg(long, value_name = "PEM", requires = "tls_cert")]
+    pub tls_client_ca: Option<PathBuf>,
     /// Refuse writes
     #[arg(long)]
     pub readonly: bool,
@@ -46,6 +59,11 @@ pub struct ExportNbd {
     pub limits: LimitValues,
     #[command(flatten)]
     pub tail: LostTail,
+}
+
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let needed = "an address and a port are needed, as in 192.0.2.7:10809 or [::]:10809";
+    text.parse().map_err(|_| needed.to_owned())
 }
 
 /// What a disk may do at most.
@@ -80,8 +98,8 @@ impl LimitValues {
 pub struct Detach {
     /// Name of the disk
     pub name: String,
-    /// The socket to end; without it, all
-    #[arg(long, value_name = "PATH")]
+    /// The socket to end, a path or an address and a port; without it, all
+    #[arg(long, value_name = "SOCKET")]
     pub socket: Option<PathBuf>,
     /// Also when a front end is connected
     #[arg(long)]

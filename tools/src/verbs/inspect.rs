@@ -82,7 +82,8 @@ fn render(d: &DiskDetails) -> String {
         ("problems", list(&d.problems)),
     ];
     for e in &d.exports {
-        let how = format!("{} at {}, {}", e.kind.name(), e.socket.display(), e.state.name());
+        let under = if e.tls.is_some() { " under TLS" } else { "" };
+        let how = format!("{} at {}{under}, {}", e.kind.name(), e.socket, e.state.name());
         let why = e.error.as_ref().map_or_else(String::new, |why| format!(": {why}"));
         lines.push(("served", format!("{how}{why}")));
     }

@@ -1,10 +1,9 @@
 //! Disks in service: where they are served, how much they may do, what they did.
 
-use std::path::PathBuf;
-
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::{SocketName, TlsFiles};
 use crate::serve::vhost::VhostOptions;
 use crate::serve::{Limits, VolumeStats};
 
@@ -35,9 +34,13 @@ impl ExportKind {
 pub struct ExportSpec {
     /// How.
     pub kind: ExportKind,
-    /// Path of the Unix socket, absolute.
+    /// Absolute path of the Unix socket; or, for NBD under TLS, the address and port of a TCP
+    /// socket, as in `192.0.2.7:10809` or `[2001:db8::7]:10809`.
     #[schema(value_type = String)]
-    pub socket: PathBuf,
+    pub socket: SocketName,
+    /// What TLS needs. TCP has to have it, a Unix socket cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<TlsFiles>,
     /// Refuse writes.
     #[serde(default)]
     pub read_only: bool,
@@ -96,7 +99,7 @@ pub struct AttachDisk {
 pub struct DetachDisk {
     /// The one at this socket; without it, all.
     #[schema(value_type = Option<String>)]
-    pub socket: Option<PathBuf>,
+    pub socket: Option<SocketName>,
     /// Also when a front end is connected.
     pub force: bool,
 }
@@ -132,9 +135,11 @@ pub struct Export {
     pub disk: String,
     /// How it is served.
     pub kind: ExportKind,
-    /// Where.
+    /// Where: an absolute path, or an address and a port.
     #[schema(value_type = String)]
-    pub socket: PathBuf,
+    pub socket: SocketName,
+    /// What TLS was made from, where there is TLS.
+    pub tls: Option<TlsFiles>,
     /// Writes are refused.
     pub read_only: bool,
     /// Queues that a driver may use.

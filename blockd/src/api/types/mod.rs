@@ -9,6 +9,7 @@ mod daemon;
 mod disks;
 mod exports;
 mod failure;
+mod socket;
 
 pub use daemon::{Event, EventKind, Health, Job, JobKind, JobState, Version};
 pub use disks::{
@@ -19,3 +20,4 @@ pub use disks::{
 };
 pub use exports::{AttachDisk, DetachDisk, DiskStats, Export, ExportKind, ExportSpec, ExportState};
 pub use failure::{Failure, FailureBody};
+pub use socket::{Place, SocketName, TlsFiles};
