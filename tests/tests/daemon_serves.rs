@@ -10,6 +10,7 @@ use blockd::storedir::StoreDir;
 use offshoot_tests::daemon::{Daemon, Reply};
 use offshoot_tests::load::Load;
 use offshoot_tests::mount::Mount;
+use offshoot_tests::nbd;
 use offshoot_tests::pattern::{self, Found};
 use offshoot_tests::rng::seed;
 use serde_json::{Value, json};
@@ -346,6 +347,53 @@ fn a_tool_reads_a_disk_over_nbd() {
     offshoot_tests::mount::run("qemu-img", &["convert", "-f", "raw", "-O", "raw", &uri, raw_arg]);
 
     assert!(fs::read(&raw).unwrap() == daemon.ask("GET", "/v1/disks/a/data", b"").body);
+}
+
+/// Those who use a disk over NBD are told of by name, and so is what one of them did wrong; one who
+/// only haggles is not.
+#[test]
+fn clients_of_nbd_come_and_go_in_the_events() {
+    let bench = Bench::new();
+    let daemon = bench.daemon();
+    create(&daemon, "a", MIB);
+    let socket = bench.path("nbd");
+    assert_eq!(attach(&daemon, "a", json!({"kind": "nbd", "socket": socket})).status, 201);
+    let before = events(&daemon).len();
+    let told = |count: usize| -> Vec<String> {
+        until("it is told", || events(&daemon).len() >= before + count);
+        let text = String::from_utf8(daemon.ask("GET", "/v1/events", b"").body).unwrap();
+        let line = |line: &str| {
+            let event: Value = serde_json::from_str(line).unwrap();
+            assert_eq!(event["object"], "disk a");
+            format!("{} {}", event["kind"].as_str().unwrap(), event["detail"].as_str().unwrap())
+        };
+        text.lines().skip(before).map(line).collect()
+    };
+    let client = || nbd::Client::connect(&socket).greeted();
+    let who =
+        format!("process {} of user {}", std::process::id(), rustix::process::geteuid().as_raw());
+
+    drop(client());
+    let mut good = client();
+    good.go("a");
+    told(1);
+    drop(good);
+    told(2);
+    let mut bad = client();
+    bad.go("a");
+    bad.send(&[0; 28]);
+    bad.until_closed();
+    told(4);
+    let mut cut_off = client();
+    cut_off.go("a");
+    told(5);
+    daemon.json("POST", "/v1/disks/a/detach", &json!({"force": true}));
+
+    let (came, went) = (format!("connected {who}"), format!("disconnected {who}"));
+    let broke = format!("{went}: it does not follow the protocol");
+    let detached = format!("detached nbd at {}", socket.display());
+    let expected = [&came, &went, &came, &broke, &came, &went, &detached];
+    assert_eq!(told(7).iter().collect::<Vec<_>>(), expected);
 }
 
 /// Writes on until the host is full and a request is held; gives back its first sector.

@@ -62,6 +62,15 @@ impl Exports for OneDisk {
     fn list(&self) -> Vec<ExportEntry> {
         vec![ExportEntry { name: self.volume.name().to_owned(), description: String::new() }]
     }
+
+    fn client_came(&self, _: &str, peer: &str) {
+        self.volume.tell(VolumeEvent::ClientConnected(peer.to_owned()));
+    }
+
+    fn client_went(&self, _: &str, peer: &str, why: Option<&str>) {
+        let why = why.map(str::to_owned);
+        self.volume.tell(VolumeEvent::ClientDisconnected(peer.to_owned(), why));
+    }
 }
 
 /// Tells of what happens to volumes.
@@ -87,6 +96,11 @@ impl Observer for Teller {
             }
             VolumeEvent::Disconnected(why) => {
                 self.0.add(EventKind::Disconnected, object, why.unwrap_or_default());
+            }
+            VolumeEvent::ClientConnected(who) => self.0.add(EventKind::Connected, object, who),
+            VolumeEvent::ClientDisconnected(who, why) => {
+                let why = why.map_or_else(String::new, |why| format!(": {why}"));
+                self.0.add(EventKind::Disconnected, object, format!("{who}{why}"));
             }
             VolumeEvent::QueueFailed(queue, why) => {
                 self.0.add(EventKind::Failed, object, format!("queue {queue}: {why}"));

@@ -52,7 +52,7 @@ pub fn serve(place: Place, tls: Option<&TlsConfig>, refusal: Option<&str>) {
     // A failure ends the connection; dropping the place closes it and counts it.
     let agreed = Handshake { connection, deadline }.run(&place, tls, refusal);
     if let Ok(Some(agreed)) = agreed {
-        connection.agreed(agreed.export.name());
+        place.agreed(agreed.export.name());
         let options = place.options();
         let buffers = Buffers::new(options.bytes_max);
         let lead = Lead::new(Input::new(), options.threads_max);
@@ -200,7 +200,8 @@ impl Session {
     /// What each thread of the connection does.
     fn work(self: &Arc<Self>) {
         while let Some(input) = self.lead.take() {
-            if self.lead_on(input).is_err() {
+            if let Err(e) = self.lead_on(input) {
+                self.place.connection().ends(&e);
                 self.end();
             }
         }

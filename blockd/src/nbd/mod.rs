@@ -160,4 +160,14 @@ pub trait Exports: Send + Sync {
 
     /// All of them.
     fn list(&self) -> Vec<ExportEntry>;
+
+    /// Told when a client has chosen an export; `peer` is what to call the client.
+    fn client_came(&self, export: &str, peer: &str) {
+        let _ = (export, peer);
+    }
+
+    /// Told when that client is gone, and why if it was not in order. Its requests have ended.
+    fn client_went(&self, export: &str, peer: &str, why: Option<&str>) {
+        let _ = (export, peer, why);
+    }
 }

@@ -105,12 +105,18 @@ pub struct Connection {
     peer: String,
     since: Instant,
     export: OnceLock<String>,
+    /// Why it ended, if not in order.
+    ended: OnceLock<String>,
 }
 
 impl Connection {
-    /// The handshake chose an export.
-    pub fn agreed(&self, export: &str) {
-        self.export.get_or_init(|| export.to_owned());
+    /// It ends because of this; the first reason stays.
+    pub fn ends(&self, why: &io::Error) {
+        self.ended.get_or_init(|| match why.kind() {
+            io::ErrorKind::InvalidData => "it does not follow the protocol".to_owned(),
+            io::ErrorKind::UnexpectedEof => "it went in the middle of a request".to_owned(),
+            _ => why.to_string(),
+        });
     }
 
     fn status(&self) -> ConnectionStatus {
@@ -208,10 +214,27 @@ impl Place {
         Arc::clone(&self.exports)
     }
 
+    /// The handshake chose an export.
+    pub fn agreed(&self, export: &str) {
+        let connection = self.connection();
+        connection.export.get_or_init(|| export.to_owned());
+        self.exports.client_came(export, &connection.peer);
+    }
+
     /// True when requests that come now are to be refused.
     pub fn stopping(&self) -> bool {
         // Acquire pairs with the Release store in `stop`.
         self.entry.shared.stopping.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let connection = self.connection();
+        if let Some(export) = connection.export.get() {
+            let why = connection.ended.get().map(String::as_str);
+            self.exports.client_went(export, &connection.peer, why);
+        }
     }
 }
 
@@ -389,6 +412,7 @@ fn admit(shared: &Arc<Shared>, stream: Stream, peer: String) -> Option<Entry> {
         peer,
         since: Instant::now(),
         export: OnceLock::new(),
+        ended: OnceLock::new(),
     });
     register.connections.insert(connection.id, Arc::clone(&connection));
     drop(register);

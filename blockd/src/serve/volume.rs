@@ -34,6 +34,10 @@ pub enum VolumeEvent {
     Connected(Option<u32>),
     /// A front end is gone; why, if it was not in order.
     Disconnected(Option<String>),
+    /// A client that is no virtual machine connected; what to call it.
+    ClientConnected(String),
+    /// It is gone; why, if it was not in order.
+    ClientDisconnected(String, Option<String>),
     /// The guest broke a queue.
     QueueFailed(u16, String),
 }
@@ -241,7 +245,7 @@ impl Volume {
         self.workers.lock().iter().filter_map(Weak::upgrade).for_each(|m| m.wake());
     }
 
-    pub(super) fn tell(&self, event: VolumeEvent) {
+    pub(crate) fn tell(&self, event: VolumeEvent) {
         if let Some(observer) = &self.observer {
             observer.event(&self.name, event);
         }

@@ -153,7 +153,7 @@ pub enum EventKind {
     Attached,
     /// It is no longer.
     Detached,
-    /// A front end came.
+    /// A front end or an NBD client came.
     Connected,
     /// It went.
     Disconnected,
