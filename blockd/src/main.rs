@@ -13,9 +13,10 @@ use std::time::Duration;
 
 use blockd::api::{Access, ApiSocket, group_id, serve};
 use blockd::daemon::sandbox::{self, Folders};
-use blockd::daemon::{Daemon, DaemonFile};
+use blockd::daemon::{Daemon, DaemonFile, Predecessor};
 use blockd::store::file::CacheMode;
 use blockd::storedir::{IDENTITY_FILE, Identity};
+use clap::builder::PossibleValue;
 use clap::{Parser, ValueEnum};
 use format::{Context as _, Error, Result};
 use tokio::signal::unix::{SignalKind, signal};
@@ -58,6 +59,11 @@ struct Args {
     /// of the control socket, /run and /tmp
     #[arg(long, value_name = "DIR")]
     socket_dir: Vec<PathBuf>,
+
+    /// Wait at this socket for the daemon that has the store, and take over all that it serves;
+    /// `offshoot daemon upgrade` starts a daemon like this
+    #[arg(long, value_name = "SOCK")]
+    take_over: Option<PathBuf>,
 }
 
 /// Whether the daemon confines itself.
@@ -86,6 +92,9 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .with_target(false)
+        // A log that cannot be written, on a full host for one, must not end the daemon: to say so
+        // on the same stream does.
+        .log_internal_errors(false)
         .init();
     match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
@@ -107,9 +116,10 @@ fn run(args: &Args) -> Result<()> {
     let api = std::path::absolute(&args.api).context("find", || "the socket".into())?;
     let group = args.allow_group.as_deref().map(group_id).transpose()?;
     let confined_by = confine(args, &store, &api)?;
-    let daemon = Arc::new(Daemon::open(&store, cache)?.confined_by(confined_by));
-    let socket = ApiSocket::bind(&api, Access { group })?;
-    daemon.serve_again()?;
+    let predecessor = args.take_over.as_deref().map(Predecessor::meet).transpose()?;
+    let daemon = Daemon::open(&store, cache)?;
+    let daemon = Arc::new(daemon.started_with(args.for_a_successor(&store, &api), confined_by));
+    let socket = take_service(&daemon, predecessor, &api, Access { group })?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS_MAX)
@@ -123,16 +133,79 @@ fn run(args: &Args) -> Result<()> {
     };
     let served = runtime.block_on(async {
         watch_signals(&daemon)?;
-        file.write(&store)?;
+        // On a full host, above all, the daemon is needed: it is found at its socket without.
+        if let Err(error) = file.write(&store) {
+            tracing::warn!(%error, "who looks in the store does not find this daemon");
+        }
         tell_the_service_manager("READY=1");
         tracing::info!(store = %store.display(), api = %api.display(), "ready");
         serve(Arc::clone(&daemon), socket).await
     });
     tell_the_service_manager("STOPPING=1");
     daemon.end_service();
-    DaemonFile::remove(&store);
+    if !daemon.has_handed_over() {
+        DaemonFile::remove(&store);
+    }
     runtime.shutdown_timeout(LAST_GRACE);
     served
+}
+
+impl Args {
+    /// The arguments that start the same daemon from anywhere.
+    fn for_a_successor(&self, store: &Path, api: &Path) -> Vec<String> {
+        let value = |value: Option<PossibleValue>| {
+            value.map_or_else(String::new, |v| v.get_name().to_owned())
+        };
+        let path = |path: &Path| path.display().to_string();
+        let mut arguments = vec![
+            "--store".to_owned(),
+            path(store),
+            "--api".to_owned(),
+            path(api),
+            "--cache".to_owned(),
+            value(self.cache.to_possible_value()),
+            "--sandbox".to_owned(),
+            value(self.sandbox.to_possible_value()),
+        ];
+        if let Some(group) = &self.allow_group {
+            arguments.extend(["--allow-group".to_owned(), group.clone()]);
+        }
+        for dir in &self.socket_dir {
+            let dir = std::path::absolute(dir).unwrap_or_else(|_| dir.clone());
+            arguments.extend(["--socket-dir".to_owned(), path(&dir)]);
+        }
+        arguments
+    }
+}
+
+/// Serves again what the last daemon served, and gives back the socket of the control interface.
+fn take_service(
+    daemon: &Daemon,
+    predecessor: Option<Predecessor>,
+    api: &Path,
+    access: Access,
+) -> Result<ApiSocket> {
+    let socket = match predecessor {
+        None => {
+            let socket = ApiSocket::bind(api, access)?;
+            daemon.serve_again()?;
+            socket
+        }
+        Some(predecessor) => {
+            let mut inheritance = predecessor.inherit()?;
+            let listener = inheritance.take_control()?;
+            let outcome = daemon.take_over(inheritance);
+            let socket = ApiSocket::inherit(api, listener, access)?;
+            if let Err(e) = outcome {
+                // The predecessor goes on with it.
+                socket.leave();
+                return Err(e);
+            }
+            socket
+        }
+    };
+    daemon.controlled_at(socket.listener()?.into());
+    Ok(socket)
 }
 
 /// Confines the process before it reads anything that others have written.

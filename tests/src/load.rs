@@ -6,6 +6,7 @@
 //! any time, through the death and return of the device as well.
 
 use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use vhost_blk::client::{ClientQueue, Op, Span};
 
@@ -46,6 +47,8 @@ pub struct Load {
     free: Vec<u64>,
     /// Requests that completed.
     pub done: u64,
+    /// Longest time for which no request completed while some were in work.
+    pub longest: Duration,
 }
 
 impl Load {
@@ -66,6 +69,7 @@ impl Load {
             busy: HashMap::new(),
             free: (0..slots).collect(),
             done: 0,
+            longest: Duration::ZERO,
         }
     }
 
@@ -81,7 +85,9 @@ impl Load {
                 return;
             }
             self.queue.kick();
+            let start = Instant::now();
             let came = self.queue.wait(PATIENCE_MS);
+            self.longest = self.longest.max(start.elapsed());
             assert!(came, "{} requests never complete; {} did", self.busy.len(), self.done);
             self.collect();
         }

@@ -641,7 +641,7 @@ fn a_stopped_server_has_let_go_of_its_exports() {
     server.stop(PATIENCE).unwrap();
 
     assert_eq!((Arc::strong_count(&users), Arc::strong_count(&volume)), (1, 1));
-    volume.abandon().unwrap();
+    volume.hand_on().unwrap();
 }
 
 #[test]

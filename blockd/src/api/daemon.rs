@@ -13,8 +13,8 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::body::streamed;
-use super::reply::{Answer, Named, Params, blocking};
-use super::types::{Event, FailureBody, Health, Job, Version};
+use super::reply::{Answer, Asked, Named, Params, blocking};
+use super::types::{Event, FailureBody, HandOver, HandedOver, Health, Job, Version};
 use crate::daemon::Daemon;
 
 type Shared = State<Arc<Daemon>>;
@@ -51,6 +51,19 @@ pub async fn shutdown(State(daemon): Shared) -> StatusCode {
 pub struct WaitParams {
     /// Milliseconds to wait for the end of the job, 60,000 at most.
     pub wait_ms: u64,
+}
+
+/// Hand everything to a successor, and end
+///
+/// Guests stay connected. The answer comes when the successor serves them; after a failure the
+/// daemon goes on as before.
+#[utoipa::path(post, path = "/v1/handover", tag = "daemon", request_body = HandOver,
+    responses((status = 200, body = HandedOver), (status = "default", body = FailureBody)))]
+pub async fn hand_over(
+    State(daemon): Shared,
+    Asked(request): Asked<HandOver>,
+) -> Answer<Json<HandedOver>> {
+    Ok(Json(blocking(&daemon, move |d| d.hand_over(&request)).await?))
 }
 
 /// The jobs, oldest first; those that ended are kept for a while

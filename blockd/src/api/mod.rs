@@ -42,6 +42,7 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/version", get(daemon::version))
         .route("/v1/health", get(daemon::health))
         .route("/v1/shutdown", post(daemon::shutdown))
+        .route("/v1/handover", post(daemon::hand_over))
         .route("/v1/events", get(daemon::events))
         .route("/v1/jobs", get(daemon::jobs))
         .route("/v1/jobs/{id}", get(daemon::job).delete(daemon::cancel))

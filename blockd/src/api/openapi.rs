@@ -23,6 +23,7 @@ use super::{content, daemon, disks, exports, sessions};
         daemon::version,
         daemon::health,
         daemon::shutdown,
+        daemon::hand_over,
         daemon::events,
         daemon::jobs,
         daemon::job,

@@ -63,7 +63,12 @@ pub async fn serve(daemon: Arc<Daemon>, socket: ApiSocket) -> Result<()> {
             Some(_) = connections.join_next(), if !connections.is_empty() => {}
         }
     }
-    drop((listener, socket));
+    drop(listener);
+    if daemon.has_handed_over() {
+        socket.leave();
+    } else {
+        drop(socket);
+    }
     let rest = async { while connections.join_next().await.is_some() {} };
     if tokio::time::timeout(GRACE, rest).await.is_err() {
         tracing::warn!("cut {} connections that did not end", connections.len());

@@ -30,7 +30,8 @@ pub struct Access {
 
 /// The listening socket; its file goes when this is dropped.
 pub struct ApiSocket {
-    path: PathBuf,
+    /// None when its file is a successor's.
+    path: Option<PathBuf>,
     listener: UnixListener,
     access: Access,
 }
@@ -81,7 +82,21 @@ impl ApiSocket {
             fs::set_permissions(path, mode).context("give the group", object)?;
         }
         listener.set_nonblocking(true).context("listen on", object)?;
-        Ok(ApiSocket { path: path.to_owned(), listener, access })
+        Ok(ApiSocket { path: Some(path.to_owned()), listener, access })
+    }
+
+    /// Goes on with the socket of a predecessor, which is at `path`.
+    ///
+    /// # Errors
+    /// What the host reports.
+    pub fn inherit(path: &Path, listener: UnixListener, access: Access) -> Result<Self> {
+        listener.set_nonblocking(true)?;
+        Ok(ApiSocket { path: Some(path.to_owned()), listener, access })
+    }
+
+    /// Lets the socket go without its file, which a successor has.
+    pub fn leave(mut self) {
+        self.path = None;
     }
 
     /// The socket, to accept from.
@@ -149,6 +164,8 @@ fn clear(path: &Path) -> Result<()> {
 impl Drop for ApiSocket {
     fn drop(&mut self) {
         // What stays is found to be dead by whoever connects, and replaced.
-        let _ = fs::remove_file(&self.path);
+        if let Some(path) = &self.path {
+            let _ = fs::remove_file(path);
+        }
     }
 }

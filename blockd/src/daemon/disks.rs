@@ -60,8 +60,14 @@ fn object(name: &str) -> impl FnOnce() -> String {
 }
 
 impl Daemon {
-    pub(super) fn dir(&self) -> &Arc<StoreDir> {
-        &self.dir
+    /// The store.
+    ///
+    /// # Errors
+    /// `Busy` while a successor has it, or is about to.
+    pub(super) fn dir(&self) -> Result<Arc<StoreDir>> {
+        self.dir.read().clone().ok_or_else(|| {
+            Error::new(Kind::Busy, "a successor of this daemon takes it over").on("the store")
+        })
     }
 
     /// Holds the name of a disk that is not in service.
@@ -86,8 +92,8 @@ impl Daemon {
             return Ok(Noted { value: Opened::Served { volume, _hold: hold }, notes });
         }
         let hold = self.hold(name, access).context("open", object(name))?;
-        let options = disk_options(&self.dir, accept_lost_tail);
-        let disk = self.dir.open_disk(name, access, &options).context("open", object(name))?;
+        let options = disk_options(&*self.dir()?, accept_lost_tail);
+        let disk = self.dir()?.open_disk(name, access, &options).context("open", object(name))?;
         let notes = verbs::warnings(name, &disk);
         Ok(Noted { value: Opened::Own { disk: Box::new(disk), _hold: hold }, notes })
     }
@@ -97,7 +103,7 @@ impl Daemon {
     /// # Errors
     /// As [`verbs::list`].
     pub fn list(&self) -> Result<Vec<Summary>> {
-        verbs::list(&self.dir)
+        verbs::list(&*self.dir()?)
     }
 
     /// Everything about a disk.
@@ -106,7 +112,7 @@ impl Daemon {
     /// As opening it.
     pub fn show(&self, name: &str, accept_lost_tail: bool) -> Result<Noted<DiskDetails>> {
         let Noted { value, notes } = self.open_disk(name, Access::Read, accept_lost_tail)?;
-        let mut value = verbs::details(&self.dir, name, value.disk())?;
+        let mut value = verbs::details(&*self.dir()?, name, value.disk())?;
         value.exports = self.exports().into_iter().filter(|e| e.disk == name).collect();
         Ok(Noted { value, notes })
     }
@@ -120,7 +126,7 @@ impl Daemon {
         let parent = new.parent.as_ref().map(|parent| self.hold(parent, Access::Read));
         let _parent = parent.transpose().context("create", object(&new.name))?;
         let _hold = self.hold(&new.name, Access::Write).context("create", object(&new.name))?;
-        verbs::create(&self.dir, new)
+        verbs::create(&*self.dir()?, new)
     }
 
     /// Removes a disk.
@@ -130,8 +136,8 @@ impl Daemon {
     pub fn remove(&self, name: &str) -> Result<RemovedDisk> {
         let remove = || -> Result<RemovedDisk> {
             let _hold = self.hold(name, Access::Write)?;
-            let freed = verbs::freed(&self.dir, name)?;
-            self.dir.remove(name)?;
+            let freed = verbs::freed(&*self.dir()?, name)?;
+            self.dir()?.remove(name)?;
             Ok(RemovedDisk { removed: name.into(), freed })
         };
         remove().context("remove", object(name))
@@ -148,10 +154,10 @@ impl Daemon {
                 true => None,
                 false => Some(self.hold(&request.to, Access::Write)?),
             };
-            self.dir.rename(name, &request.to)
+            self.dir()?.rename(name, &request.to)
         };
         let row = rename().context("rename", object(name))?;
-        verbs::summary(&self.dir, &row)
+        verbs::summary(&*self.dir()?, &row)
     }
 
     /// Changes the size of a disk.
@@ -161,12 +167,12 @@ impl Daemon {
     pub fn resize(&self, name: &str, request: &ResizeDisk) -> Result<Summary> {
         let served = self.served_volume(name).context("resize", object(name))?;
         if let Some((volume, _hold)) = served {
-            let resized = verbs::resize_open(&self.dir, name, volume.disk(), request);
+            let resized = verbs::resize_open(&*self.dir()?, name, volume.disk(), request);
             self.tell_of_size(name);
             return resized;
         }
         let _hold = self.hold(name, Access::Write).context("resize", object(name))?;
-        verbs::resize(&self.dir, name, request)
+        verbs::resize(&*self.dir()?, name, request)
     }
 
     /// Seals a disk.
@@ -176,7 +182,7 @@ impl Daemon {
     pub fn seal(&self, name: &str, accept_lost_tail: bool, job: &Running) -> Result<Summary> {
         use crate::pump::Watch as _;
         let _hold = self.hold(name, Access::Write).context("seal", object(name))?;
-        verbs::seal(&self.dir, name, accept_lost_tail, &mut |done, total| {
+        verbs::seal(&*self.dir()?, name, accept_lost_tail, &mut |done, total| {
             job.set(done, total);
             job.check()
         })
@@ -188,7 +194,7 @@ impl Daemon {
     /// As [`verbs::check`].
     pub fn check(&self, name: &str, request: CheckDisk, job: &Running) -> Result<Checked> {
         let _hold = self.hold(name, Access::Read).context("check", object(name))?;
-        let checked = verbs::check(&self.dir, name, request, job)?;
+        let checked = verbs::check(&*self.dir()?, name, request, job)?;
         self.tell_of_damage(name, checked.report.clean);
         Ok(checked)
     }
@@ -199,7 +205,7 @@ impl Daemon {
     /// As [`verbs::scrub`].
     pub fn scrub(&self, name: &str, job: &Running) -> Result<Scrubbed> {
         let _hold = self.hold(name, Access::Read).context("scrub", object(name))?;
-        let scrubbed = verbs::scrub(&self.dir, name, job)?;
+        let scrubbed = verbs::scrub(&*self.dir()?, name, job)?;
         self.tell_of_damage(name, scrubbed.report.clean);
         Ok(scrubbed)
     }
@@ -219,7 +225,7 @@ impl Daemon {
     pub fn repair(&self, name: &str, request: RepairDisk) -> Result<Repaired> {
         let access = if request.dry_run { Access::Read } else { Access::Write };
         let _hold = self.hold(name, access).context("repair", object(name))?;
-        verbs::repair(&self.dir, name, request)
+        verbs::repair(&*self.dir()?, name, request)
     }
 
     /// Calls `visit` with the ranges of a disk; `begin` gets the notes before the first.
@@ -300,6 +306,6 @@ impl Daemon {
     /// # Errors
     /// As [`verbs::df`].
     pub fn df(&self) -> Result<Df> {
-        verbs::df(&self.dir, &self.path)
+        verbs::df(&*self.dir()?, &self.path)
     }
 }

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use format::{Context as _, Error, Kind, Result};
+use vhost_blk::session::Handover;
 
 use super::events::Events;
 use crate::api::types::{
@@ -31,7 +32,21 @@ const NBD_GRACE: Duration = Duration::from_secs(5);
 
 enum Server {
     Vhost(VhostServer),
-    Nbd(NbdServer),
+    Nbd {
+        /// None while a handover is prepared.
+        server: Option<NbdServer>,
+        /// The same socket once more, to go on with.
+        listener: OwnedFd,
+    },
+}
+
+/// A socket that one daemon hands to the next.
+#[derive(Debug, Default)]
+pub(super) struct HandedDoor {
+    /// The listening socket; one that could not be kept is made anew.
+    pub(super) listener: Option<OwnedFd>,
+    /// The front ends that stay connected.
+    pub(super) sessions: Vec<Handover>,
 }
 
 /// A socket of a disk.
@@ -129,19 +144,77 @@ impl Door {
         }
     }
 
-    /// Cuts the front ends off and takes the socket away.
-    pub(super) fn close(self) {
-        let Door { spec, server } = self;
-        // The listener goes before its file: who finds the file finds somebody.
-        match server {
-            Server::Vhost(server) => drop(server.stop()),
-            Server::Nbd(server) => {
-                if let Err(error) = server.stop(NBD_GRACE) {
-                    tracing::warn!(socket = %spec.socket, %error, "cut off");
+    /// Serves on a socket of a predecessor, and its front ends first of all. One that cannot be
+    /// served is cut off, and may connect again.
+    ///
+    /// # Errors
+    /// As [`Door::open`].
+    pub(super) fn take_over(
+        dir: &Arc<StoreDir>,
+        volume: &Arc<Volume>,
+        spec: ExportSpec,
+        handed: HandedDoor,
+    ) -> Result<Door> {
+        let door = match handed.listener {
+            Some(listener) => Door { server: serve(dir, volume, &spec, listener)?, spec },
+            None => Door::open(dir, volume, spec)?,
+        };
+        if let Server::Vhost(server) = &door.server {
+            for session in handed.sessions {
+                if let Err(error) = server.adopt(session) {
+                    let socket = &door.spec.socket;
+                    tracing::warn!(%socket, %error, "a front end must connect again");
                 }
             }
         }
-        remove_socket(&spec.socket);
+        Ok(door)
+    }
+
+    /// Stops serving NBD clients, who hold the store; the socket stays, and clients that come wait.
+    /// NBD has no way to go on with a connection: those there are, are cut off between two
+    /// requests.
+    pub(super) fn pause_nbd(&mut self) {
+        if let Server::Nbd { server, .. } = &mut self.server
+            && let Some(server) = server.take()
+        {
+            stop_nbd(&server, &self.spec);
+        }
+    }
+
+    /// Goes on after [`Door::pause_nbd`].
+    ///
+    /// # Errors
+    /// What the host reports.
+    pub(super) fn resume_nbd(&mut self, dir: &Arc<StoreDir>, volume: &Arc<Volume>) -> Result<()> {
+        if let Server::Nbd { server: None, listener } = &self.server {
+            self.server = serve(dir, volume, &self.spec, listener.try_clone()?)?;
+        }
+        Ok(())
+    }
+
+    /// Stops serving, for a successor: the socket stays, and so do front ends of vhost-user.
+    pub(super) fn hand_over(mut self) -> HandedDoor {
+        self.pause_nbd();
+        match self.server {
+            Server::Vhost(server) => {
+                let (listener, sessions) = server.hand_over();
+                HandedDoor { listener: listener.map(OwnedFd::from), sessions }
+            }
+            Server::Nbd { listener, .. } => {
+                HandedDoor { listener: Some(listener), sessions: Vec::new() }
+            }
+        }
+    }
+
+    /// Cuts the front ends off and takes the socket away.
+    pub(super) fn close(mut self) {
+        self.pause_nbd();
+        // The listener goes before its file: who finds the file finds somebody.
+        match self.server {
+            Server::Vhost(server) => drop(server.stop()),
+            Server::Nbd { listener, .. } => drop(listener),
+        }
+        remove_socket(&self.spec.socket);
     }
 
     /// What it serves.
@@ -164,7 +237,10 @@ impl Door {
                 let status = server.status();
                 (status.connected, status.peers, status.queues_running)
             }
-            Server::Nbd(server) => (server.status().connections.len(), Vec::new(), 0),
+            Server::Nbd { server, .. } => {
+                let clients = |server: &NbdServer| server.status().connections.len();
+                (server.as_ref().map_or(0, clients), Vec::new(), 0)
+            }
         };
         let state = match connected {
             0 => ExportState::Listening,
@@ -204,6 +280,7 @@ fn serve(
     listener: OwnedFd,
 ) -> Result<Server> {
     let volume = Arc::clone(volume);
+    let same = listener.try_clone()?;
     let listener = match (spec.kind, spec.place()?) {
         (ExportKind::VhostUser, _) => {
             let server = VhostServer::start(volume, listener.into(), spec.vhost_options());
@@ -214,7 +291,14 @@ fn serve(
     };
     let (dir, read_only) = (Arc::clone(dir), spec.read_only);
     let exports = Arc::new(OneDisk { volume, read_only, dir });
-    NbdServer::start(vec![listener], exports, ServerOptions::default()).map(Server::Nbd)
+    let server = NbdServer::start(vec![listener], exports, ServerOptions::default())?;
+    Ok(Server::Nbd { server: Some(server), listener: same })
+}
+
+fn stop_nbd(server: &NbdServer, spec: &ExportSpec) {
+    if let Err(error) = server.stop(NBD_GRACE) {
+        tracing::warn!(socket = %spec.socket, %error, "cut off");
+    }
 }
 
 fn read(files: &TlsFiles) -> Result<TlsConfig> {

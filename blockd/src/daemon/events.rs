@@ -46,6 +46,15 @@ impl Events {
         self.latest.send_replace(seq);
     }
 
+    /// Numbers events on from those of a predecessor.
+    pub fn go_on_after(&self, seq: u64) {
+        let mut ring = self.ring.lock();
+        for (own, event) in (1..).zip(ring.iter_mut()) {
+            event.seq = seq + own;
+        }
+        self.latest.send_replace(seq + ring.len() as u64);
+    }
+
     /// The kept events after number `seq`.
     pub fn since(&self, seq: u64) -> Vec<Event> {
         self.ring.lock().iter().filter(|e| e.seq > seq).cloned().collect()
@@ -74,5 +83,17 @@ mod tests {
         assert!(kept.windows(2).all(|w| w[0].seq + 1 == w[1].seq));
         assert_eq!(events.since(KEPT as u64 + 9).len(), 1);
         assert_eq!(*events.follow().borrow(), KEPT as u64 + 10);
+    }
+
+    #[test]
+    fn numbers_go_on_after_those_of_a_predecessor() {
+        let events = Events::default();
+        events.add(EventKind::Started, "a", "");
+        events.go_on_after(40);
+        events.add(EventKind::Upgraded, "a", "");
+
+        let seqs: Vec<u64> = events.since(0).iter().map(|e| e.seq).collect();
+
+        assert_eq!(seqs, [41, 42]);
     }
 }

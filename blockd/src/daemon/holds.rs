@@ -3,10 +3,11 @@
 //! Invariants:
 //! - A disk has any number of readers or one writer. Whoever opens, changes or makes a disk holds
 //!   its name; a name that no disk has yet can be held, too.
+//! - While the table is closed nobody gets a hold; those who have one keep it.
 //! - Whoever waits gives up after [`PATIENCE`]: nobody waits for ever, in whatever order names are
 //!   taken.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,12 +25,22 @@ enum Held {
     Writer,
 }
 
+#[derive(Debug, Default)]
+struct Table {
+    names: HashMap<String, Held>,
+    closed: bool,
+}
+
 /// The names that are held.
 #[derive(Debug, Default)]
 pub struct Holds {
-    table: Mutex<HashMap<String, Held>>,
+    table: Mutex<Table>,
     freed: Condvar,
 }
+
+/// Nobody gets a hold until this is dropped.
+#[derive(Debug)]
+pub struct Closed(Arc<Holds>);
 
 /// A name, held until this is dropped.
 #[derive(Debug)]
@@ -47,14 +58,15 @@ impl Holds {
         let deadline = Instant::now() + PATIENCE;
         let mut table = self.table.lock();
         loop {
-            let next = match (table.get(name), access) {
+            let next = match (table.names.get(name), access) {
+                _ if table.closed => None,
                 (None, Access::Read) => Some(Held::Readers(1)),
                 (Some(Held::Readers(n)), Access::Read) => Some(Held::Readers(n + 1)),
                 (None, Access::Write) => Some(Held::Writer),
                 _ => None,
             };
             if let Some(next) = next {
-                table.insert(name.to_owned(), next);
+                table.names.insert(name.to_owned(), next);
                 return Ok(Hold { holds: Arc::clone(self), name: name.to_owned() });
             }
             if self.freed.wait_until(&mut table, deadline).timed_out() {
@@ -64,15 +76,47 @@ impl Holds {
             }
         }
     }
+
+    /// Gives no holds any more, and waits until only those of `names` are left.
+    ///
+    /// # Errors
+    /// `Busy` when others do not let go for [`PATIENCE`].
+    pub fn close(self: &Arc<Self>, names: &HashSet<String>) -> Result<Closed> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut table = self.table.lock();
+        if std::mem::replace(&mut table.closed, true) {
+            return Err(Error::new(Kind::Busy, "somebody else does the same just now"));
+        }
+        let closed = Closed(Arc::clone(self));
+        loop {
+            let Some(other) = table.names.keys().find(|held| !names.contains(*held)).cloned()
+            else {
+                return Ok(closed);
+            };
+            if self.freed.wait_until(&mut table, deadline).timed_out() {
+                drop(table);
+                return Err(Error::new(Kind::Busy, "a request has it open")
+                    .on(format!("disk {other}"))
+                    .hint("wait for it; `offshoot job ls` lists what is running"));
+            }
+        }
+    }
+}
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        self.0.table.lock().closed = false;
+        self.0.freed.notify_all();
+    }
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
         let mut table = self.holds.table.lock();
-        match table.get_mut(&self.name) {
+        match table.names.get_mut(&self.name) {
             Some(Held::Readers(n)) if *n > 1 => *n -= 1,
             _ => {
-                table.remove(&self.name);
+                table.names.remove(&self.name);
             }
         }
         self.holds.freed.notify_all();
@@ -99,7 +143,24 @@ mod tests {
         assert!(holds.take("a", Access::Read).is_err());
         drop(writer);
         assert!(holds.take("a", Access::Write).is_ok());
-        assert!(holds.table.lock().is_empty());
+        assert!(holds.table.lock().names.is_empty());
+    }
+
+    #[test]
+    fn a_closed_table_gives_nothing_and_waits_for_those_who_have() {
+        let holds = Arc::new(Holds::default());
+        let known = HashSet::from(["served".to_owned()]);
+        let _served = holds.take("served", Access::Write).unwrap();
+        let other = holds.take("other", Access::Read).unwrap();
+        assert_eq!(holds.close(&known).unwrap_err().object(), Some("disk other"));
+        drop(other);
+
+        let closed = holds.close(&known).unwrap();
+
+        assert!(holds.close(&known).is_err());
+        assert!(holds.take("other", Access::Read).is_err());
+        drop(closed);
+        assert!(holds.take("other", Access::Read).is_ok());
     }
 
     #[test]

@@ -7,15 +7,18 @@
 //!   their own.
 //! - Disks in service (`served.rs`) are used by their front ends on threads of their own; a request
 //!   that reads one besides goes through the same volume.
+//! - The store is the daemon's except while a successor has it (`handover/`).
 //! - What a client leaves half done ends with its connection (`sessions.rs`).
 //!
 //! Lock order: a session's content, the change of what is served, the table of what is served,
 //! holds, jobs, events; only the first two are held over I/O.
 
+mod again;
 mod attachments;
 mod disks;
 mod doors;
 mod events;
+mod handover;
 mod holds;
 mod jobs;
 mod metrics;
@@ -24,20 +27,24 @@ mod served;
 mod sessions;
 mod state;
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use format::{Context as _, Result};
+use parking_lot::RwLock;
 use tokio::sync::watch;
 
 use crate::api::types::{EventKind, ExportState, Health, Version};
 use crate::store::Access;
 use crate::store::file::CacheMode;
-use crate::storedir::{OpenOptions, StoreDir, boot_id};
+use crate::storedir::{Identity, OpenOptions, StoreDir, boot_id};
 
 pub use disks::Noted;
 pub use events::Events;
+pub use handover::{Inheritance, Predecessor};
 pub use holds::{Hold, Holds, PATIENCE};
 pub use jobs::{Entry, Jobs, Running};
 pub use served::Service;
@@ -49,7 +56,10 @@ pub const API_VERSION: &str = "v1";
 
 /// The daemon.
 pub struct Daemon {
-    dir: Arc<StoreDir>,
+    /// None while a successor has the store.
+    dir: RwLock<Option<Arc<StoreDir>>>,
+    identity: Identity,
+    cache: CacheMode,
     path: PathBuf,
     started: u64,
     holds: Arc<Holds>,
@@ -58,6 +68,10 @@ pub struct Daemon {
     sessions: Sessions,
     service: Service,
     sandbox: Vec<String>,
+    arguments: Vec<String>,
+    /// The control interface's listening socket, for a successor.
+    control: OnceLock<OwnedFd>,
+    handed_over: AtomicBool,
     stopping: watch::Sender<bool>,
 }
 
@@ -67,6 +81,30 @@ impl Daemon {
     /// # Errors
     /// As [`StoreDir::open`].
     pub fn open(path: &Path, cache: CacheMode) -> Result<Self> {
+        let dir = Self::open_dir(path, cache)?;
+        let events = Arc::new(Events::default());
+        let daemon = Daemon {
+            identity: dir.identity().clone(),
+            dir: RwLock::new(Some(Arc::new(dir))),
+            cache,
+            path: path.to_owned(),
+            started: jobs::now(),
+            holds: Arc::default(),
+            jobs: Jobs::new(Arc::clone(&events)),
+            events,
+            sessions: Sessions::default(),
+            service: Service::of(path),
+            sandbox: Vec::new(),
+            arguments: Vec::new(),
+            control: OnceLock::new(),
+            handed_over: AtomicBool::new(false),
+            stopping: watch::Sender::new(false),
+        };
+        daemon.events.add(EventKind::Started, format!("store {}", path.display()), "");
+        Ok(daemon)
+    }
+
+    fn open_dir(path: &Path, cache: CacheMode) -> Result<StoreDir> {
         let options = OpenOptions { access: Access::Write, cache, boot: boot_id() };
         let start = Instant::now();
         let dir = loop {
@@ -78,27 +116,25 @@ impl Daemon {
             }
         };
         dir.notes.iter().for_each(|note| tracing::info!(%note, "the store was mended"));
-        let events = Arc::new(Events::default());
-        let daemon = Daemon {
-            dir: Arc::new(dir),
-            path: path.to_owned(),
-            started: jobs::now(),
-            holds: Arc::default(),
-            jobs: Jobs::new(Arc::clone(&events)),
-            events,
-            sessions: Sessions::default(),
-            service: Service::of(path),
-            sandbox: Vec::new(),
-            stopping: watch::Sender::new(false),
-        };
-        daemon.events.add(EventKind::Started, format!("store {}", path.display()), "");
-        Ok(daemon)
+        Ok(dir)
     }
 
-    /// The same, confined by what has these names.
+    /// The same, started with these arguments and confined by what has these names.
     #[must_use]
-    pub fn confined_by(self, sandbox: Vec<String>) -> Self {
-        Daemon { sandbox, ..self }
+    pub fn started_with(self, arguments: Vec<String>, sandbox: Vec<String>) -> Self {
+        Daemon { arguments, sandbox, ..self }
+    }
+
+    /// Keeps the listening socket of the control interface for a successor.
+    pub fn controlled_at(&self, listener: OwnedFd) {
+        // There is one control interface: a second one would be a bug, and change nothing.
+        let _ = self.control.set(listener);
+    }
+
+    /// True when a successor has what this daemon had.
+    #[must_use]
+    pub fn has_handed_over(&self) -> bool {
+        self.handed_over.load(Ordering::Acquire) // pairs with the store in `hand_over_to`
     }
 
     /// Its jobs.
@@ -138,7 +174,7 @@ impl Daemon {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
             path: self.path.clone(),
-            store: self.dir.identity().store,
+            store: self.identity.store,
             started: self.started,
             jobs: self.jobs.running(),
             served: stats.len() as u64,
@@ -146,6 +182,7 @@ impl Daemon {
             held: held.map(|d| d.disk.clone()).collect(),
             failed,
             sandbox: self.sandbox.clone(),
+            arguments: self.arguments.clone(),
         }
     }
 

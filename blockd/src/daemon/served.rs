@@ -20,9 +20,7 @@ use super::Daemon;
 use super::attachments::{Attachment, AttachmentsFile};
 use super::doors::{Door, Teller, described};
 use super::holds::Hold;
-use crate::api::types::{
-    AttachDisk, DetachDisk, DiskStats, EventKind, Export, ExportSpec, ExportState,
-};
+use crate::api::types::{AttachDisk, DetachDisk, DiskStats, EventKind, Export, ExportState};
 use crate::serve::{Limits, Volume, VolumeOptions};
 use crate::store::Access;
 
@@ -30,34 +28,43 @@ use crate::store::Access;
 const LANES_MIN: usize = 8;
 
 /// A disk in service.
-struct Served {
-    disk: Uuid,
-    doors: Vec<Door>,
-    limits: Limits,
+pub(super) struct Served {
+    pub(super) disk: Uuid,
+    pub(super) doors: Vec<Door>,
+    pub(super) limits: Limits,
     read_only: bool,
     // Before the hold: the disk is closed when others may have it.
-    volume: Arc<Volume>,
-    _hold: Hold,
+    pub(super) volume: Arc<Volume>,
+    pub(super) hold: Hold,
+}
+
+/// What there is already of a disk that is taken into service.
+#[derive(Default)]
+pub(super) struct Kept {
+    /// Its name is held.
+    pub(super) hold: Option<Hold>,
+    /// What the host caches of it can be believed.
+    pub(super) cache: bool,
 }
 
 /// A disk that could not be served again.
-struct Failed {
-    attachment: Attachment,
-    error: String,
+pub(super) struct Failed {
+    pub(super) attachment: Attachment,
+    pub(super) error: String,
 }
 
 #[derive(Default)]
-struct Table {
-    served: BTreeMap<String, Served>,
-    failed: BTreeMap<String, Failed>,
+pub(super) struct Table {
+    pub(super) served: BTreeMap<String, Served>,
+    pub(super) failed: BTreeMap<String, Failed>,
 }
 
 /// All disks in service.
 pub struct Service {
     table: Mutex<Table>,
     /// Held by the one who attaches or detaches; before `table`.
-    changing: Mutex<()>,
-    file: AttachmentsFile,
+    pub(super) changing: Mutex<()>,
+    pub(super) file: AttachmentsFile,
 }
 
 impl Service {
@@ -77,7 +84,7 @@ fn in_service(name: &str) -> String {
 }
 
 impl Served {
-    fn attachment(&self) -> Attachment {
+    pub(super) fn attachment(&self) -> Attachment {
         let exports = self.doors.iter().map(|door| door.spec().clone()).collect();
         Attachment { disk: self.disk, limits: self.limits, exports }
     }
@@ -107,7 +114,7 @@ impl Table {
 }
 
 impl Daemon {
-    fn table(&self) -> MutexGuard<'_, Table> {
+    pub(super) fn table(&self) -> MutexGuard<'_, Table> {
         self.service.table.lock()
     }
 
@@ -173,12 +180,12 @@ impl Daemon {
         let attach = || -> Result<Export> {
             request.export.place()?;
             self.check_attachable(name, request)?;
-            let disk = self.dir.disk(name)?.disk;
+            let disk = self.dir()?.disk(name)?.disk;
             // On its own: the table must not be locked while the disk is opened.
             let known = self.table().served.contains_key(name);
             let newly = match known {
                 true => None,
-                false => Some(self.take_into_service(name, request)?),
+                false => Some(self.take_into_service(name, request, Kept::default())?),
             };
             let limits = request.limits.unwrap_or_default();
             // Remembered before there is a socket: see `attachments.rs`.
@@ -220,31 +227,39 @@ impl Daemon {
         }
     }
 
-    fn take_into_service(&self, name: &str, request: &AttachDisk) -> Result<Served> {
+    pub(super) fn take_into_service(
+        &self,
+        name: &str,
+        request: &AttachDisk,
+        kept: Kept,
+    ) -> Result<Served> {
         let read_only = request.export.read_only;
         let access = if read_only { Access::Read } else { Access::Write };
-        let hold = self.hold(name, access)?;
+        let hold = kept.hold.map_or_else(|| self.hold(name, access), Ok)?;
         let limits = request.limits.unwrap_or_default();
         let options = VolumeOptions {
             lanes: LANES_MIN.max(usize::from(request.export.queues)),
             read_only,
             limits,
             accept_lost_tail: request.accept_lost_tail,
+            keep_cache: kept.cache,
             observer: Some(Arc::new(Teller::new(Arc::clone(&self.events)))),
         };
-        let row = self.dir.disk(name)?;
-        let volume = Volume::open(&self.dir, name, &options)?;
+        let dir = self.dir()?;
+        let row = dir.disk(name)?;
+        let volume = Volume::open(&dir, name, &options)?;
         if let Some(problem) = volume.disk().problems.first() {
             let detail = format!("{}: {}", problem.object, problem.detail);
             self.events.add(EventKind::Damaged, format!("disk {name}"), detail);
         }
-        Ok(Served { disk: row.disk, doors: Vec::new(), limits, read_only, volume, _hold: hold })
+        Ok(Served { disk: row.disk, doors: Vec::new(), limits, read_only, volume, hold })
     }
 
     /// Makes the socket of a disk in service, or of one that is just taken into it.
     fn open_door(&self, name: &str, request: &AttachDisk, newly: Option<Served>) -> Result<Export> {
+        let dir = self.dir()?;
         if let Some(mut served) = newly {
-            return match Door::open(&self.dir, &served.volume, request.export.clone()) {
+            return match Door::open(&dir, &served.volume, request.export.clone()) {
                 Ok(door) => {
                     let export = door.export(name);
                     served.doors.push(door);
@@ -261,7 +276,7 @@ impl Daemon {
         }
         let mut table = self.table();
         let served = table.served(name)?;
-        let door = Door::open(&self.dir, &served.volume, request.export.clone())?;
+        let door = Door::open(&dir, &served.volume, request.export.clone())?;
         let export = door.export(name);
         served.doors.push(door);
         if let Some(limits) = request.limits {
@@ -369,78 +384,11 @@ impl Daemon {
             served.doors.iter().for_each(|door| door.config_changed());
         }
     }
-
-    /// Serves what was served when the last daemon ended, however it ended.
-    ///
-    /// # Errors
-    /// `Corrupt` or `Unsupported` when what is remembered cannot be understood, or what the host
-    /// reports. What goes wrong with one disk is told by its exports.
-    pub fn serve_again(&self) -> Result<()> {
-        let _changing = self.service.changing.lock();
-        for attachment in self.service.file.read()? {
-            let row = self.dir.disks().into_iter().find(|row| row.disk == attachment.disk);
-            let name = row.map_or_else(|| attachment.disk.to_string(), |row| row.name);
-            match self.serve_again_one(&name, &attachment) {
-                Ok(()) => {
-                    let detail = format!("again, on {} sockets", attachment.exports.len());
-                    self.events.add(EventKind::Attached, format!("disk {name}"), detail);
-                }
-                Err(e) => {
-                    let error = e.within("attach", format!("disk {name}")).to_string();
-                    self.events.add(EventKind::Failed, format!("disk {name}"), error.clone());
-                    self.table().failed.insert(name, Failed { attachment, error });
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn serve_again_one(&self, name: &str, attachment: &Attachment) -> Result<()> {
-        let Some(first) = attachment.exports.first() else { return Ok(()) };
-        let writes = attachment.exports.iter().any(|e| !e.read_only);
-        let widest = attachment.exports.iter().map(|e| e.queues).max();
-        let whole = ExportSpec {
-            read_only: !writes,
-            queues: widest.unwrap_or(first.queues),
-            ..first.clone()
-        };
-        let limits = Some(attachment.limits);
-        let request = AttachDisk { export: whole, limits, accept_lost_tail: false };
-        let mut served = self.take_into_service(name, &request)?;
-        for spec in &attachment.exports {
-            match Door::open(&self.dir, &served.volume, spec.clone()) {
-                Ok(door) => served.doors.push(door),
-                Err(e) => {
-                    let Served { doors, volume, .. } = served;
-                    doors.into_iter().for_each(Door::close);
-                    // The failure that is told is the first one.
-                    let _ = volume.close();
-                    return Err(e);
-                }
-            }
-        }
-        self.table().served.insert(name.to_owned(), served);
-        Ok(())
-    }
-
-    /// Takes all disks out of service in order; what is remembered stays, so that the next daemon
-    /// serves them again.
-    pub fn end_service(&self) {
-        let _changing = self.service.changing.lock();
-        let served = std::mem::take(&mut self.table().served);
-        for (name, mut served) in served {
-            served.doors.drain(..).for_each(Door::close);
-            if let Err(error) = take_out_of_service(served) {
-                // What completed is in its tail, and goes to who opens it next.
-                tracing::error!(disk = %name, %error, "not closed in order");
-            }
-        }
-    }
 }
 
 /// Closes a disk whose sockets are gone.
-fn take_out_of_service(served: Served) -> Result<()> {
-    let Served { volume, _hold, doors, .. } = served;
+pub(super) fn take_out_of_service(served: Served) -> Result<()> {
+    let Served { volume, hold: _hold, doors, .. } = served;
     drop(doors);
     volume.give_up_held();
     volume.close()

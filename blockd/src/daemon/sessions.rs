@@ -213,7 +213,7 @@ impl Daemon {
                 let begin = || -> Result<Body> {
                     let hold = self.hold(name, Access::Write)?;
                     let new = NewDisk::root(name, size);
-                    let import = Import::begin(Arc::clone(self.dir()), &new, lanes())?;
+                    let import = Import::begin(self.dir()?, &new, lanes())?;
                     Ok(Body::Import(Box::new(import), hold))
                 };
                 let value = begin().context("import", || format!("disk {name}"))?;
@@ -251,7 +251,7 @@ impl Daemon {
                     content.entry.check()?;
                     let row = import.finish()?;
                     drop(hold);
-                    verbs::summary(self.dir(), &row).map(Some)
+                    verbs::summary(&*self.dir()?, &row).map(Some)
                 };
                 publish().context("import", object)
             }
@@ -289,9 +289,17 @@ impl Daemon {
 
     /// Ends the sessions of a connection that is gone.
     pub fn end_sessions_of(&self, owner: u64) {
+        self.end_sessions(|content| content.owner == owner);
+    }
+
+    /// Ends every session.
+    pub(super) fn end_all_sessions(&self) {
+        self.end_sessions(|_| true);
+    }
+
+    fn end_sessions(&self, which: impl Fn(&Content) -> bool) {
         let table = self.sessions.table.lock();
-        let ids: Vec<u64> =
-            table.iter().filter(|(_, c)| c.owner == owner).map(|(id, _)| *id).collect();
+        let ids: Vec<u64> = table.iter().filter(|(_, c)| which(c)).map(|(id, _)| *id).collect();
         drop(table);
         for id in ids {
             // One that ended meanwhile is what is wanted.

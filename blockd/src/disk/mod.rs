@@ -75,6 +75,9 @@ pub struct Options {
     /// Open although a tail is missing that should be there: completed but unflushed writes of the
     /// session before are then lost.
     pub accept_lost_tail: bool,
+    /// Believe what the host caches of the file: a living predecessor vouches for it, whose disk
+    /// never failed. After a crash nobody can.
+    pub keep_cache: bool,
     /// Boot of the host.
     pub boot: Uuid,
 }
@@ -86,6 +89,7 @@ impl Default for Options {
             tail_dir: None,
             live: false,
             accept_lost_tail: false,
+            keep_cache: false,
             boot: Uuid::nil(),
         }
     }

@@ -13,7 +13,7 @@
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use format::journal::RECORDS_PER_PAGE;
 use format::space::ExtentRun;
@@ -82,7 +82,9 @@ impl Disk {
             // What the last writer left unsynced is made durable or fails here; then the cache
             // goes, because after a failed sync it shows what the disk does not have.
             file.sync().context("sync what the last writer left of", || sb.name.clone())?;
-            file.forget_cached()?;
+            if !options.keep_cache {
+                file.forget_cached()?;
+            }
         }
         let left = left_tail(&sb, options)?;
         let loaded = load(&file, segments, left.as_ref())?;
@@ -227,6 +229,18 @@ impl Disk {
             outcome => outcome?,
         }
         self.tail.remove()
+    }
+
+    /// Leaves the disk as a killed process would, and its lock at once. Returns whether the host's
+    /// cache of the file can be believed: the disk never failed.
+    ///
+    /// # Errors
+    /// What the host reports.
+    pub fn hand_on(self) -> Result<bool> {
+        // Nobody has a request in work: the disk is ours alone. So nothing is written after the
+        // lock is gone, which a successor takes.
+        self.file.unlock()?;
+        Ok(!self.failed.load(Ordering::Acquire)) // pairs with the store in `fail`
     }
 
     /// The last checkpoint of an opening, with further changes to its superblock.

@@ -180,7 +180,8 @@ impl VhostServer {
         let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed); // any number will do
         let device = FrontDevice::new(&self.shared, id);
         let (session, handle) = Session::from_handover(handover, &device)?;
-        run_session(&self.shared, device, session, handle, None)
+        let peer = peer_of(session.socket());
+        run_session(&self.shared, device, session, handle, peer)
     }
 
     /// Stops: requests in work are finished, front ends disconnected. Returns the listener, whose
@@ -249,12 +250,17 @@ fn greet(shared: &Arc<Shared>, socket: UnixStream) -> Result<()> {
     if shared.sessions.lock().len() >= SESSIONS_MAX {
         return Err(Error::new(Kind::Busy, "too many front ends are connected"));
     }
-    let peer = rustix::net::sockopt::socket_peercred(&socket).ok();
-    let peer = peer.and_then(|cred| u32::try_from(cred.pid.as_raw_nonzero().get()).ok());
+    let peer = peer_of(&socket);
     let id = shared.next_id.fetch_add(1, Ordering::Relaxed); // any number will do
     let device = FrontDevice::new(shared, id);
     let (session, handle) = Session::new(socket, &device)?;
     run_session(shared, device, session, handle, peer)
+}
+
+/// The process at the other end, where the host tells.
+fn peer_of(socket: &UnixStream) -> Option<u32> {
+    let cred = rustix::net::sockopt::socket_peercred(socket).ok()?;
+    u32::try_from(cred.pid.as_raw_nonzero().get()).ok()
 }
 
 fn run_session(

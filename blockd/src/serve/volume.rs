@@ -59,6 +59,8 @@ pub struct VolumeOptions {
     pub limits: Limits,
     /// Open although completed writes of a living client may be missing.
     pub accept_lost_tail: bool,
+    /// A living predecessor vouches for what the host caches of the disk.
+    pub keep_cache: bool,
     /// Who is told of events.
     pub observer: Option<Arc<dyn Observer>>,
 }
@@ -70,6 +72,7 @@ impl Default for VolumeOptions {
             read_only: false,
             limits: Limits::default(),
             accept_lost_tail: false,
+            keep_cache: false,
             observer: None,
         }
     }
@@ -101,6 +104,7 @@ impl Volume {
             lanes: options.lanes,
             live: true,
             accept_lost_tail: options.accept_lost_tail,
+            keep_cache: options.keep_cache,
             ..dir.disk_options()
         };
         let access = if options.read_only { Access::Read } else { Access::Write };
@@ -191,12 +195,13 @@ impl Volume {
     }
 
     /// Takes the disk out of service and leaves it as a killed process would: what completed is in
-    /// its tail and goes to who opens it next. Nothing waits for the host.
+    /// its tail and goes to who opens it next. Nothing waits for the host. Returns whether the disk
+    /// never failed: see [`Disk::hand_on`].
     ///
     /// # Errors
-    /// `Busy` when a front door has not been stopped.
-    pub fn abandon(self: Arc<Self>) -> Result<()> {
-        self.into_disk().map(drop)
+    /// `Busy` when a front door has not been stopped, or what the host reports.
+    pub fn hand_on(self: Arc<Self>) -> Result<bool> {
+        self.into_disk()?.hand_on()
     }
 
     fn into_disk(self: Arc<Self>) -> Result<Disk> {

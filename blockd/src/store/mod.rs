@@ -163,6 +163,15 @@ pub trait File: Send + Sync {
         Ok(())
     }
 
+    /// Lets go of the lock at once, although descriptors of the file may live on for a while: the
+    /// kernel closes those of a ring some time after the ring.
+    ///
+    /// # Errors
+    /// What the host reports.
+    fn unlock(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Forgets what the host caches of the file and can read again. After a failed sync the cache
     /// shows data that never reached the disk; whoever opens a file that was not closed in order
     /// calls this before believing what it reads.

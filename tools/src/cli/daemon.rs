@@ -25,6 +25,18 @@ Examples:
   offshoot daemon status --json | jq .pid")]
     Status,
 
+    /// Replace the running daemon by another version of it while guests run
+    ///
+    /// The new one is started with the same arguments; the old one hands it disks, sockets and
+    /// connected guests, which only see a short pause, and ends. If the new one cannot serve what
+    /// the old one does, the old one goes on. NBD clients must connect again. Under a service
+    /// manager, restart the service instead.
+    #[command(after_help = "\
+Examples:
+  offshoot daemon upgrade
+  offshoot daemon upgrade --program /opt/offshoot-next/blockd --json | jq .blackout_us")]
+    Upgrade(UpgradeDaemon),
+
     /// End the daemon in order
     ///
     /// Jobs are cancelled, disks are closed. The verb ends when the store is free.
@@ -50,6 +62,20 @@ pub struct StartDaemon {
     /// Let the members of a group ask it, too
     #[arg(long, value_name = "GROUP")]
     pub allow_group: Option<String>,
+}
+
+/// `daemon upgrade`
+#[derive(Debug, Args)]
+pub struct UpgradeDaemon {
+    /// The new program; without it, `blockd` beside this one, or on the PATH
+    #[arg(long, value_name = "FILE")]
+    pub program: Option<PathBuf>,
+    /// Where it writes what it has to say; without it, `daemon.log` in the store's folder
+    #[arg(long, value_name = "FILE")]
+    pub log: Option<PathBuf>,
+    /// Cancel jobs that run and cut off NBD clients, instead of refusing
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// `job …`

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
-pub use daemon::{DaemonVerb, Events, JobId, JobVerb, StartDaemon, Top};
+pub use daemon::{DaemonVerb, Events, JobId, JobVerb, StartDaemon, Top, UpgradeDaemon};
 pub use disk::{
     Check, Compare, Create, Discard, DiskVerb, Export, Import, Name, Range, Remove, Rename, Repair,
     Resize, SinkFormat, Write,

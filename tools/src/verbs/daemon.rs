@@ -1,4 +1,4 @@
-//! `daemon start`, `status`, `stop`.
+//! `daemon start`, `status`, `upgrade`, `stop`.
 
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt as _;
@@ -7,14 +7,15 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use blockd::api::types::Health;
+use blockd::api::types::{HandOver, HandedOver, Health};
 use blockd::daemon::DaemonFile;
 use format::{Context as _, Error, Kind, Result};
 use hyper::Method;
+use serde::Serialize;
 
 use super::Session;
 use super::place::default_socket;
-use crate::cli::{Cache, StartDaemon};
+use crate::cli::{Cache, StartDaemon, UpgradeDaemon};
 use crate::client::Client;
 use crate::output::{Outcome, Verdict, utc};
 use crate::signals;
@@ -44,9 +45,6 @@ pub fn start(s: &Session, args: &StartDaemon) -> Outcome {
 
 fn launch(s: &Session, args: &StartDaemon, paths: (&Path, &Path, &Path)) -> Result<Health> {
     let (store, api, log) = paths;
-    let output = File::options().create(true).append(true).open(log);
-    let output = output.context("open", || format!("log {}", log.display()))?;
-    let said_before = output.metadata()?.len();
     let program = args.program.clone().unwrap_or_else(beside_this_one);
     let mut command = Command::new(&program);
     command.arg("--store").arg(store).arg("--api").arg(api);
@@ -59,12 +57,25 @@ fn launch(s: &Session, args: &StartDaemon, paths: (&Path, &Path, &Path)) -> Resu
     if let Some(group) = &args.allow_group {
         command.arg("--allow-group").arg(group);
     }
+    run_logged(command, log, |child| wait_ready(s, child, api))
+}
+
+/// Starts a daemon whose output goes to a log, and does something with it; when that fails because
+/// the daemon ended, the last line of it says why.
+fn run_logged<T>(
+    mut command: Command,
+    log: &Path,
+    work: impl FnOnce(&mut Child) -> Result<T>,
+) -> Result<T> {
+    let output = File::options().create(true).append(true).open(log);
+    let output = output.context("open", || format!("log {}", log.display()))?;
+    let said_before = output.metadata()?.len();
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(output);
     // Signals that a terminal sends to its foreground do not reach it.
     command.process_group(0);
-    let mut child = command.spawn().context("run", || program.display().to_string())?;
-    let waited = wait_ready(s, &mut child, api);
-    waited.map_err(|e| match said_since(log, said_before) {
+    let program = command.get_program().display().to_string();
+    let mut child = command.spawn().context("run", || program)?;
+    work(&mut child).map_err(|e| match said_since(log, said_before) {
         Some(line) if e.kind() == Kind::Failed => Error::new(Kind::Failed, line),
         _ => e.hint(format!("{} may say more", log.display())),
     })
@@ -127,6 +138,73 @@ fn render(h: &Health) -> String {
     ];
     let lines = lines.into_iter().map(|(key, value)| format!("{key:<12}{value}"));
     lines.collect::<Vec<_>>().join("\n")
+}
+
+/// What an upgrade did.
+#[derive(Debug, Serialize)]
+struct Upgraded {
+    /// The new daemon.
+    #[serde(flatten)]
+    health: Health,
+    /// Microseconds for which guests were not served.
+    blackout_us: u64,
+    /// Front ends that stayed connected.
+    front_ends: u64,
+}
+
+/// `daemon upgrade`
+pub fn upgrade(s: &Session, args: &UpgradeDaemon) -> Outcome {
+    let client = s.need_daemon()?;
+    let before: Health = client.get("/v1/health".into())?;
+    let object = || format!("the daemon of store {}", before.path.display());
+    let api = client.socket().to_owned();
+    let log = args.log.clone().unwrap_or_else(|| before.path.join("daemon.log"));
+    let meeting = PathBuf::from(format!("{}.next", api.display()));
+    let program = args.program.clone().unwrap_or_else(beside_this_one);
+    let mut command = Command::new(&program);
+    command.args(&before.arguments).arg("--take-over").arg(&meeting);
+    let upgraded = run_logged(command, &log, |child| {
+        let handed = wait_meeting(child, &meeting).and_then(|()| {
+            let request = HandOver { socket: meeting.clone(), force: args.force };
+            client.post::<HandedOver>("/v1/handover".into(), &request)
+        });
+        let handed = handed.inspect_err(|_| {
+            // It serves nobody; one that ended by itself is what is wanted.
+            let _ = child.kill();
+            let _ = child.wait();
+            let _ = fs::remove_file(&meeting);
+        })?;
+        let HandedOver { blackout_us, front_ends, .. } = handed;
+        Ok(Upgraded { health: wait_ready(s, child, &api)?, blackout_us, front_ends })
+    });
+    let upgraded = upgraded.context("upgrade", object)?;
+    s.out.confirm(&upgraded, || {
+        let Upgraded { health, blackout_us, front_ends } = &upgraded;
+        let ms = Duration::from_micros(*blackout_us).as_secs_f64() * 1e3;
+        format!(
+            "upgraded {}: process {} of version {}, {front_ends} front ends, paused for {ms:.1} ms",
+            object(),
+            health.pid,
+            health.version
+        )
+    })?;
+    Ok(Verdict::Done)
+}
+
+/// Waits until a successor waits for its predecessor.
+fn wait_meeting(child: &mut Child, meeting: &Path) -> Result<()> {
+    let start = Instant::now();
+    while !meeting.exists() {
+        if let Some(status) = child.try_wait()? {
+            return Err(Error::new(Kind::Failed, format!("the new one ended, with {status}")));
+        }
+        if start.elapsed() > LIMIT {
+            return Err(Error::new(Kind::Busy, "the new one does not get ready"));
+        }
+        signals::check()?;
+        thread::sleep(TICK);
+    }
+    Ok(())
 }
 
 /// `daemon stop`

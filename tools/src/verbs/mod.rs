@@ -41,6 +41,7 @@ pub fn run(cli: Cli, out: Output) -> Outcome {
         Verb::Store(StoreVerb::Df) => store::df(s),
         Verb::Daemon(DaemonVerb::Start(args)) => daemon::start(s, &args),
         Verb::Daemon(DaemonVerb::Status) => daemon::status(s),
+        Verb::Daemon(DaemonVerb::Upgrade(args)) => daemon::upgrade(s, &args),
         Verb::Daemon(DaemonVerb::Stop) => daemon::stop(s),
         Verb::Job(JobVerb::Ls) => job::ls(s),
         Verb::Job(JobVerb::Watch(args)) => job::watch(s, &args),

@@ -190,6 +190,12 @@ impl Session {
         Ok((session, handle))
     }
 
+    /// The connection.
+    #[must_use]
+    pub fn socket(&self) -> &UnixStream {
+        &self.socket
+    }
+
     /// Serves the connection until it ends. When this returns, no ring runs.
     ///
     /// # Errors
@@ -199,7 +205,9 @@ impl Session {
         let stopped = self.stop_all();
         self.report_failures(device);
         let end = result?;
-        stopped.map(|()| end)
+        // What a successor finds undone in the in-flight area it does again.
+        let handed_on = end == End::Stopped && self.inflight.is_some();
+        if handed_on { Ok(end) } else { stopped.map(|()| end) }
     }
 
     fn serve(&mut self, device: &mut dyn Device) -> Result<End> {

@@ -81,6 +81,7 @@ impl Session {
             err: copy(&ring.err)?,
             mailbox: mailbox.clone(),
             shared: self.shared.clone(),
+            recorded: self.inflight.is_some(),
             failed: false,
             losses: fault::losses(),
             refused: 0,

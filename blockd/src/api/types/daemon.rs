@@ -43,6 +43,34 @@ pub struct Health {
     pub failed: Vec<String>,
     /// What confines the daemon: `landlock`, `seccomp`, both or nothing.
     pub sandbox: Vec<String>,
+    /// The arguments that it was started with, and a successor would be.
+    #[serde(default)]
+    pub arguments: Vec<String>,
+}
+
+/// Hand everything to a successor, a daemon that was started with `--take-over`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HandOver {
+    /// The socket at which it waits.
+    #[schema(value_type = String)]
+    pub socket: PathBuf,
+    /// Cancel jobs and cut off NBD clients instead of refusing.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// What was handed over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct HandedOver {
+    /// Version of the successor.
+    pub version: String,
+    /// Disks in service.
+    pub disks: u64,
+    /// Front ends that stayed connected.
+    pub front_ends: u64,
+    /// Microseconds from the first stopped ring until all of them ran again.
+    pub blackout_us: u64,
 }
 
 /// What a job does.
@@ -169,6 +197,8 @@ pub enum EventKind {
     JobStarted,
     /// It ended.
     JobFinished,
+    /// The daemon took over from another one, with all that it served.
+    Upgraded,
 }
 
 impl EventKind {
@@ -188,6 +218,7 @@ impl EventKind {
             EventKind::Damaged => "damaged",
             EventKind::JobStarted => "job-started",
             EventKind::JobFinished => "job-finished",
+            EventKind::Upgraded => "upgraded",
         }
     }
 }

@@ -11,7 +11,7 @@ mod exports;
 mod failure;
 mod socket;
 
-pub use daemon::{Event, EventKind, Health, Job, JobKind, JobState, Version};
+pub use daemon::{Event, EventKind, HandOver, HandedOver, Health, Job, JobKind, JobState, Version};
 pub use disks::{
     ByteRange, ChainRow, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk, DiskDetails,
     DiskSpace, DiskState, Extent, FeatureBits, JournalUse, LostTail, MapRange, MapState, Moved,

@@ -262,6 +262,13 @@ impl File for FileHandle {
         }
     }
 
+    fn unlock(&self) -> Result<()> {
+        match super::lock::clear(self.fd.as_fd(), &self.path) {
+            Err(e) if e.kind() == Kind::Unsupported => Ok(()),
+            outcome => outcome,
+        }
+    }
+
     fn forget_cached(&self) -> Result<()> {
         retry_on_intr(|| rustix::fs::fadvise(&self.fd, 0, None, Advice::DontNeed))
             .map_err(host)

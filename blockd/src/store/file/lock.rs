@@ -40,6 +40,7 @@ struct Flock {
 const F_OFD_SETLK: c_int = 37;
 const F_RDLCK: c_short = 0;
 const F_WRLCK: c_short = 1;
+const F_UNLCK: c_short = 2;
 const SEEK_SET: c_short = 0;
 
 unsafe extern "C" {
@@ -54,11 +55,21 @@ pub(super) fn take(fd: OwnedFd, kind: LockKind, path: &str) -> Result<LockGuard>
 
 /// Locks the file that `fd` is open on, or fails at once; the open file description holds the lock.
 pub(super) fn set(fd: BorrowedFd<'_>, kind: LockKind, path: &str) -> Result<()> {
+    let kind = match kind {
+        LockKind::Shared => F_RDLCK,
+        LockKind::Exclusive => F_WRLCK,
+    };
+    change(fd, kind, path).map_err(|e| e.tried("lock").on(path))
+}
+
+/// Ends what [`set`] began, for all descriptors of the open file.
+pub(super) fn clear(fd: BorrowedFd<'_>, path: &str) -> Result<()> {
+    change(fd, F_UNLCK, path).map_err(|e| e.tried("unlock").on(path))
+}
+
+fn change(fd: BorrowedFd<'_>, kind: c_short, path: &str) -> Result<()> {
     let lock = Flock {
-        kind: match kind {
-            LockKind::Shared => F_RDLCK,
-            LockKind::Exclusive => F_WRLCK,
-        },
+        kind,
         whence: SEEK_SET,
         start: 0,
         len: 0, // To the end, however long the file gets.
@@ -78,5 +89,5 @@ pub(super) fn set(fd: BorrowedFd<'_>, kind: LockKind, path: &str) -> Result<()> 
         }
         _ => Error::from(e),
     };
-    Err(error.tried("lock").on(path))
+    Err(error)
 }

@@ -1,0 +1,120 @@
+//! From one daemon to the next: what was served is served again, whether the last daemon ended in
+//! order, was killed, or handed its sockets over.
+//!
+//! Invariant: what is remembered (`attachments.rs`) stays as it is when a daemon ends.
+
+use format::Result;
+
+use super::Daemon;
+use super::attachments::Attachment;
+use super::doors::{Door, HandedDoor};
+use super::served::{Failed, Kept, Served, take_out_of_service};
+use crate::api::types::{AttachDisk, EventKind, ExportSpec};
+
+/// What opens the disk of an attachment as widely as any of its sockets needs it.
+fn widest(attachment: &Attachment, first: &ExportSpec) -> AttachDisk {
+    let exports = &attachment.exports;
+    let export = ExportSpec {
+        read_only: exports.iter().all(|e| e.read_only),
+        queues: exports.iter().map(|e| e.queues).max().unwrap_or(first.queues),
+        ..first.clone()
+    };
+    AttachDisk { export, limits: Some(attachment.limits), accept_lost_tail: false }
+}
+
+impl Daemon {
+    /// Serves what was served when the last daemon ended, however it ended.
+    ///
+    /// # Errors
+    /// `Corrupt` or `Unsupported` when what is remembered cannot be understood, or what the host
+    /// reports. What goes wrong with one disk is told by its exports.
+    pub fn serve_again(&self) -> Result<()> {
+        let _changing = self.service.changing.lock();
+        for attachment in self.service.file.read()? {
+            if self.table().served.values().any(|served| served.disk == attachment.disk) {
+                continue;
+            }
+            let name = self.name_of(&attachment)?;
+            let served = self.open_again(&name, &attachment, Kept::default());
+            let served = served.and_then(|served| match served {
+                Some(served) => self.open_doors(&name, served, &attachment, Vec::new()),
+                None => Ok(()),
+            });
+            self.note_again(&name, attachment, served);
+        }
+        Ok(())
+    }
+
+    /// The name that the disk of an attachment has now.
+    pub(super) fn name_of(&self, attachment: &Attachment) -> Result<String> {
+        let row = self.dir()?.disks().into_iter().find(|row| row.disk == attachment.disk);
+        Ok(row.map_or_else(|| attachment.disk.to_string(), |row| row.name))
+    }
+
+    /// Tells how it went with a disk, and lists it as failed if it failed.
+    pub(super) fn note_again(&self, name: &str, attachment: Attachment, outcome: Result<()>) {
+        let object = format!("disk {name}");
+        match outcome {
+            Ok(()) => {
+                let detail = format!("again, on {} sockets", attachment.exports.len());
+                self.events.add(EventKind::Attached, object, detail);
+            }
+            Err(e) => {
+                let error = e.within("attach", object.clone()).to_string();
+                self.events.add(EventKind::Failed, object, error.clone());
+                self.table().failed.insert(name.to_owned(), Failed { attachment, error });
+            }
+        }
+    }
+
+    /// Opens a disk that is to be served again; `None` when it was served nowhere.
+    pub(super) fn open_again(
+        &self,
+        name: &str,
+        attachment: &Attachment,
+        kept: Kept,
+    ) -> Result<Option<Served>> {
+        let Some(first) = attachment.exports.first() else { return Ok(None) };
+        self.take_into_service(name, &widest(attachment, first), kept).map(Some)
+    }
+
+    /// Serves a disk on its sockets: those of a predecessor as far as there are any.
+    pub(super) fn open_doors(
+        &self,
+        name: &str,
+        mut served: Served,
+        attachment: &Attachment,
+        handed: Vec<HandedDoor>,
+    ) -> Result<()> {
+        let dir = self.dir()?;
+        let handed = handed.into_iter().chain(std::iter::repeat_with(HandedDoor::default));
+        for (spec, handed) in attachment.exports.iter().zip(handed) {
+            match Door::take_over(&dir, &served.volume, spec.clone(), handed) {
+                Ok(door) => served.doors.push(door),
+                Err(e) => {
+                    let Served { doors, volume, .. } = served;
+                    doors.into_iter().for_each(Door::close);
+                    // The failure that is told is the first one.
+                    let _ = volume.close();
+                    return Err(e);
+                }
+            }
+        }
+        self.table().served.insert(name.to_owned(), served);
+        Ok(())
+    }
+
+    /// Takes all disks out of service in order; what is remembered stays, so that the next daemon
+    /// serves them again.
+    pub fn end_service(&self) {
+        let _changing = self.service.changing.lock();
+        let served = std::mem::take(&mut self.table().served);
+        for (name, mut served) in served {
+            served.doors.drain(..).for_each(Door::close);
+            if let Err(error) = take_out_of_service(served) {
+                // What completed is in its tail, and goes to who opens it next.
+                tracing::error!(disk = %name, %error, "not closed in order");
+            }
+        }
+    }
+}
