@@ -305,6 +305,41 @@ fn what_the_journal_tells_of_a_damaged_leaf_is_not_lost() {
     assert!(sample.lost_blocks().is_empty());
 }
 
+/// Story: replay gave a record up at the first leaf that took no change. Behind a flushed discard
+/// of the whole disk, damage to the first leaf made all of it unreadable, what was written since
+/// included.
+#[test]
+fn a_record_about_the_whole_disk_costs_the_damaged_leaf_alone() {
+    for vectors_only in [false, true] {
+        let mut sample = closed();
+        sample.killed_session(|disk, contents| {
+            discard(disk, contents, (0, BUSY_SECTORS));
+            put(disk, contents, 70, (LEAF - 64, 128));
+            put(disk, contents, 71, (2 * LEAF + 20 * 128, 24));
+            disk.flush().unwrap();
+        });
+        let at = sample.leaf_at(0);
+        let run = at.vectors.expect("extent 10 is mixed").page;
+        let page = if vectors_only { run } else { at.page };
+        sample.flip(page.file_offset() + 5, 3);
+
+        let report = sample.check().unwrap();
+
+        assert_eq!(kinds(&report.problems), BTreeSet::from([What::MapPage, What::JournalWaits]));
+        let mut waits = report.problems.iter().filter(|p| p.what == What::JournalWaits);
+        let leaf = GuestRange { offset: 0, len: LEAF_SPAN };
+        assert_eq!(waits.next().map(|p| p.range), Some(Some(leaf)));
+        assert_eq!(waits.next(), None, "both records wait for one leaf");
+        assert_eq!(report.stats.damaged_bytes, LEAF_SPAN);
+        assert!(sample.lost_blocks().iter().all(|b| blocks_of_leaf(0).contains(b)));
+        assert_eq!(sample.open().err().expect("it stays closed").kind(), Kind::Corrupt);
+        let repaired = sample.repair(DROP).unwrap();
+        assert!(repaired.lost.is_empty(), "the journal knows it all: {:?}", repaired.lost);
+        assert!(repaired.after.unwrap().clean);
+        assert!(sample.lost_blocks().is_empty());
+    }
+}
+
 /// Pages of the ring that hold something, in file offsets.
 fn journal_pages(sample: &Sample) -> Vec<u64> {
     let sb = sample.superblock();

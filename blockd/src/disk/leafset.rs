@@ -13,14 +13,17 @@ pub struct LeafSet {
 }
 
 impl LeafSet {
-    /// Adds a leaf.
-    pub fn insert(&mut self, leaf: LeafNo) {
+    /// Adds a leaf; true when it was not there.
+    pub fn insert(&mut self, leaf: LeafNo) -> bool {
         debug_assert!(leaf.0 < LEAVES_MAX);
         let word = index(leaf.0 / WORD_BITS);
         if word >= self.words.len() {
             self.words.resize(word + 1, 0);
         }
-        self.words[word] |= 1 << (leaf.0 % WORD_BITS);
+        let bit = 1 << (leaf.0 % WORD_BITS);
+        let is_new = self.words[word] & bit == 0;
+        self.words[word] |= bit;
+        is_new
     }
 
     /// The leaves in order.
@@ -35,7 +38,7 @@ impl LeafSet {
 
 impl Extend<LeafNo> for LeafSet {
     fn extend<T: IntoIterator<Item = LeafNo>>(&mut self, leaves: T) {
-        leaves.into_iter().for_each(|leaf| self.insert(leaf));
+        leaves.into_iter().for_each(|leaf| _ = self.insert(leaf));
     }
 }
 
@@ -58,8 +61,10 @@ mod tests {
     proptest! {
         #[test]
         fn behaves_like_a_sorted_set(leaves in proptest::collection::vec(0u64..1000, 0..200)) {
-            let set: LeafSet = leaves.iter().copied().map(LeafNo).collect();
-            let model: BTreeSet<LeafNo> = leaves.into_iter().map(LeafNo).collect();
+            let (mut set, mut model) = (LeafSet::default(), BTreeSet::new());
+            for leaf in leaves.into_iter().map(LeafNo) {
+                prop_assert_eq!(set.insert(leaf), model.insert(leaf));
+            }
 
             prop_assert!(set.iter().eq(model));
         }

@@ -189,6 +189,7 @@ pub fn load_state(
         freed: Vec::new(),
         moved: BTreeMap::new(),
         hidden: false,
+        stale: LeafSet::default(),
         seen: HashSet::new(),
         cursor: sb.journal,
         replayed: (0, 0),
@@ -339,6 +340,8 @@ struct Loader<'a> {
     /// that a record gave them last.
     moved: BTreeMap<GuestExtent, ExtentId>,
     hidden: bool,
+    /// Leaves that records could not change.
+    stale: LeafSet,
     /// Pages met so far, those of arrays included. Each has one place in the map, so that what a
     /// map takes in memory is bounded by the pages it has.
     seen: HashSet<(u16, u64)>,

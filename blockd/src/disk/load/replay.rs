@@ -3,8 +3,9 @@
 //! Invariants:
 //! - Records are applied in order up to the first one that is missing or impossible; that something
 //!   is missing is a problem, never silence.
-//! - A record for a damaged range changes nothing and is a problem of its own: a later checkpoint
-//!   would put it behind the journal's head, and the write would be lost for good.
+//! - A record changes nothing of a leaf that is damaged, which is a problem of its own: a later
+//!   checkpoint would put the record behind the journal's head, and the write would be lost for
+//!   good.
 //!
 //! The last commit of the journal is the exception to the first: damage to it looks like a commit
 //! that a power cut stopped (`docs/format.md` §7).
@@ -13,7 +14,7 @@ use format::entry::BlockState;
 use format::journal::{Record, Replay, Step};
 use format::limits::{BLOCK, EXTENT_BLOCKS, LEAF_SPAN, PAGE};
 use format::superblock::{Attached, Superblock};
-use format::units::{ExtentId, GuestBlock, GuestExtent, LeafNo, index};
+use format::units::{ExtentId, GuestBlock, LeafNo, index};
 use format::{Context, Error, Kind, Result};
 
 use super::{Bad, Loader};
@@ -184,41 +185,52 @@ impl Loader<'_> {
         }
     }
 
-    /// Applies one record; for a damaged range that is a problem.
+    /// Applies one record, leaf by leaf: what it does to one depends on no other, so a leaf that
+    /// takes no change costs the disk that leaf alone.
     fn apply(&mut self, record: &Record) {
         let (block, count) = record.range();
-        let outcome = match *record {
-            Record::Zero { .. } => {
-                self.dropped.subtract(block, count);
-                let freed = &mut self.freed;
-                self.map.clear(block, count, Whole::Zero, &mut |_, e| freed.push(e))
+        let end = block.plus(count);
+        let mut at = block;
+        while at < end {
+            let leaf = at.extent().leaf();
+            let stop = leaf.next().first_extent().first_block().min(end);
+            match self.apply_to_leaf(record, at, stop.0 - at.0) {
+                Ok(()) => _ = self.dirty.insert(leaf),
+                Err(e) => self.hide_stale(leaf, &e),
             }
-            Record::Map { target, .. } => {
-                self.map_extents(block, count, &mut |done| target.plus(done).extent())
-            }
-        };
-        let last = GuestExtent((block.0 + count - 1) / EXTENT_BLOCKS as u64).leaf();
-        let leaves = block.extent().leaf()..=last;
-        if let Err(e) = outcome {
-            // The extent that the record names is in use, and the map does not say so.
-            self.hidden = true;
-            self.hide_stale(leaves.start().0, leaves.end().0);
-            let object = format!("journal record for byte offset {}", block.offset());
-            let problem = Problem::new(What::JournalWaits, object, &e);
-            self.problems.note(problem.costing(block.offset().0, count * BLOCK));
-        } else {
-            self.dirty.extend((leaves.start().0..=leaves.end().0).map(LeafNo));
+            at = stop;
         }
     }
 
-    /// A record stopped at a leaf that takes no change. What can still be read of that leaf and of
-    /// those behind it, up to leaf `last`, is older than what was flushed: it becomes unreadable.
-    fn hide_stale(&mut self, first: u64, last: u64) {
-        let start = |leaf: u64| LeafNo(leaf).first_extent().first_block();
-        let refuses = |leaf: &u64| self.map.check_changes(start(*leaf), 1).is_err();
-        let Some(stopped) = (first..=last).find(refuses) else { return };
-        (stopped..=last).for_each(|l| self.map.install_whole(LeafNo(l), Whole::Damaged));
-        self.damaged.add(start(stopped), (last + 1 - stopped) * (LEAF_SPAN / BLOCK));
+    /// What a record does to `count` blocks from `at` on, all under one leaf.
+    fn apply_to_leaf(&mut self, record: &Record, at: GuestBlock, count: u64) -> Result<()> {
+        match *record {
+            Record::Zero { .. } => {
+                self.dropped.subtract(at, count);
+                let freed = &mut self.freed;
+                self.map.clear(at, count, Whole::Zero, &mut |_, e| freed.push(e))
+            }
+            Record::Map { block, target, .. } => {
+                let first = target.plus(at.0 - block.0);
+                self.map_extents(at, count, &mut |done| first.plus(done).extent())
+            }
+        }
+    }
+
+    /// A leaf takes no change. What can still be read of it is older than what was flushed: it
+    /// becomes unreadable.
+    fn hide_stale(&mut self, leaf: LeafNo, why: &Error) {
+        // The extents that the record names are in use, and the map does not say so.
+        self.hidden = true;
+        if !self.stale.insert(leaf) {
+            return;
+        }
+        self.map.install_whole(leaf, Whole::Damaged);
+        self.damaged.add(leaf.first_extent().first_block(), LEAF_SPAN / BLOCK);
+        let offset = leaf.0 * LEAF_SPAN;
+        let object = format!("journal records for the map leaf at byte offset {offset}");
+        let len = LEAF_SPAN.min(self.sb.virtual_size - offset);
+        self.problems.note(Problem::new(What::JournalWaits, object, why).costing(offset, len));
     }
 
     /// Maps `count` blocks from `block` on to the own segment; `extent` names the extent of the
