@@ -12,6 +12,7 @@ pub mod guest;
 pub mod inspect;
 pub mod kill;
 pub mod load;
+pub mod log;
 pub mod model;
 pub mod mount;
 pub mod nbd;

@@ -4,10 +4,11 @@
 use blockd::disk::{Disk, Options};
 use blockd::segment::file_name;
 use blockd::store::file::{FileStore, FileStoreOptions};
-use blockd::store::sim::SimStore;
+use blockd::store::sim::{Fault, Faults, SimStore, When};
 use blockd::store::{Access, Store};
 use format::Kind;
 use offshoot_tests::kill::{live, memory_dir};
+use offshoot_tests::log::LogCount;
 use offshoot_tests::pattern::{SECTOR, bytes};
 use offshoot_tests::sim::{BLOCK, ByName, EXTENT, LEAF, create};
 use offshoot_tests::skip;
@@ -126,4 +127,27 @@ fn also_when_the_discard_was_replayed_from_the_tail() {
     disk.flush().unwrap();
 
     expect_about(&disk, 0, "after a kill");
+}
+
+/// Story: each punch that failed was logged. A guest that discards could fill the log of a host
+/// whose file system had gone bad.
+#[test]
+fn a_host_that_takes_nothing_back_is_told_of_once() {
+    let store = SimStore::new();
+    create(&store, SEGMENT, SECTORS, None).unwrap();
+    let disk = open(&store, &Options::default());
+    let log = LogCount::default();
+    store.set_faults(Faults::none().add(When::From(0), Fault::PunchIo));
+
+    log.during(|| {
+        for round in 0..50 {
+            write(&disk, round * EXTENT, EXTENT);
+            disk.flush().unwrap();
+            discard(&disk, round * EXTENT, EXTENT);
+            disk.flush().unwrap();
+        }
+    });
+
+    assert!(store.hits().len() > 40, "{} punches failed", store.hits().len());
+    assert_eq!(log.events(), 1);
 }

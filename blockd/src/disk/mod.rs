@@ -145,6 +145,16 @@ struct Checkpoint {
     graveyard: Vec<(PageNo, u8)>,
 }
 
+/// Something that a failing host makes happen again and again, and that is logged once.
+#[derive(Debug, Default)]
+struct FirstTime(AtomicBool);
+
+impl FirstTime {
+    fn is_first(&self) -> bool {
+        !self.0.swap(true, Ordering::Relaxed) // told once, orders nothing
+    }
+}
+
 /// A disk, open.
 pub struct Disk {
     file: Arc<dyn File>,
@@ -173,6 +183,8 @@ pub struct Disk {
     live: bool,
     /// Damage hides which extents are in use.
     hidden: bool,
+    punch_failed: FirstTime,
+    hold_failed: FirstTime,
     failed: AtomicBool,
     failure: Mutex<Option<String>>,
     /// What was wrong at open and did not prevent it.

@@ -27,7 +27,7 @@ use super::gate::IoGate;
 use super::load::{Loaded, load, older};
 use super::problem::Severity;
 use super::tail::Tail;
-use super::{Checkpoint, Commit, Core, Disk, Options, Tickets};
+use super::{Checkpoint, Commit, Core, Disk, FirstTime, Options, Tickets};
 use crate::segment::{self, Segments};
 use crate::store::File;
 
@@ -205,6 +205,8 @@ impl Disk {
             writable,
             live: options.live,
             hidden: loaded.hidden,
+            punch_failed: FirstTime::default(),
+            hold_failed: FirstTime::default(),
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
             problems: loaded.problems,

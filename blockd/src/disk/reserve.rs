@@ -107,7 +107,9 @@ impl Disk {
             Err(e) if e.kind() == Kind::Unsupported => true,
             Err(e) if e.kind() == Kind::NoSpace => false,
             Err(e) => {
-                tracing::warn!(disk = %self.object(), error = %e, "no space could be held ahead");
+                if self.hold_failed.is_first() {
+                    tracing::warn!(disk = %self.object(), error = %e, "no space is held ahead");
+                }
                 false
             }
         }

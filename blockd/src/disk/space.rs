@@ -130,13 +130,12 @@ impl Disk {
     }
 
     /// Gives host space back. A host that cannot, or fails to, keeps its space for now: the range
-    /// is unused either way, so nothing depends on it and no flush fails for it.
+    /// is unused either way, so nothing depends on it and no flush fails for it. Told once: a guest
+    /// that discards on such a host would fill the log.
     pub(super) fn punch(&self, offset: u64, len: u64) {
-        match self.file.punch(offset, len) {
-            Err(e) if e.kind() != Kind::Unsupported => {
-                tracing::warn!(disk = %self.object(), error = %e, "space was not given back");
-            }
-            _ => {}
+        let Err(error) = self.file.punch(offset, len) else { return };
+        if error.kind() != Kind::Unsupported && self.punch_failed.is_first() {
+            tracing::warn!(disk = %self.object(), %error, "space was not given back");
         }
     }
 }
