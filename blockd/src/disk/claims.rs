@@ -134,6 +134,14 @@ impl Claims {
 }
 
 #[cfg(test)]
+impl Claims {
+    /// Locks every shard, for a test of who needs none.
+    pub(super) fn lock_all(&self) -> Vec<impl Sized + '_> {
+        self.shards.iter().map(|shard| shard.held.lock()).collect()
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -92,11 +92,11 @@ impl Disk {
     pub(super) fn commit_once(&self) -> Result<()> {
         self.check_alive()?;
         let mut commit = self.commit.lock();
-        let (records, mark) = {
-            let core = self.core.lock();
-            let mark = core.tail.next();
-            (core.tail.records(commit.cursor.seq, mark)?, mark)
-        };
+        // Without the core lock, so that writers go on: records below the mark stay as they are
+        // until the release below. Whoever published them may not have set the map entry yet, but
+        // has when that release has the lock, before a checkpoint can see the new cursor.
+        let mark = self.tail.next();
+        let records = self.tail.records(commit.cursor.seq, mark)?;
         self.sync()?;
         if records.is_empty() {
             return Ok(());

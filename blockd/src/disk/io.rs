@@ -43,6 +43,15 @@ enum Bytes<'a> {
     Own(AlignedBuf),
 }
 
+impl Part<'_> {
+    fn bytes(&self) -> &[u8] {
+        match &self.bytes {
+            Bytes::Caller(bytes) => bytes,
+            Bytes::Own(bytes) => bytes,
+        }
+    }
+}
+
 impl Disk {
     /// Reads `buf.len()` bytes from `offset`; both are multiples of 512. Takes no lock.
     ///
@@ -133,7 +142,8 @@ impl Disk {
         // Before anything is recorded: a record about a damaged leaf could never leave the journal.
         let (first, count) = blocks_of(offset, buf.len() as u64);
         self.map.check_changes(first, count)?;
-        let mut parts: Vec<Part<'_>> = Vec::new();
+        let extents = (offset + buf.len() as u64).div_ceil(EXTENT) - offset / EXTENT;
+        let mut parts: Vec<Part<'_>> = Vec::with_capacity(index(extents));
         let mut outcome = self.prepare(lane, offset, buf, &mut parts);
         if outcome.is_ok() {
             outcome = self.write_parts(&parts, (offset, buf));
@@ -143,6 +153,9 @@ impl Disk {
 
     /// Writes the bytes of all parts; `whole` is what the caller writes, and where.
     fn write_parts(&self, parts: &[Part<'_>], whole: (u64, &[u8])) -> Result<()> {
+        if let [part] = parts {
+            return self.file.write_at(part.offset, part.bytes());
+        }
         match writes(parts, whole)[..] {
             [op] => self.file.write_at(op.offset, op.buf),
             ref ops => self.file.write_many(ops),

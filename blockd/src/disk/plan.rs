@@ -12,7 +12,7 @@
 //! - [`Disk::publish_plan`] is called only after every transfer of the plan succeeded: a record
 //!   that a killed process leaves must not name a block whose data never arrived.
 //!
-//! Test: `tests/tests/vhost_user.rs` (`killed_under_load_…`), and the unit tests below.
+//! Test: `tests/tests/vhost_user.rs` (`killed_under_load_…`), `tests/tests/hot_path.rs`, and below.
 
 use format::entry::BlockState;
 use format::journal::Record;
@@ -344,11 +344,13 @@ impl Disk {
 
     /// Whether one sync of the own file makes everything durable that has completed: true when no
     /// record waits for the journal. A caller that syncs by itself must report a failure to
-    /// [`Disk::sync_failed`].
+    /// [`Disk::sync_failed`]. Takes no lock.
     #[must_use]
     pub fn one_sync_suffices(&self) -> bool {
-        let core = self.core.lock();
-        core.tail.head() == core.tail.next() && self.check_alive().is_ok()
+        // In this order: a record that completed before is below `next`, and what is below the head
+        // by then is durable.
+        let next = self.tail.next();
+        self.tail.head() == next && self.check_alive().is_ok()
     }
 
     /// A sync of the own file failed: this opening of the disk is at its end.
@@ -360,5 +362,85 @@ impl Disk {
     #[must_use]
     pub fn is_writable(&self) -> bool {
         self.writable
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::disk::Options;
+    use crate::disk::create::NewSegment;
+    use crate::segment::{Sealed, Segments, new_name};
+    use crate::store::sim::SimStore;
+    use crate::store::{Access, Store};
+
+    struct NoParents;
+
+    impl Segments for NoParents {
+        fn sealed(&self, _: Uuid) -> Result<Arc<Sealed>> {
+            Err(Error::new(Kind::ParentMissing, "there are no parents here"))
+        }
+    }
+
+    /// A disk whose first extents are written and flushed.
+    fn disk() -> Disk {
+        let (store, segment) = (SimStore::new(), Uuid::from_u128(1));
+        let new = NewSegment {
+            store: Uuid::from_u128(2),
+            segment,
+            disk: segment,
+            name: "disk".into(),
+            virtual_size: 8 << 20,
+            journal_extents: 16,
+            created: 0,
+        };
+        new.write(&store, None).unwrap();
+        let file = store.open(&new_name(segment), Access::Write).unwrap();
+        let disk = Disk::open(file, &NoParents, &Options::default()).unwrap();
+        disk.write(0, 0, &[7; 3 * 65536]).unwrap();
+        disk.flush().unwrap();
+        disk
+    }
+
+    /// Every lock of the disk is held by somebody else meanwhile.
+    #[test]
+    fn reads_and_overwrites_wait_for_no_lock() {
+        let disk = disk();
+        let work = || {
+            let (mut plan, mut buf) = (Plan::default(), [0; 8192]);
+            for offset in [0, 512, 60 << 10, 1 << 20] {
+                let pass = disk.enter(0).expect("the gate is open");
+                disk.plan_read(offset, 8192, &mut plan).unwrap();
+                disk.leave(pass);
+                disk.read(0, offset, &mut buf).unwrap();
+            }
+            for offset in [0, 512, 60 << 10] {
+                let pass = disk.enter(0).expect("the gate is open");
+                let planned = disk.plan_write(0, offset, 8192, &mut plan).unwrap();
+                assert_eq!((planned, plan.is_first_write()), (Planned::Ready, false));
+                disk.leave(pass);
+                assert!(disk.publish_plan(&mut plan).unwrap());
+                disk.write(0, offset, &buf).unwrap();
+            }
+            assert!(disk.one_sync_suffices() && !disk.should_commit());
+        };
+        std::thread::scope(|s| {
+            let _rare = (disk.reclaiming.lock(), disk.checkpoint.lock(), disk.commit.lock());
+            let _leases: Vec<_> = disk.leases.iter().map(|lease| lease.lock()).collect();
+            let _core = (disk.core.lock(), disk.tickets.lock(), disk.failure.lock());
+            let _claims = disk.claims.lock_all();
+            let worker = s.spawn(work);
+            let until = Instant::now() + Duration::from_secs(20);
+            while !worker.is_finished() {
+                assert!(Instant::now() < until, "it waits for a lock");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            worker.join().unwrap();
+        });
     }
 }

@@ -206,10 +206,11 @@ impl Tail {
         Seq(self.word(W_NEXT))
     }
 
-    /// Records that fit before something must be released.
+    /// Records that fit before something must be released. For who does not hold the core lock, an
+    /// estimate: the head may pass the `next` that was read.
     #[must_use]
     pub fn room(&self) -> u64 {
-        self.capacity - (self.next().0 - self.head().0)
+        self.capacity.saturating_sub(self.next().0.saturating_sub(self.head().0))
     }
 
     /// Records that fit in all.

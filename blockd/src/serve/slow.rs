@@ -158,11 +158,12 @@ impl SlowLane {
 }
 
 impl SlowLane {
-    /// Has a commit made that nobody waits for, unless one is asked for already. One exchange when
-    /// it is.
+    /// Has a commit made that nobody waits for, unless one is asked for already. One load when it
+    /// is: every request asks while a commit is due, on all queues.
     pub(super) fn commit_early(&self) {
         // Relaxed: a hint. The lock orders what the commit reads.
-        if !self.shared.early.swap(true, Ordering::Relaxed) {
+        let early = &self.shared.early;
+        if !early.load(Ordering::Relaxed) && !early.swap(true, Ordering::Relaxed) {
             let _waiting = self.shared.waiting.lock();
             self.shared.commit.notify_one();
         }

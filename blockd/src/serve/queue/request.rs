@@ -144,12 +144,12 @@ impl Worker {
         slot.pass = Some(pass);
         slot.phase = Phase::Moving;
         slot.moving = u32::try_from(slot.parts.len()).expect("a window has few transfers");
-        let mut now = Instant::now();
-        for part in 0..slot.parts.len() {
-            let moved = if write && self.inline.is_quick(now) {
-                self.write_inline(number, part, &mut now)
-            } else {
-                self.start_transfer(number, part)
+        let parts = slot.parts.len();
+        let mut now = write.then(Instant::now);
+        for part in 0..parts {
+            let moved = match &mut now {
+                Some(now) if self.inline.is_quick(*now) => self.write_inline(number, part, now),
+                _ => self.start_transfer(number, part),
             };
             self.slot(number).note(moved);
         }
