@@ -5,8 +5,9 @@
 //! - A `console` block is a list of `$ command` lines, each with its output below. All blocks share
 //!   one shell: a variable set in one is there in the next.
 //! - A command has to succeed, unless the next one is `echo $?`.
-//! - Identities may differ from run to run, and so may sizes in KiB and MiB, which depend on the
-//!   host's file system. White space is compared as one blank.
+//! - Identities, absolute paths, numbers of processes and milliseconds may differ from run to
+//!   run, and so may sizes in KiB and MiB, which depend on the host's file system. White space is
+//!   compared as one blank.
 
 #[allow(dead_code)] // Each test file uses a part of it.
 mod support;
@@ -14,9 +15,10 @@ mod support;
 use std::env;
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use offshoot_tests::daemon::program;
 use offshoot_tests::mount::have;
 use support::OFFSHOOT;
 
@@ -80,6 +82,12 @@ fn plain(line: &str) -> String {
     let shown = words.iter().enumerate().map(|(i, word)| {
         if is_identity(word) {
             "<identity>"
+        } else if word.starts_with('/') {
+            if word.ends_with(':') { "<path>:" } else { "<path>" }
+        } else if i > 0 && words[i - 1] == "process" {
+            "<process>"
+        } else if words.get(i + 1) == Some(&"ms") {
+            "<time>"
         } else if word.parse::<f64>().is_ok() && unit(words.get(i + 1)) {
             "<size>"
         } else if unit(Some(word)) {
@@ -103,6 +111,16 @@ fn compare(steps: &[Step], results: &Path) {
     }
 }
 
+/// Ends the daemon of a store, if a step that fails leaves it running.
+struct Ended(PathBuf);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let mut stop = Command::new(OFFSHOOT);
+        let _ = stop.arg("--store").arg(&self.0).args(["daemon", "stop"]).output();
+    }
+}
+
 #[test]
 fn console_blocks_print_what_they_show() {
     if !have("readme::console_blocks_print_what_they_show", &["bash", "qemu-img"]) {
@@ -118,6 +136,8 @@ fn console_blocks_print_what_they_show() {
     };
     let (bin, work, results) = (at("bin"), at("work"), at("results"));
     symlink(OFFSHOOT, bin.join("offshoot")).expect("a link");
+    symlink(program("blockd"), bin.join("blockd")).expect("a link");
+    let _ended = Ended(work.join("store"));
     let inherited = env::var("PATH").unwrap_or_default();
 
     let status = Command::new("bash")
