@@ -31,8 +31,9 @@ use super::{Checkpoint, Commit, Core, Disk, FirstTime, Options, Tickets};
 use crate::segment::{self, Segments};
 use crate::store::File;
 
-/// Most records a tail holds: 3 MiB of memory.
-const TAIL_RECORDS_MAX: u64 = 65_536;
+/// Most records a tail holds: 6 MiB of memory. A little more than a quarter of the usual ring, so
+/// that a guest that does not flush is left alone as long as can be.
+const TAIL_RECORDS_MAX: u64 = 131_072;
 
 /// Records that a tail holds for a journal of `ring_pages` pages: a quarter of the ring, so that
 /// what is in the tail always fits behind a checkpoint.

@@ -2,8 +2,12 @@
 //!
 //! Such a write is a copy under the inode's lock. A ring hands it to a kernel thread first on file
 //! systems that cannot promise not to wait (ext4 among them), which costs more than the copy. So
-//! the worker copies, as long as that is quick: when one copy had to wait, for dirty pages to be
+//! the worker copies, as long as that is quick: when a copy had to wait, for dirty pages to be
 //! written back most likely, the ring gets the writes for a while, so that reads go on meanwhile.
+//!
+//! A copy can also take long because the host gave the processor to somebody else. The kernel
+//! counts how often a thread waited by itself; the counter costs a system call, so it is looked at
+//! only for a while after a copy took long.
 
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
@@ -11,14 +15,17 @@ use std::time::{Duration, Instant};
 use format::{Error, Result};
 use rustix::fd::AsRawFd;
 
-/// A copy that took longer had to wait for something.
+/// A copy that took longer may have waited for something.
 const STALL: Duration = Duration::from_millis(2);
-/// How long the ring gets the writes after that.
+/// How long copies are watched after one took long.
+const WATCH: Duration = Duration::from_secs(1);
+/// How long the ring gets the writes after one that waited.
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// Whether writes are quick at present.
 #[derive(Debug, Default)]
 pub(super) struct Inline {
+    watched_until: Option<Instant>,
     /// Not before this.
     paused_until: Option<Instant>,
 }
@@ -26,16 +33,12 @@ pub(super) struct Inline {
 impl Inline {
     /// Whether the worker may write by itself at `now`.
     pub(super) fn is_quick(&mut self, now: Instant) -> bool {
-        match self.paused_until {
-            Some(until) if now < until => false,
-            _ => {
-                self.paused_until = None;
-                true
-            }
-        }
+        self.paused_until.take_if(|until| now >= *until);
+        self.paused_until.is_none()
     }
 
     /// Writes the buffers at `offset`; returns the bytes that were written, which may be fewer.
+    /// `now` is the time before, and becomes the time after.
     ///
     /// # Errors
     /// What the host reports.
@@ -48,6 +51,8 @@ impl Inline {
     ) -> Result<u64> {
         let count = i32::try_from(iovecs.len()).expect("a transfer has at most 1024 buffers");
         let at = i64::try_from(offset).map_err(|_| Error::invalid("an offset past all files"))?;
+        self.watched_until.take_if(|until| *now >= *until);
+        let waits = self.watched_until.map(|_| waits());
         let written = loop {
             // SAFETY: the buffers are guest memory that the request's chain keeps mapped.
             let written = unsafe { libc::pwritev(file.as_raw_fd(), iovecs.as_ptr(), count, at) };
@@ -61,31 +66,71 @@ impl Inline {
         };
         let begun = std::mem::replace(now, Instant::now());
         if *now - begun > STALL {
-            self.paused_until = Some(*now + PAUSE);
+            self.took_long(*now, waits);
         }
         written
     }
+
+    /// A copy took long; `before` are the waits of the thread before it, if it was watched.
+    fn took_long(&mut self, now: Instant, before: Option<i64>) {
+        self.watched_until = Some(now + WATCH);
+        if before.is_some_and(|before| waits() != before) {
+            self.paused_until = Some(now + PAUSE);
+        }
+    }
+}
+
+/// How often this thread has given up the processor because it had to wait.
+fn waits() -> i64 {
+    // SAFETY: a plain structure of numbers, for which zeroes are a value.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: writes to `usage` and nothing else. It cannot fail: the thread is the calling one.
+    unsafe { libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage) };
+    usage.ru_nvcsw
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_stall_gives_the_ring_a_turn() {
-        let mut inline = Inline::default();
-        let now = Instant::now();
-        assert!(inline.is_quick(now));
+    /// One write that seems to have begun `ago`, and the time after it.
+    fn write(inline: &mut Inline, ago: Duration) -> Instant {
         let file = tempfile::tempfile().unwrap();
         let mut bytes = *b"some bytes";
         let iovec = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-        let mut begun = Instant::now() - STALL * 2;
+        let mut now = Instant::now() - ago;
+        let file = rustix::fd::AsFd::as_fd(&file);
+        assert_eq!(inline.write(file, 5, &[iovec], &mut now).unwrap(), 10);
+        now
+    }
 
-        let written = inline.write(rustix::fd::AsFd::as_fd(&file), 5, &[iovec], &mut begun);
+    #[test]
+    fn a_write_that_waited_gives_the_ring_a_turn() {
+        let mut inline = Inline::default();
+        assert!(inline.is_quick(Instant::now()));
 
-        assert_eq!(written.unwrap(), 10);
-        assert!(!inline.is_quick(begun));
-        assert!(inline.is_quick(begun + PAUSE));
+        // The first one that takes long is not known to have waited; the next ones are watched.
+        let now = write(&mut inline, STALL * 2);
+        assert!(inline.is_quick(now) && inline.watched_until.is_some());
+        let before = waits();
+        std::thread::sleep(Duration::from_millis(1));
+        inline.took_long(now, Some(before));
+
+        assert!(!inline.is_quick(now));
+        assert!(inline.is_quick(now + PAUSE));
+    }
+
+    #[test]
+    fn a_write_that_only_lost_the_processor_does_not() {
+        let mut inline = Inline::default();
+        let now = Instant::now();
+        inline.took_long(now, Some(waits()));
+        assert!(inline.is_quick(now));
+        write(&mut inline, Duration::ZERO);
+        assert!(inline.watched_until.is_some(), "it is watched for a while");
+        inline.watched_until = Some(Instant::now());
+        write(&mut inline, Duration::ZERO);
+        assert!(inline.watched_until.is_none());
     }
 
     #[test]

@@ -105,6 +105,9 @@ struct Worker {
     /// When to look at `ready` again although nothing rings.
     wake_at: Option<Instant>,
     retry_at: Option<Instant>,
+    /// The clock, as it was at the start of the round or after the last write of the worker: each
+    /// look at it costs as much as planning a request.
+    now: Instant,
     resumes: u64,
     refused: u64,
     finished: bool,
@@ -165,6 +168,7 @@ impl Worker {
             held: Vec::with_capacity(SLOTS_MAX as usize),
             wake_at: None,
             retry_at: None,
+            now: Instant::now(),
             resumes,
             refused: 0,
             finished: false,
@@ -178,6 +182,7 @@ impl Worker {
             // Release pairs with the load in `rounds`: what this round sees, it sees after the
             // starter's change.
             self.state.rounds.fetch_add(1, Ordering::Release);
+            self.now = Instant::now();
             let stopping = self.queue.control() == Control::Stop;
             let mut progress = self.reap();
             progress |= self.read_mail();
@@ -243,7 +248,7 @@ impl Worker {
 
     /// Takes requests from the guest as long as there are free slots.
     fn fetch(&mut self) -> bool {
-        let mut now = None;
+        let mut any = false;
         // A resize shows at once.
         self.limits.sectors = self.volume.disk().size() / vhost_blk::blk::SECTOR;
         while let Some(number) = self.free.pop() {
@@ -253,7 +258,8 @@ impl Worker {
                 self.free.push(number);
                 break;
             };
-            slot.start(request, *now.get_or_insert_with(Instant::now));
+            slot.start(request, self.now);
+            any = true;
             self.volume.lane(self.lane).began();
             self.ready.push_back(number);
         }
@@ -263,7 +269,7 @@ impl Worker {
             self.volume.lane(self.lane).set_refused(self.refused);
             self.finished = true;
         }
-        now.is_some()
+        any
     }
 
     fn retry_held(&mut self) -> bool {
@@ -271,12 +277,12 @@ impl Worker {
             return false;
         }
         let resumes = self.volume.hold().resumes();
-        let due = self.retry_at.is_none_or(|at| Instant::now() >= at);
+        let due = self.retry_at.is_none_or(|at| self.now >= at);
         if !due && resumes == self.resumes {
             return false;
         }
         self.resumes = resumes;
-        self.retry_at = Some(Instant::now() + hold::RETRY);
+        self.retry_at = Some(self.now + hold::RETRY);
         for number in self.held.drain(..) {
             self.slots[number as usize].phase = Phase::Ready;
             self.ready.push_back(number);
@@ -301,13 +307,13 @@ impl Worker {
         self.drop_held();
     }
 
-    fn finish(&mut self, number: u32, status: Status, now: Instant) {
+    fn finish(&mut self, number: u32, status: Status) {
         let slot = &mut self.slots[number as usize];
         debug_assert!(slot.pass.is_none() && slot.moving == 0);
         if std::mem::take(&mut slot.held) {
             self.volume.end_hold();
         }
-        let took = now.saturating_duration_since(slot.began);
+        let took = self.now.saturating_duration_since(slot.began);
         let (kind, bytes) = (slot.kind(), slot.bytes());
         self.volume.lane(self.lane).ended(kind, bytes, took, status == Status::Ok);
         self.queue.finish(&mut slot.chain, status);

@@ -42,7 +42,7 @@ impl Worker {
             match self.begin(number) {
                 Ok(Next::Later(wait)) => {
                     self.ready.push_front(number);
-                    self.wake_at = Some(Instant::now() + wait);
+                    self.wake_at = Some(self.now + wait);
                     return;
                 }
                 next => self.follow(number, next),
@@ -53,7 +53,7 @@ impl Worker {
     fn follow(&mut self, number: u32, next: Result<Next>) {
         match next {
             Ok(Next::Wait) => {}
-            Ok(Next::Done) => self.finish(number, Status::Ok, Instant::now()),
+            Ok(Next::Done) => self.finish(number, Status::Ok),
             Ok(Next::Again | Next::Later(_)) => {
                 self.slot(number).phase = Phase::Ready;
                 self.ready.push_front(number);
@@ -72,14 +72,14 @@ impl Worker {
                 volume.begin_hold(error);
             }
             if self.held.is_empty() {
-                self.retry_at = Some(Instant::now() + hold::RETRY);
+                self.retry_at = Some(self.now + hold::RETRY);
             }
             self.held.push(number);
             return;
         }
         volume.note_failure(error);
         tracing::debug!(disk = %volume.name(), %error, "a request failed");
-        self.finish(number, Status::IoError, Instant::now());
+        self.finish(number, Status::IoError);
     }
 
     /// Starts a request, or its next window.
@@ -145,11 +145,11 @@ impl Worker {
         slot.phase = Phase::Moving;
         slot.moving = u32::try_from(slot.parts.len()).expect("a window has few transfers");
         let parts = slot.parts.len();
-        let mut now = write.then(Instant::now);
         for part in 0..parts {
-            let moved = match &mut now {
-                Some(now) if self.inline.is_quick(*now) => self.write_inline(number, part, now),
-                _ => self.start_transfer(number, part),
+            let moved = if write && self.inline.is_quick(self.now) {
+                self.write_inline(number, part)
+            } else {
+                self.start_transfer(number, part)
             };
             self.slot(number).note(moved);
         }
@@ -160,7 +160,7 @@ impl Worker {
     }
 
     /// Writes through the page cache at once; hands to the ring what goes past it, or is left.
-    fn write_inline(&mut self, number: u32, part: usize, now: &mut Instant) -> Result<()> {
+    fn write_inline(&mut self, number: u32, part: usize) -> Result<()> {
         let slot = &mut self.slots[number as usize];
         let at = slot.parts[part];
         let Some(file) = self.files[usize::from(at.row)].filter(|file| file.offset_align == 1)
@@ -169,7 +169,7 @@ impl Worker {
         };
         // SAFETY: the volume keeps the disk open, and the disk its files, as long as the worker is.
         let fd = unsafe { BorrowedFd::borrow_raw(file.fd) };
-        match self.inline.write(fd, at.offset, slot.buffers(part), now) {
+        match self.inline.write(fd, at.offset, slot.buffers(part), &mut self.now) {
             Ok(bytes) if bytes > 0 && slot.advance(part, bytes) => {
                 slot.moving -= 1;
                 Ok(())
