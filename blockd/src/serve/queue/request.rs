@@ -381,11 +381,13 @@ impl Worker {
                     || self.ring.has_completions()
                     || self.mailbox.has_news();
                 if found {
+                    self.poller.polled(true);
                     self.volume.lane(self.lane).polled(true);
                     return;
                 }
                 std::hint::spin_loop();
             }
+            self.poller.polled(false);
             self.volume.lane(self.lane).polled(false);
         }
         if can_take && self.queue.enable_kicks() {
