@@ -277,15 +277,10 @@ fn fio_verifies_what_it_wrote() {
         return skip("nbd_clients::fio_verifies_what_it_wrote", "this fio has no NBD engine");
     }
     let vm = Vm::new();
-    let uri = vm.uri();
-    let job = "[global]\nioengine=nbd\nuri=URI\nsize=32m\nbsrange=512-64k\nblockalign=512\n\
-               iodepth=16\nverify=crc32c\nverify_fatal=1\nverify_state_save=0\nfsync=50\n\
-               randseed=7\nrw=randwrite\n[a]\noffset=0\n[b]\noffset=32m\n";
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("job.fio");
-    fs::write(&path, job.replace("URI", &uri)).unwrap();
+    let job = Path::new(env!("CARGO_MANIFEST_DIR")).join("../benches/fio/nbd-verify.fio");
 
-    let said = run("fio", &[path.to_str().unwrap()]);
+    let uri = format!("URI={}", vm.uri());
+    let said = run("env", &[&uri, "fio", job.to_str().unwrap()]);
 
     assert!(!said.contains("verify:") && !said.contains("err= 1"), "{said}");
     assert!(vm.content().chunks(4096).filter(|b| b.iter().any(|&x| x != 0)).count() > 8000);

@@ -11,8 +11,9 @@ pub enum Order {
     Random,
     /// One behind the other.
     Sequential,
-    /// All over the place, but nowhere twice before everywhere once.
-    Scattered,
+    /// In steps of so many bytes, in no order, and nowhere twice; then the load ends. A step larger
+    /// than a request is touched in one block somewhere.
+    Once(u64),
 }
 
 /// What one measurement does.
@@ -34,8 +35,12 @@ pub struct Job {
     pub flush: bool,
     /// Bytes from the start of the disk that are used.
     pub span: u64,
+    /// A flush when all is done, which counts as part of the load.
+    pub flush_at_end: bool,
     /// The client looks for completions without sleeping.
     pub client_polls: bool,
+    /// The processor of the client's threads, if they have one.
+    pub client_cpu: Option<usize>,
 }
 
 /// What came out.
@@ -51,13 +56,18 @@ pub struct Outcome {
     pub cpu_us: f64,
 }
 
-/// Processor time of a process so far, from its `stat` file: user and system, in seconds.
+/// Processor time of a process so far, user and system, of all its threads, in seconds. Finer than
+/// the hundredths in its `stat` file: some loads take no longer than ten of them.
 pub fn cpu_seconds(pid: u32) -> f64 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the server runs");
-    let fields: Vec<&str> = stat[stat.rfind(')').expect("a name") + 2..].split(' ').collect();
-    let ticks: u64 = fields[11..13].iter().map(|f| f.parse::<u64>().expect("a number")).sum();
-    // The unit of these fields is fixed at a hundredth of a second for all programs.
-    ticks as f64 / 100.0
+    let pid = libc::pid_t::try_from(pid).expect("a process id");
+    let (mut clock, mut time) = (0, libc::timespec { tv_sec: 0, tv_nsec: 0 });
+    // SAFETY: both calls write to the places that they are given, and nowhere else.
+    let read = unsafe {
+        libc::clock_getcpuclockid(pid, &raw mut clock) == 0
+            && libc::clock_gettime(clock, &raw mut time) == 0
+    };
+    assert!(read, "the server runs");
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 
 struct Rng(u64);
@@ -82,11 +92,18 @@ pub fn run(job: &Job, socket: &std::path::Path, pid: u32, time: Duration) -> Out
     let (client, queues) = Client::connect(socket, options).expect("the server answers");
     // Warm: threads started, poll times settled. What can be written first only once stays cold.
     let queues = match job.order {
-        Order::Scattered => queues,
+        Order::Once(_) => queues,
         _ => drive(job, queues, time / 5).0,
     };
     let (cpu, start) = (cpu_seconds(pid), Instant::now());
-    let (queues, mut latencies) = drive(job, queues, time);
+    let (mut queues, mut latencies) = drive(job, queues, time);
+    if job.flush_at_end {
+        let queue = &mut queues[0];
+        queue.submit(Op::Flush, 0, &[], 0).expect("room in the ring");
+        queue.kick();
+        assert!(queue.wait(120_000), "the server answers");
+        assert_eq!(queue.poll().map(|done| done.status), Some(0));
+    }
     let (took, cpu) = (start.elapsed().as_secs_f64(), cpu_seconds(pid) - cpu);
     drop((queues, client));
     latencies.sort_unstable();
@@ -112,14 +129,45 @@ fn drive(job: &Job, queues: Vec<ClientQueue>, time: Duration) -> (Vec<ClientQueu
     })
 }
 
+/// Where request number `next` goes, in bytes; `None` when everything was met.
+fn place(job: &Job, rng: &mut Rng, next: u64, blocks: u64) -> Option<u64> {
+    match job.order {
+        Order::Random => Some(job.block * rng.below(blocks)),
+        Order::Sequential => Some(job.block * (next % blocks)),
+        Order::Once(_) if next == blocks => None,
+        // Odd, so that it meets every one of a power of two.
+        Order::Once(step) => {
+            let inside = job.block * rng.below(step / job.block);
+            Some(step * (next.wrapping_mul(0x9e37_79b1) % blocks) + inside)
+        }
+    }
+}
+
+/// Keeps the calling thread on one processor.
+fn pin(cpu: usize) {
+    // SAFETY: a plain set of bits, for which zeroes are a value; the calls write to it only.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(cpu, &mut set);
+        let code = libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set);
+        assert_eq!(code, 0, "processor {cpu} can be used");
+    }
+}
+
 fn drive_one(
     job: &Job,
     mut queue: ClientQueue,
     (from, len): (u64, u64),
     time: Duration,
 ) -> (ClientQueue, Vec<u32>) {
+    if let Some(cpu) = job.client_cpu {
+        pin(cpu);
+    }
     let mut rng = Rng(from | 0x9e37_79b9);
-    let blocks = len / job.block;
+    let blocks = match job.order {
+        Order::Once(step) => len / step,
+        _ => len / job.block,
+    };
     let (mut next, mut latencies) = (0, Vec::with_capacity(1 << 20));
     let mut began = vec![Instant::now(); usize::try_from(job.depth).expect("a depth")];
     let mut flushing = vec![false; began.len()];
@@ -127,19 +175,21 @@ fn drive_one(
     let start = Instant::now();
     loop {
         let now = Instant::now();
-        if now - start < time {
+        let goes_on = match job.order {
+            Order::Once(_) => next < blocks,
+            _ => now - start < time,
+        };
+        if goes_on {
             while let Some(slot) = free.pop() {
-                let at = match job.order {
-                    Order::Random => rng.below(blocks),
-                    Order::Sequential => next % blocks,
-                    // Odd, so that it meets every one of a power of two.
-                    Order::Scattered => next.wrapping_mul(0x9e37_79b1) % blocks,
+                let Some(at) = place(job, &mut rng, next, blocks) else {
+                    free.push(slot);
+                    break;
                 };
                 next += 1;
                 let op = if rng.below(100) < job.write_percent { Op::Write } else { Op::Read };
                 let offset = queue.data().0 + slot * job.block;
                 let span = Span { offset, len: u32::try_from(job.block).expect("a block size") };
-                queue.submit(op, from + at * job.block, &[span], slot).expect("room in the ring");
+                queue.submit(op, from + at, &[span], slot).expect("room in the ring");
                 let slot = usize::try_from(slot).expect("a slot");
                 (began[slot], flushing[slot]) = (now, false);
             }

@@ -1,13 +1,18 @@
 //! A disk behind a vhost-user socket, side by side with `qemu-storage-daemon`.
 //!
 //! Both serve the same content, are driven by the same client, and take turns within one run; what
-//! counts is the ratio of neighbouring measurements, with its spread over rounds. The table goes to
-//! standard output as markdown.
+//! counts is the ratio of neighbouring measurements, with its spread over rounds. Tables go to
+//! standard output as Markdown, graphs to a folder.
 //!
-//! `vhost_user [--rounds N] [--seconds S] [--only NAME]`
+//! `vhost_user [--rounds N] [--seconds S] [--only NAME] [--graphs DIR] [--dir DIR]`; a folder given
+//! with `--dir` keeps what was prepared for the next run.
 
+mod content;
+mod jobs;
 mod load;
+mod report;
 mod server;
+mod svg;
 
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -17,24 +22,22 @@ use std::time::Duration;
 
 use blockd::serve::vhost::{VhostOptions, VhostServer};
 use blockd::serve::{Volume, VolumeOptions};
-use blockd::store::Access;
 use blockd::store::file::CacheMode;
-use blockd::storedir::{NewDisk, OpenOptions, StoreDir, boot_id};
-use load::{Job, Order, Outcome};
-use server::Server;
+use content::{BASE, Pair, SPAN};
+use jobs::{DENSE, FIRST, JOB, jobs};
+use load::{Job, Outcome};
+use report::{Aim, Report, Rounds, head};
+use server::{Disk, Server};
 
-const SPAN: u64 = 512 << 20;
-
-fn store_at(path: &Path, cache: CacheMode) -> StoreDir {
-    let how = OpenOptions { access: Access::Write, cache, boot: boot_id() };
-    StoreDir::open(path, &how).expect("the store opens")
-}
+/// Depths of chains; the peer goes as far as its second number.
+const DEPTHS: [u64; 6] = [0, 1, 4, 16, 64, 256];
+const PEER_DEPTH_MAX: u64 = 64;
 
 /// Serves until killed.
 fn serve(args: &[String]) {
     let [cache, store, disk, socket] = args else { panic!("serve CACHE STORE DISK SOCKET") };
     let cache = if cache == "buffered" { CacheMode::Buffered } else { CacheMode::Direct };
-    let store = store_at(Path::new(store), cache);
+    let store = content::store_at(Path::new(store), cache);
     let volume = Volume::open(&store, disk, &VolumeOptions::default()).expect("the disk opens");
     let listener = UnixListener::bind(socket).expect("the socket is free");
     let options = VhostOptions { queues: 2, ..VhostOptions::default() };
@@ -44,43 +47,12 @@ fn serve(args: &[String]) {
     }
 }
 
-const JOB: Job = Job {
-    name: "",
-    queues: 1,
-    depth: 32,
-    block: 4096,
-    write_percent: 0,
-    order: Order::Random,
-    flush: false,
-    span: SPAN,
-    client_polls: false,
-};
-
-const WRITE: Job = Job { write_percent: 100, ..JOB };
-
-const LARGE: Job = Job { depth: 8, block: 128 << 10, order: Order::Sequential, ..JOB };
-
-const FIRST: Job =
-    Job { name: "first 4k writes over a parent, depth 32", order: Order::Scattered, ..WRITE };
-
-fn jobs() -> Vec<Job> {
-    vec![
-        Job { name: "4k random read, depth 32, 1 queue", ..JOB },
-        Job { name: "4k random read, depth 32, 2 queues", queues: 2, ..JOB },
-        Job { name: "4k random overwrite, depth 32, 1 queue", ..WRITE },
-        Job { name: "4k random overwrite, depth 32, 2 queues", queues: 2, ..WRITE },
-        Job { name: "4k random read, depth 1", depth: 1, ..JOB },
-        Job { name: "4k random read, depth 1, client polls", depth: 1, client_polls: true, ..JOB },
-        Job { name: "4k overwrite and flush, depth 1", depth: 1, flush: true, ..WRITE },
-        Job { name: "128k sequential read, depth 8", ..LARGE },
-        Job { name: "128k sequential write, depth 8", write_percent: 100, ..LARGE },
-    ]
-}
-
 struct Args {
     rounds: usize,
     time: Duration,
     only: Option<String>,
+    graphs: Option<PathBuf>,
+    dir: Option<PathBuf>,
 }
 
 impl Args {
@@ -94,143 +66,178 @@ impl Args {
             rounds: value("--rounds").map_or(5, |v| v.parse().expect("a number of rounds")),
             time: Duration::from_secs_f64(seconds),
             only: value("--only"),
+            graphs: value("--graphs").map(PathBuf::from),
+            dir: value("--dir").map(PathBuf::from),
         }
     }
 
     fn wants(&self, name: &str) -> bool {
         self.only.as_ref().is_none_or(|only| name.contains(only.as_str()))
     }
-}
 
-/// Fills the first bytes of our disk and of a raw file alike.
-fn prepare(dir: &Path) -> (PathBuf, PathBuf) {
-    let (store, raw) = (dir.join("store"), dir.join("raw.img"));
-    StoreDir::init(&store, None).expect("a new store");
-    let open = store_at(&store, CacheMode::Auto);
-    for name in ["disk", "base"] {
-        let import = open.import(&NewDisk::root(name, SPAN), 1).expect("a new disk");
-        let bytes = vec![0x5a; 1 << 20];
-        for i in 0..SPAN >> 20 {
-            import.disk().write(0, i << 20, &bytes).expect("space");
-        }
-        import.finish().expect("an import");
+    /// `turn` once for each round.
+    fn rounds<T>(&self, mut turn: impl FnMut() -> T) -> Vec<T> {
+        (0..self.rounds).map(|_| turn()).collect()
     }
-    open.seal("base", &mut |_, _| Ok(())).expect("a seal");
-    let content = std::io::Read::take(std::io::repeat(0x5a), SPAN);
-    let mut file = std::fs::File::create(&raw).expect("a file");
-    std::io::copy(&mut { content }, &mut file).expect("space");
-    file.sync_all().expect("a sync");
-    warm(&store, &raw);
-    (store, raw)
-}
 
-/// Puts everything into the page cache in the same way, whichever way it was written.
-fn warm(store: &Path, raw: &Path) {
-    let files = std::fs::read_dir(store).expect("a store");
-    let files = files.filter_map(|entry| Some(entry.ok()?.path()));
-    for path in files.chain([raw.to_owned()]) {
-        let mut file = std::fs::File::open(path).expect("a file");
-        file.sync_all().expect("a sync");
-        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).expect("advice");
-        std::io::copy(&mut file, &mut std::io::sink()).expect("a readable file");
+    fn measure(&self, job: &Job, server: &Server) -> Outcome {
+        load::run(job, &server.socket, server.child.id(), self.time)
+    }
+
+    /// Takes turns; before each, what is in the page cache is read, so that it stays there.
+    fn compare(&self, job: &Job, ours: &Server, peer: &Server, cached: &[&Path]) -> Rounds {
+        self.rounds(|| {
+            content::keep_warm(cached);
+            (self.measure(job, ours), self.measure(job, peer))
+        })
     }
 }
 
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+impl Pair {
+    fn places(&self) -> [&Path; 2] {
+        [&self.store, &self.raw]
+    }
+
+    fn ours(&self, name: &str, buffered: bool, cpu: Option<usize>) -> Server {
+        Server::ours(Disk { store: &self.store, name }, &self.dir, buffered, cpu)
+    }
+
+    fn peer(&self, buffered: bool, cpu: Option<usize>) -> Server {
+        Server::qsd("raw", &server::raw(&self.raw, buffered), &self.dir, cpu)
+    }
 }
 
-/// Rounds of two servers that took turns: ours and the peer's.
-type Rounds = Vec<(Outcome, Outcome)>;
-
-fn head(title: &str, peer: &str) {
-    println!("\n### {title}\n");
-    println!(
-        "| job | ours, IOPS | {peer}, IOPS | ratio [spread] | ours p50/p99 µs | {peer} p50/p99 µs \
-         | ours CPU µs/IO | {peer} CPU µs/IO | CPU ratio |"
-    );
-    println!("|---|---|---|---|---|---|---|---|---|");
+fn floor(args: &Args, pair: &Pair, report: &mut Report) {
+    let about = "Nothing is read or written: a disk of holes against `null-co` with \
+                 `read-zeroes`. Ours goes its whole way up to the map, and finds a hole.";
+    let one = Job { name: "4k random read of nothing, depth 32, 1 queue", ..JOB };
+    let two = Job { name: "4k random read of nothing, depth 32, 2 queues", queues: 2, ..JOB };
+    if !args.wants(one.name) && !args.wants(two.name) {
+        return;
+    }
+    head("Transport floor", about, "null-co");
+    content::holes(&pair.store);
+    let ours = pair.ours("holes", true, None);
+    let peer = Server::qsd("null", &server::null(SPAN), &pair.dir, None);
+    for job in [one, two] {
+        let rounds = args.compare(&job, &ours, &peer, &[]);
+        report.row("", job.name, &rounds, Aim { iops: Some(1.0), cpu: None });
+    }
 }
 
-fn row(name: &str, rounds: &Rounds) {
-    let of = |pick: &dyn Fn(&(Outcome, Outcome)) -> f64| {
-        median(&mut rounds.iter().map(pick).collect::<Vec<_>>())
-    };
-    let mut ratios: Vec<f64> = rounds.iter().map(|(o, p)| o.iops / p.iops).collect();
-    let ratio = median(&mut ratios);
-    println!(
-        "| {name} | {:.0} | {:.0} | **{ratio:.2}** [{:.2}–{:.2}] | {:.0}/{:.0} | {:.0}/{:.0} \
-         | {:.1} | {:.1} | {:.2} |",
-        of(&|r| r.0.iops),
-        of(&|r| r.1.iops),
-        ratios[0],
-        ratios[ratios.len() - 1],
-        of(&|r| r.0.p50_us),
-        of(&|r| r.0.p99_us),
-        of(&|r| r.1.p50_us),
-        of(&|r| r.1.p99_us),
-        of(&|r| r.0.cpu_us),
-        of(&|r| r.1.cpu_us),
-        of(&|r| r.0.cpu_us / r.1.cpu_us),
-    );
-}
-
-fn measure(args: &Args, job: &Job, server: &Server) -> Outcome {
-    load::run(job, &server.socket, server.child.id(), args.time)
-}
-
-fn own_against_raw(args: &Args, dir: &Path, (store, raw): (&Path, &Path)) {
-    let wanted: Vec<Job> = jobs().into_iter().filter(|job| args.wants(job.name)).collect();
+fn own_against_raw(args: &Args, pair: &Pair, report: &mut Report) {
+    let wanted: Vec<(Job, Aim)> = jobs().into_iter().filter(|(j, _)| args.wants(j.name)).collect();
     if wanted.is_empty() {
         return;
     }
-    for buffered in [true, false] {
-        let ours = Server::ours(store, "disk", dir, buffered);
-        let peer = Server::qsd("raw", &server::raw(raw, buffered), dir);
-        let how = if buffered { "through the page cache" } else { "direct I/O" };
-        head(&format!("A disk without a parent against a raw file, {how}"), "qsd raw");
-        for job in &wanted {
-            let turn = |_| (measure(args, job, &ours), measure(args, job, &peer));
-            row(job.name, &(0..args.rounds).map(turn).collect());
+    for (buffered, how) in [(true, "page cache"), (false, "direct I/O")] {
+        content::warm(&pair.places());
+        let ours = pair.ours("disk", buffered, None);
+        let peer = pair.peer(buffered, None);
+        let places = pair.places();
+        let cached = if buffered { &places[..] } else { &[] };
+        head(&format!("A disk without a parent against a raw file, {how}"), "", "qsd raw");
+        for (job, aim) in &wanted {
+            report.row(how, job.name, &args.compare(job, &ours, &peer, cached), *aim);
         }
     }
 }
 
-/// The overlay of the peer: made anew for each round, like our child.
-fn overlay(dir: &Path, raw: &Path, options: &str) -> String {
-    let top = dir.join("overlay.qcow2");
-    let _ = std::fs::remove_file(&top);
-    let made = Command::new("qemu-img")
-        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-o", options, "-b"])
-        .args([raw, &top])
-        .status();
-    assert!(made.is_ok_and(|s| s.success()), "qemu-img makes an overlay");
-    server::overlay(&top, raw, true)
-}
-
-fn child(store: &Path) {
-    let open = store_at(store, CacheMode::Auto);
-    let _ = open.remove("child");
-    let child = NewDisk { parent: Some("base".into()), ..NewDisk::root("child", SPAN) };
-    open.create(&child).expect("a child");
-}
-
-fn first_writes(args: &Args, dir: &Path, (store, raw): (&Path, &Path)) {
-    if !args.wants(FIRST.name) {
+/// One request at a time, with and without processors of their own for both sides.
+fn one_by_one(args: &Args, pair: &Pair, report: &mut Report) {
+    let job = Job { depth: 1, ..JOB };
+    let apart = (Some(0), Some(1));
+    let ways = [
+        ("4k random read, depth 1, nothing pinned", (None, None), false),
+        ("4k random read, depth 1, server on CPU 0, client on CPU 1", apart, false),
+        ("4k random read, depth 1, CPU 0 and 1, client polls", apart, true),
+        ("4k random read, depth 1, both on CPU 0", (Some(0), Some(0)), false),
+    ];
+    if !ways.iter().any(|(name, ..)| args.wants(name)) {
         return;
     }
-    head("First writes over a parent, through the page cache", "qsd qcow2");
-    let plain = ("64 KiB clusters", "cluster_size=65536");
-    let fine = ("extended L2, 128 KiB clusters", "extended_l2=on,cluster_size=128k");
-    for (what, options) in [plain, fine] {
-        let turn = |_| {
-            child(store);
-            let ours = measure(args, &FIRST, &Server::ours(store, "child", dir, true));
-            let peer = Server::qsd("overlay", &overlay(dir, raw, options), dir);
-            (ours, measure(args, &FIRST, &peer))
-        };
-        row(&format!("{} ({what})", FIRST.name), &(0..args.rounds).map(turn).collect());
+    let about =
+        "Through the page cache. What is measured is how soon both sides notice each other.";
+    head("One request at a time", about, "qsd raw");
+    content::warm(&pair.places());
+    for (name, (cpu, client_cpu), client_polls) in ways {
+        if !args.wants(name) {
+            continue;
+        }
+        let ours = pair.ours("disk", true, cpu);
+        let peer = pair.peer(true, cpu);
+        let job = Job { name, client_cpu, client_polls, ..job };
+        let rounds = args.compare(&job, &ours, &peer, &pair.places());
+        report.row("", name, &rounds, Aim { iops: Some(2.0), cpu: None });
+    }
+}
+
+fn first_writes(args: &Args, pair: &Pair, report: &mut Report) {
+    let plain = ("64 KiB clusters", "cluster_size=65536", Aim { iops: Some(5.0), cpu: None });
+    let fine =
+        ("extended L2", "extended_l2=on,cluster_size=128k", Aim { iops: Some(2.0), cpu: None });
+    let flushed = |name, job: Job| Job { name, flush_at_end: true, ..job };
+    let all = [
+        (FIRST, true),
+        (flushed("4k first writes, one in each 64 KiB, then flush", FIRST), false),
+        (DENSE, false),
+        (flushed("4k first writes, every block of 512 MiB, then flush", DENSE), false),
+    ];
+    if !all.iter().any(|(job, _)| args.wants(job.name)) {
+        return;
+    }
+    let about = "Both start with an empty layer over a parent that is full and in the page cache, \
+                 made anew for each round; places come in no order and never twice, depth 32, 1 \
+                 queue. The aims are for the first job, where each write is the first in its \
+                 cluster of 64 KiB, or in a half of one of 128 KiB (extended L2). Without the \
+                 flush at the end neither side makes anything durable on its own, except that ours \
+                 writes its journal whenever half of its tail is full (64,512 first writes).";
+    head("First writes over a parent, page cache", about, "qsd qcow2");
+    content::warm(&pair.places());
+    for (job, aimed) in all.iter().filter(|(job, _)| args.wants(job.name)) {
+        for (what, options, aim) in [&plain, &fine] {
+            let rounds = args.rounds(|| {
+                content::keep_warm(&[&pair.raw]);
+                content::child(&pair.store);
+                let ours = args.measure(job, &pair.ours("child", true, None));
+                let top = content::overlay(&pair.dir, &pair.raw, options);
+                let chain = server::overlay(&top, &pair.raw, true);
+                let peer = Server::qsd("overlay", &chain, &pair.dir, None);
+                (ours, args.measure(job, &peer))
+            });
+            let name = format!("{} ({what})", job.name);
+            report.row("", &name, &rounds, if *aimed { *aim } else { Aim::default() });
+        }
+    }
+}
+
+fn depths(args: &Args, dir: &Path, report: &mut Report) {
+    let name = "4k random read by depth of the chain";
+    if !args.wants(name) {
+        return;
+    }
+    let about = format!(
+        "4 KiB random reads of a disk of 256 MiB, depth 32, 1 queue. Its extents are spread over \
+         so many layers in turn, under an empty top; with 0 layers the top holds everything. The \
+         peer ends at {PEER_DEPTH_MAX}."
+    );
+    head("Reads by depth of the chain, page cache", &about, "qsd qcow2");
+    for depth in DEPTHS {
+        let dir = tempfile::tempdir_in(dir).expect("a scratch folder");
+        let store = content::own_chain(dir.path(), depth);
+        let ours = Server::ours(Disk { store: &store, name: "top" }, dir.path(), true, None);
+        let job = Job { name, span: content::CHAIN, ..JOB };
+        if depth > PEER_DEPTH_MAX {
+            report.depth(depth, args.rounds(|| args.measure(&job, &ours)), None);
+            continue;
+        }
+        let files = content::qcow2_chain(dir.path(), depth);
+        let peer = Server::qsd("chain", &server::chain(&files), dir.path(), None);
+        let mut cached: Vec<&Path> = files.iter().map(PathBuf::as_path).collect();
+        cached.push(&store);
+        let rounds = args.compare(&job, &ours, &peer, &cached);
+        let (ours, peer) = rounds.into_iter().unzip();
+        report.depth(depth, ours, Some(peer));
     }
 }
 
@@ -244,8 +251,14 @@ fn main() {
         eprintln!("qemu-storage-daemon is not installed: nothing to compare with");
         std::process::exit(1);
     }
-    let dir = tempfile::tempdir().expect("a scratch folder");
-    let (store, raw) = prepare(dir.path());
-    own_against_raw(&args, dir.path(), (&store, &raw));
-    first_writes(&args, dir.path(), (&store, &raw));
+    let scratch = tempfile::tempdir().expect("a scratch folder");
+    let dir = args.dir.as_deref().unwrap_or(scratch.path());
+    let mut report = Report::default();
+    let disk = content::pair(dir, "disk", SPAN, false);
+    floor(&args, &disk, &mut report);
+    own_against_raw(&args, &disk, &mut report);
+    one_by_one(&args, &disk, &mut report);
+    first_writes(&args, &content::pair(dir, "base", BASE, true), &mut report);
+    depths(&args, dir, &mut report);
+    report.finish(args.graphs.as_deref());
 }
