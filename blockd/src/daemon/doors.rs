@@ -117,6 +117,10 @@ impl Observer for Teller {
                 let why = why.map_or_else(String::new, |why| format!(": {why}"));
                 self.0.add(EventKind::Disconnected, object, format!("{who}{why}"));
             }
+            VolumeEvent::Skipped(count) => {
+                let what = format!("{count} events that its clients caused");
+                self.0.add(EventKind::Skipped, object, what);
+            }
             VolumeEvent::QueueFailed(queue, why) => {
                 self.0.add(EventKind::Failed, object, format!("queue {queue}: {why}"));
             }

@@ -14,6 +14,7 @@ pub mod stats;
 pub mod vhost;
 pub mod volume;
 
+mod budget;
 mod cache_mode;
 mod hold;
 mod slow;

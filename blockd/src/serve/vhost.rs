@@ -232,7 +232,8 @@ fn accept_all(shared: &Arc<Shared>, listener: UnixListener) -> UnixListener {
         match listener.accept() {
             Ok((socket, _)) => {
                 if let Err(error) = greet(shared, socket) {
-                    tracing::warn!(disk = %shared.volume.name(), %error, "a front end was refused");
+                    let why = format!("refused: {error}");
+                    shared.volume.tell(VolumeEvent::Disconnected(Some(why)));
                 }
             }
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
@@ -278,9 +279,6 @@ fn run_session(
         device.join_workers();
         let stopped = matches!(outcome, Ok(End::Stopped));
         let why = outcome.err().map(|e| e.to_string());
-        if let Some(why) = &why {
-            tracing::warn!(disk = %device.shared.volume.name(), %why, "a front end was cut off");
-        }
         device.shared.volume.tell(VolumeEvent::Disconnected(why));
         stopped.then_some(session)
     });
@@ -445,8 +443,6 @@ impl Device for FrontDevice {
     }
 
     fn queue_failed(&mut self, index: u16, error: &Error) {
-        let name = self.shared.volume.name();
-        tracing::warn!(disk = %name, queue = index, %error, "the guest broke a queue");
         self.shared.volume.tell(VolumeEvent::QueueFailed(index, error.to_string()));
     }
 }

@@ -12,6 +12,7 @@ use std::time::Instant;
 use format::{Error, Kind, Result};
 use parking_lot::Mutex;
 
+use super::budget::Budget;
 use super::cache_mode::{self, CacheMode};
 use super::hold::{self, Change, Hold};
 use super::limits::{Limits, Throttle};
@@ -40,6 +41,25 @@ pub enum VolumeEvent {
     ClientDisconnected(String, Option<String>),
     /// The guest broke a queue.
     QueueFailed(u16, String),
+    /// So many events that clients caused were not told: there were too many.
+    Skipped(u64),
+}
+
+impl VolumeEvent {
+    /// True for what a client can cause as often as it likes.
+    fn is_of_clients(&self) -> bool {
+        match self {
+            VolumeEvent::Connected(_)
+            | VolumeEvent::Disconnected(_)
+            | VolumeEvent::ClientConnected(_)
+            | VolumeEvent::ClientDisconnected(..)
+            | VolumeEvent::QueueFailed(..) => true,
+            VolumeEvent::Held(_)
+            | VolumeEvent::Resumed
+            | VolumeEvent::Failed(_)
+            | VolumeEvent::Skipped(_) => false,
+        }
+    }
 }
 
 /// Who is told of events. Called from data threads: it must not wait.
@@ -90,6 +110,7 @@ pub struct Volume {
     workers: Mutex<Vec<Weak<Mailbox>>>,
     cache_mode: CacheMode,
     observer: Option<Arc<dyn Observer>>,
+    budget: Budget,
     failure_told: std::sync::atomic::AtomicBool,
 }
 
@@ -138,6 +159,7 @@ impl Volume {
             workers: Mutex::default(),
             cache_mode,
             observer: options.observer.clone(),
+            budget: Budget::default(),
             failure_told: std::sync::atomic::AtomicBool::new(false),
         }))
     }
@@ -251,9 +273,15 @@ impl Volume {
     }
 
     pub(crate) fn tell(&self, event: VolumeEvent) {
-        if let Some(observer) = &self.observer {
-            observer.event(&self.name, event);
+        let Some(observer) = &self.observer else { return };
+        if event.is_of_clients() {
+            match self.budget.take(Instant::now()) {
+                None => return,
+                Some(0) => {}
+                Some(skipped) => observer.event(&self.name, VolumeEvent::Skipped(skipped)),
+            }
         }
+        observer.event(&self.name, event);
     }
 
     /// A request is held from now on.

@@ -193,6 +193,8 @@ pub enum EventKind {
     Failed,
     /// Something about a disk is damaged.
     Damaged,
+    /// Clients of a disk caused more events than are told.
+    Skipped,
     /// A job started.
     JobStarted,
     /// It ended.
@@ -216,6 +218,7 @@ impl EventKind {
             EventKind::Resumed => "resumed",
             EventKind::Failed => "failed",
             EventKind::Damaged => "damaged",
+            EventKind::Skipped => "skipped",
             EventKind::JobStarted => "job-started",
             EventKind::JobFinished => "job-finished",
             EventKind::Upgraded => "upgraded",
