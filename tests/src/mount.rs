@@ -1,13 +1,18 @@
 //! What tests ask of this machine: its tools, and file systems of their own.
 
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
 use crate::{skip, tool};
+
+/// How long a killed process may keep a file system busy.
+const LIMIT: Duration = Duration::from_secs(10);
 
 /// Runs a tool of this machine that must end well; gives back its standard output.
 ///
@@ -68,8 +73,13 @@ impl Mount {
         file.set_len(size).expect("a length");
         let image = image.to_str().expect("a plain path");
         run("mke2fs", &["-q", "-t", "ext4", "-m", "0", image]);
-        run("mount", &["-o", "loop", image, &mount.target()]);
+        mount.mount_image();
         Some(mount)
+    }
+
+    fn mount_image(&self) {
+        let image = self.dir.path().join("image");
+        run("mount", &["-o", "loop", image.to_str().expect("a plain path"), &self.target()]);
     }
 
     fn may(test: &str, tools: &[&str]) -> bool {
@@ -94,6 +104,43 @@ impl Mount {
     #[must_use]
     pub fn path(&self) -> PathBuf {
         self.dir.path().join("mnt")
+    }
+
+    /// Does to an ext4 file system what a power cut does: what was not synced is gone, and the rest
+    /// is what its journal says. What is open in it gets errors from now on; see
+    /// [`Mount::power_up`].
+    ///
+    /// # Panics
+    /// When the host does not let us.
+    pub fn cut_power(&self) {
+        /// `_IOR('X', 125, __u32)`, which ext4 has from XFS.
+        const SHUTDOWN: libc::Ioctl = 0x8004_587d;
+        // At once, without writing the log of the file system.
+        let no_log_flush = 2_u32;
+        let root = fs::File::open(self.path()).expect("the folder");
+        // SAFETY: the call reads a 32-bit number, which outlives it.
+        let done = unsafe { libc::ioctl(root.as_raw_fd(), SHUTDOWN, &raw const no_log_flush) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    }
+
+    /// Mounts an ext4 file system again after [`Mount::cut_power`], when those who had it open are
+    /// dead.
+    ///
+    /// # Panics
+    /// When somebody still has it open.
+    pub fn power_up(&self) {
+        let umount = tool("umount").expect("it was there");
+        let end = Instant::now() + LIMIT;
+        // The kernel closes the rings of a killed process, and the files in them, in its own time.
+        loop {
+            let output = Command::new(&umount).arg(self.target()).output().expect("it starts");
+            if output.status.success() {
+                break;
+            }
+            assert!(Instant::now() < end, "{output:?}");
+            std::thread::sleep(LIMIT / 500);
+        }
+        self.mount_image();
     }
 
     /// Mounts it anew with an option, `ro` for example.

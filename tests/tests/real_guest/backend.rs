@@ -78,11 +78,6 @@ impl Backend {
         self.dir.path().join("disk")
     }
 
-    /// A path in the disk's folder.
-    pub fn place(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
     /// Gives a command to the process and returns its answer.
     pub fn command(&mut self, line: &str) -> String {
         writeln!(self.commands, "{line}").unwrap();

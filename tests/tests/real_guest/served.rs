@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use blockd::storedir::StoreDir;
 use offshoot_tests::daemon::Daemon;
 use offshoot_tests::guest::GuestDisk;
+use offshoot_tests::mount::Mount;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -17,16 +18,25 @@ pub const NAME: &str = "guest-disk";
 pub struct Served {
     daemon: Option<Daemon>,
     queues: u16,
+    store: PathBuf,
     tail_dir: PathBuf,
     dir: TempDir,
+    /// The file system of the store, when it is one of its own. After the daemon.
+    mount: Option<Mount>,
 }
 
 impl Served {
     /// Serves a new, empty disk.
     pub fn new(mib: u64, queues: u16) -> Served {
+        Served::on(None, mib, queues)
+    }
+
+    /// As [`Served::new`], with the store on a file system of its own.
+    pub fn on(mount: Option<Mount>, mib: u64, queues: u16) -> Served {
         let dir = tempfile::tempdir().unwrap();
-        let tail_dir = StoreDir::init(&dir.path().join("store"), None).unwrap().tail_dir;
-        let mut served = Served { daemon: None, queues, tail_dir, dir };
+        let store = mount.as_ref().map_or(dir.path().join("store"), |m| m.path().join("store"));
+        let tail_dir = StoreDir::init(&store, None).unwrap().tail_dir;
+        let mut served = Served { daemon: None, queues, store, tail_dir, dir, mount };
         served.revive();
         served.ask("POST", "/v1/disks", &json!({"name": NAME, "size": mib << 20}));
         let socket = served.dir.path().join("socket");
@@ -51,6 +61,31 @@ impl Served {
     /// The guest's end of it.
     pub fn disk(&self) -> GuestDisk {
         GuestDisk { queues: self.queues, ..GuestDisk::new(&self.dir.path().join("socket")) }
+    }
+
+    /// A path beside the store.
+    pub fn place(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Waits until so many front ends are connected.
+    pub fn wait_connected(&self, count: u64) {
+        let connected = || self.ask("GET", "/v1/exports", &Value::Null)[0]["connected"].clone();
+        let end = Instant::now() + Duration::from_secs(60);
+        while connected() != count {
+            assert!(Instant::now() < end, "{} front ends are connected", connected());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// What happened to the disk: kind and detail of each event, with a blank between.
+    pub fn events(&self) -> Vec<String> {
+        let text = self.daemon().ask("GET", "/v1/events", b"").body;
+        let events = String::from_utf8(text).unwrap();
+        let events = events.lines().map(|l| serde_json::from_str::<Value>(l).unwrap());
+        let of_disk = events.filter(|e| e["object"] == format!("disk {NAME}"));
+        let word = |e: &Value, field: &str| e[field].as_str().unwrap().to_owned();
+        of_disk.map(|e| format!("{} {}", word(&e, "kind"), word(&e, "detail"))).collect()
     }
 
     /// Bytes that the disk takes on the host.
@@ -103,13 +138,19 @@ impl Served {
 
     /// Starts a new daemon on the store; it serves again what was served.
     pub fn revive(&mut self) {
-        let (store, api) = (self.dir.path().join("store"), self.dir.path().join("api"));
-        self.daemon = Some(Daemon::start(&store, &api));
+        self.daemon = Some(Daemon::start(&self.store, &self.dir.path().join("api")));
     }
 
-    /// Kills the daemon and takes away what a power cut takes: the memory that outlives processes.
+    /// Kills the daemon and takes away what a power cut takes: the memory that outlives processes,
+    /// and what a file system of its own has not synced.
     pub fn cut_power(&mut self) {
+        if let Some(mount) = &self.mount {
+            mount.cut_power();
+        }
         self.kill();
+        if let Some(mount) = &self.mount {
+            mount.power_up();
+        }
         fs::remove_dir_all(&self.tail_dir).unwrap();
         fs::create_dir(&self.tail_dir).unwrap();
     }
