@@ -57,7 +57,8 @@ when and where it was measured, and how to measure it again.
 END
     for section in results/*.md; do
         echo
-        cat "$section"
+        # Graphs lie beside the section.
+        sed 's#](\([^/)]*\.svg\))#](results/\1)#' "$section"
     done
 } >RESULTS.md
 

@@ -133,7 +133,7 @@ impl Report {
         let Some(dir) = graphs else { return };
         let put = |name: &str, text: &str, svg: String| {
             std::fs::write(dir.join(name), svg).expect("the folder of results can be written");
-            println!("\n![{text}](results/{name})");
+            println!("\n![{text}]({name})");
         };
         let title = "Requests in a second, ours next to qemu-storage-daemon (ratio)";
         put("vhost_user-ratios.svg", title, svg::ratios(title, &self.bars));
