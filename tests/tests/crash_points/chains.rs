@@ -32,7 +32,11 @@ fn start() -> (Script, Content) {
 }
 
 /// One of the images that a power cut at `point` may leave, with what it holds.
-fn cut(recording: &Recording, point: usize, rng: &mut Rng) -> (Image, Content) {
+///
+/// # Errors
+///
+/// What recovery or the comparison says, with the state's description.
+fn cut(recording: &Recording, point: usize, rng: &mut Rng) -> Result<(Image, Content), String> {
     let mut walk = CrashWalk::new(&recording.base, &recording.log);
     while walk.point() < point {
         assert!(walk.advance());
@@ -51,8 +55,8 @@ fn cut(recording: &Recording, point: usize, rng: &mut Rng) -> (Image, Content) {
         content.check(recording.model.sectors(), &allowed)?;
         Ok(content)
     });
-    let content = content.unwrap_or_else(|v| panic!("{v}\n{}", texts.swap_remove(at)));
-    (image, content)
+    let content = content.map_err(|v| format!("{v}\n{}", texts.swap_remove(at)))?;
+    Ok((image, content))
 }
 
 /// Twelve crashes in a row at random moments, half of them in the middle of a superblock flip.
@@ -76,7 +80,8 @@ fn of_crashes_at_random_moments() {
             } else {
                 usize::try_from(rng.below(recording.log.len() as u64 + 1)).unwrap()
             };
-            (image, content) = cut(&recording, point, &mut rng);
+            (image, content) = cut(&recording, point, &mut rng)
+                .unwrap_or_else(|e| panic!("OFFSHOOT_SEED={seed}, crash {depth}: {e}"));
         }
     }
 }
@@ -122,7 +127,8 @@ fn of_checkpoints_that_never_finish() {
         }
         let recording = Recording::from(&script);
         let flip = recording.log[opened..].iter().position(is_superblock).unwrap();
-        (image, content) = cut(&recording, opened + flip, &mut rng);
+        (image, content) = cut(&recording, opened + flip, &mut rng)
+            .unwrap_or_else(|e| panic!("crash {depth}: {e}"));
     }
 }
 

@@ -121,6 +121,27 @@ fn discard() {
     });
 }
 
+/// Story: an extent that was written, discarded and written again between two checkpoints is stored
+/// with its second place, and its records are replayed over that. The first of them gives it
+/// another place, the discard none, the last the one it has; replay remembered the first as the
+/// newest, called the extent one with two places, and the disk did not open.
+#[test]
+fn an_extent_that_moves_before_a_checkpoint() {
+    check("moves_before_checkpoint", some_data, |s| {
+        s.open().unwrap();
+        s.write(3 * EXTENT, 3 * BLOCK).unwrap();
+        s.discard(3 * EXTENT, EXTENT).unwrap();
+        s.write(3 * EXTENT + BLOCK, BLOCK).unwrap();
+        // The same with an extent that the checkpoint before has seen, block by block.
+        s.discard(EXTENT, EXTENT / 2).unwrap();
+        s.discard(EXTENT + EXTENT / 2, EXTENT / 2).unwrap();
+        s.write(2 * EXTENT - BLOCK, BLOCK).unwrap();
+        s.checkpoint().unwrap();
+        s.write(3 * EXTENT, 8).unwrap();
+        s.flush().unwrap();
+    });
+}
+
 #[test]
 fn discard_of_a_whole_leaf_and_use_of_its_space() {
     let before = |s: &mut Script| {

@@ -246,9 +246,10 @@ impl Loader<'_> {
             let at = block.plus(done);
             let n = (EXTENT_BLOCKS as u64 - at.in_extent() as u64).min(count - done);
             let target = extent(done);
-            if let Some(owned) = self.map.own_extent(at.extent())?
-                && (owned != target || self.moved.contains_key(&at.extent()))
-            {
+            let owned = self.map.own_extent(at.extent())?;
+            // One that owns nothing any more and was moved before moves again: the leaf may come
+            // from after the records that are replayed over it.
+            if owned.is_some_and(|e| e != target) || self.moved.contains_key(&at.extent()) {
                 self.moved.insert(at.extent(), target);
             }
             self.freed.extend(self.map.set_own(at, index(n), target)?);
