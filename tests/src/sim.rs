@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use blockd::disk::create::{NewSegment, Parent};
-use blockd::disk::{Disk, Options};
+use blockd::disk::{Disk, Options, Vouched};
 use blockd::segment::{self, Sealed, Segments, file_name, new_name};
 use blockd::store::sim::{Image, Op, SimStore};
 use blockd::store::{Access, Store};
@@ -350,6 +350,31 @@ impl Script {
         (0..2 * count).try_for_each(|i| self.write((first + i) * EXTENT, 1))?;
         (0..count).try_for_each(|i| self.discard((first + 2 * i) * EXTENT, EXTENT))?;
         self.flush()
+    }
+
+    /// Leaves the disk to a successor, which opens it with what is vouched for. No flush is noted:
+    /// what was not durable is not.
+    ///
+    /// # Errors
+    /// As [`Disk::hand_on`] and [`Disk::open`].
+    ///
+    /// # Panics
+    /// When it is not open.
+    pub fn hand_on(&mut self) -> Result<Vouched> {
+        let vouched = self.disk.take().expect("the disk is open").hand_on()?;
+        let options = Options { vouched, ..self.options.clone() };
+        let file = self.store.open(&file_name(self.segment), Access::Write)?;
+        let file = self.wrap.as_ref().map_or(Arc::clone(&file), |wrap| wrap(file));
+        self.disk = Some(Disk::open(file, &ByName(&self.store), &options)?);
+        Ok(vouched)
+    }
+
+    /// Prepares the disk for [`Script::hand_on`].
+    ///
+    /// # Errors
+    /// As [`Disk::prepare_hand_on`].
+    pub fn prepare_hand_on(&self) -> Result<()> {
+        self.run(Action::Flush, Disk::prepare_hand_on)
     }
 
     /// Lets go of the disk without closing it, as a killed process would.

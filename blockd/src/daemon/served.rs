@@ -21,6 +21,7 @@ use super::attachments::{Attachment, AttachmentsFile};
 use super::doors::{Door, Teller, described};
 use super::holds::Hold;
 use crate::api::types::{AttachDisk, DetachDisk, DiskStats, EventKind, Export, ExportState};
+use crate::disk::Vouched;
 use crate::serve::{Limits, Volume, VolumeOptions};
 use crate::store::Access;
 
@@ -43,8 +44,8 @@ pub(super) struct Served {
 pub(super) struct Kept {
     /// Its name is held.
     pub(super) hold: Option<Hold>,
-    /// What the host caches of it can be believed.
-    pub(super) cache: bool,
+    /// What the one who had it before vouches for.
+    pub(super) vouched: Vouched,
 }
 
 /// A disk that could not be served again.
@@ -242,7 +243,7 @@ impl Daemon {
             read_only,
             limits,
             accept_lost_tail: request.accept_lost_tail,
-            keep_cache: kept.cache,
+            vouched: kept.vouched,
             observer: Some(Arc::new(Teller::new(Arc::clone(&self.events)))),
         };
         let dir = self.dir()?;

@@ -198,7 +198,7 @@ impl Disk {
 
     /// Pages that nothing durable names are free; an extent without pages goes the way of all
     /// space.
-    fn drop_pages(&self, pages: &[(PageNo, u8)]) {
+    pub(super) fn drop_pages(&self, pages: &[(PageNo, u8)]) {
         let mut core = self.core.lock();
         for (page, count) in pages {
             if let Some(extent) = core.space.give_back_pages(*page, *count) {

@@ -20,6 +20,7 @@ pub mod claims;
 mod commit;
 pub mod create;
 pub mod gate;
+mod hand_on;
 mod io;
 mod leaf;
 pub mod leafset;
@@ -45,7 +46,7 @@ use format::space::{ExtentRun, SpaceMap};
 use format::superblock::{JournalHead, Superblock};
 use format::table::SegmentTable;
 use format::tree::Tree;
-use format::units::{ExtentId, GuestBlock, GuestExtent, PageNo};
+use format::units::{Epoch, ExtentId, GuestBlock, GuestExtent, PageNo};
 use format::{Error, Kind, Result};
 use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
@@ -75,9 +76,8 @@ pub struct Options {
     /// Open although a tail is missing that should be there: completed but unflushed writes of the
     /// session before are then lost.
     pub accept_lost_tail: bool,
-    /// Believe what the host caches of the file: a living predecessor vouches for it, whose disk
-    /// never failed. After a crash nobody can.
-    pub keep_cache: bool,
+    /// What the one who had the disk before vouches for.
+    pub vouched: Vouched,
     /// Boot of the host.
     pub boot: Uuid,
 }
@@ -89,10 +89,24 @@ impl Default for Options {
             tail_dir: None,
             live: false,
             accept_lost_tail: false,
-            keep_cache: false,
+            vouched: Vouched::Nothing,
             boot: Uuid::nil(),
         }
     }
+}
+
+/// What a living predecessor, who has left the disk, says of what it left. After a crash nobody can
+/// say anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Vouched {
+    /// Nothing: the host may cache what no sync will ever bring to the disk.
+    #[default]
+    Nothing,
+    /// What the host caches of the file: no sync ever failed.
+    Cache,
+    /// That, and its whole opening, of this epoch: nothing in it is half-done, so that a successor
+    /// can go on in it.
+    Opening(Epoch),
 }
 
 /// What publishing changes: held shortly, never during I/O on data.

@@ -13,7 +13,7 @@
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use format::journal::RECORDS_PER_PAGE;
 use format::space::ExtentRun;
@@ -27,7 +27,7 @@ use super::gate::IoGate;
 use super::load::{Loaded, load, older};
 use super::problem::Severity;
 use super::tail::Tail;
-use super::{Checkpoint, Commit, Core, Disk, FirstTime, Options, Tickets};
+use super::{Checkpoint, Commit, Core, Disk, FirstTime, Options, Tickets, Vouched};
 use crate::segment::{self, Segments};
 use crate::store::File;
 
@@ -37,7 +37,7 @@ const TAIL_RECORDS_MAX: u64 = 131_072;
 
 /// Records that a tail holds for a journal of `ring_pages` pages: a quarter of the ring, so that
 /// what is in the tail always fits behind a checkpoint.
-fn tail_capacity(ring_pages: u64) -> u64 {
+pub(super) fn tail_capacity(ring_pages: u64) -> u64 {
     (ring_pages * RECORDS_PER_PAGE as u64 / 4).min(TAIL_RECORDS_MAX)
 }
 
@@ -79,11 +79,16 @@ impl Disk {
         let sb = segment::read_superblock(file.as_ref())?.superblock;
         refuse_sealed(&sb)?;
         sb.check_writable_features()?;
+        if let Vouched::Opening(epoch) = options.vouched
+            && let Some(disk) = Disk::go_on(&file, segments, options, (&sb, epoch))?
+        {
+            return Ok(disk);
+        }
         if sb.attached != Attached::No {
             // What the last writer left unsynced is made durable or fails here; then the cache
             // goes, because after a failed sync it shows what the disk does not have.
             file.sync().context("sync what the last writer left of", || sb.name.clone())?;
-            if !options.keep_cache {
+            if options.vouched == Vouched::Nothing {
                 file.forget_cached()?;
             }
         }
@@ -155,7 +160,7 @@ impl Disk {
         Ok(())
     }
 
-    fn assemble(
+    pub(super) fn assemble(
         file: Arc<dyn File>,
         loaded: Loaded,
         tail: Tail,
@@ -232,18 +237,6 @@ impl Disk {
             outcome => outcome?,
         }
         self.tail.remove()
-    }
-
-    /// Leaves the disk as a killed process would, and its lock at once. Returns whether the host's
-    /// cache of the file can be believed: the disk never failed.
-    ///
-    /// # Errors
-    /// What the host reports.
-    pub fn hand_on(self) -> Result<bool> {
-        // Nobody has a request in work: the disk is ours alone. So nothing is written after the
-        // lock is gone, which a successor takes.
-        self.file.unlock()?;
-        Ok(!self.failed.load(Ordering::Acquire)) // pairs with the store in `fail`
     }
 
     /// The last checkpoint of an opening, with further changes to its superblock.

@@ -18,7 +18,7 @@ use super::hold::{self, Change, Hold};
 use super::limits::{Limits, Throttle};
 use super::slow::{Errand, Mailbox, SlowLane};
 use super::stats::{self, LaneStats, OpKind, VolumeStats};
-use crate::disk::{Disk, Options};
+use crate::disk::{Disk, Options, Vouched};
 use crate::store::Access;
 use crate::storedir::StoreDir;
 
@@ -79,8 +79,8 @@ pub struct VolumeOptions {
     pub limits: Limits,
     /// Open although completed writes of a living client may be missing.
     pub accept_lost_tail: bool,
-    /// A living predecessor vouches for what the host caches of the disk.
-    pub keep_cache: bool,
+    /// What the one who had the disk before vouches for.
+    pub vouched: Vouched,
     /// Who is told of events.
     pub observer: Option<Arc<dyn Observer>>,
 }
@@ -92,7 +92,7 @@ impl Default for VolumeOptions {
             read_only: false,
             limits: Limits::default(),
             accept_lost_tail: false,
-            keep_cache: false,
+            vouched: Vouched::Nothing,
             observer: None,
         }
     }
@@ -125,7 +125,7 @@ impl Volume {
             lanes: options.lanes,
             live: true,
             accept_lost_tail: options.accept_lost_tail,
-            keep_cache: options.keep_cache,
+            vouched: options.vouched,
             ..dir.disk_options()
         };
         let access = if options.read_only { Access::Read } else { Access::Write };
@@ -217,12 +217,12 @@ impl Volume {
     }
 
     /// Takes the disk out of service and leaves it as a killed process would: what completed is in
-    /// its tail and goes to who opens it next. Nothing waits for the host. Returns whether the disk
-    /// never failed: see [`Disk::hand_on`].
+    /// its tail and goes to who opens it next. Nothing waits for the host. Returns what the next
+    /// one may believe: see [`Disk::hand_on`].
     ///
     /// # Errors
     /// `Busy` when a front door has not been stopped, or what the host reports.
-    pub fn hand_on(self: Arc<Self>) -> Result<bool> {
+    pub fn hand_on(self: Arc<Self>) -> Result<Vouched> {
         self.into_disk()?.hand_on()
     }
 

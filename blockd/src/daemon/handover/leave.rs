@@ -15,6 +15,7 @@ use super::super::holds::{Hold, PATIENCE};
 use super::super::served::{Kept, Served};
 use super::{Free, HandedDisk, Hello, LAYOUT, Progress, State, side_by_side, wire};
 use crate::api::types::{EventKind, ExportKind, HandOver, HandedOver};
+use crate::disk::Vouched;
 
 /// How long a successor may take for its first word.
 const HELLO_MAX: Duration = Duration::from_secs(10);
@@ -37,10 +38,10 @@ fn leave((name, served): (String, Served)) -> Left {
     let Served { doors, volume, hold, .. } = served;
     let doors = doors.into_iter().map(Door::hand_over).collect();
     // What waits for space goes on waiting, at the successor.
-    let sound = volume.hand_on();
-    let keep_cache = *sound.as_ref().unwrap_or(&false);
-    let outcome = sound.map(drop);
-    Left { name, outcome, hold, handed: HandedDisk { attachment, keep_cache, doors } }
+    let left = volume.hand_on();
+    let vouched = *left.as_ref().unwrap_or(&Vouched::Nothing);
+    let outcome = left.map(drop);
+    Left { name, outcome, hold, handed: HandedDisk { attachment, vouched, doors } }
 }
 
 fn all_left(left: &[Left]) -> Result<()> {
@@ -107,7 +108,7 @@ impl Daemon {
                 self.resume_nbd();
                 return Err(error.hint(GOES_ON));
             }
-            self.save_what_can_be();
+            self.prepare_disks();
             self.hand_over_to(&successor, &hello)
         };
         go().context("hand over", || format!("store {}", self.path.display()))
@@ -135,14 +136,14 @@ impl Daemon {
         }
     }
 
-    /// Brings down what the successor would have to replay and to sync, while guests still run.
-    fn save_what_can_be(&self) {
+    /// Does what the successor would have to do while guests wait.
+    fn prepare_disks(&self) {
         let volumes: Vec<_> =
             self.table().served.values().map(|served| Arc::clone(&served.volume)).collect();
         side_by_side(volumes, |volume| {
-            if let Err(error) = volume.disk().checkpoint() {
-                // The successor replays more.
-                tracing::debug!(disk = volume.name(), %error, "no checkpoint before a handover");
+            if let Err(error) = volume.disk().prepare_hand_on() {
+                // The successor replays more, and syncs.
+                tracing::debug!(disk = volume.name(), %error, "not prepared for a handover");
             }
         });
     }
@@ -243,8 +244,8 @@ impl Daemon {
     fn take_back(&self, left: Vec<Left>) {
         self.reopen_dir();
         for Left { name, hold, handed, .. } in left {
-            let HandedDisk { attachment, keep_cache, doors } = handed;
-            let kept = Kept { hold: Some(hold), cache: keep_cache };
+            let HandedDisk { attachment, vouched, doors } = handed;
+            let kept = Kept { hold: Some(hold), vouched };
             let served = self.open_again(&name, &attachment, kept);
             let served = served.and_then(|served| match served {
                 Some(served) => self.open_doors(&name, served, &attachment, doors),

@@ -39,12 +39,14 @@ mod wire;
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
+use format::units::Epoch;
 use format::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 use vhost_blk::session::Handover;
 
 use super::attachments::Attachment;
 use super::doors::HandedDoor;
+use crate::disk::Vouched;
 
 pub use take::{Inheritance, Predecessor};
 
@@ -84,6 +86,8 @@ struct State {
 struct DiskState {
     attachment: Attachment,
     keep_cache: bool,
+    /// Of the opening in which the successor can go on.
+    epoch: Option<u64>,
     /// As many as the attachment has exports.
     doors: Vec<DoorState>,
 }
@@ -103,8 +107,7 @@ struct SessionState {
 /// A disk between two daemons.
 struct HandedDisk {
     attachment: Attachment,
-    /// What the host caches of it can be believed.
-    keep_cache: bool,
+    vouched: Vouched,
     doors: Vec<HandedDoor>,
 }
 
@@ -118,7 +121,11 @@ impl HandedDisk {
         };
         DiskState {
             attachment: self.attachment.clone(),
-            keep_cache: self.keep_cache,
+            keep_cache: self.vouched != Vouched::Nothing,
+            epoch: match self.vouched {
+                Vouched::Opening(epoch) => Some(epoch.0),
+                Vouched::Nothing | Vouched::Cache => None,
+            },
             doors: self.doors.iter().map(door).collect(),
         }
     }
@@ -146,7 +153,12 @@ impl HandedDisk {
             }
             doors.push(HandedDoor { listener, sessions });
         }
-        Ok(HandedDisk { attachment: state.attachment, keep_cache: state.keep_cache, doors })
+        let vouched = match (state.keep_cache, state.epoch) {
+            (false, _) => Vouched::Nothing,
+            (true, None) => Vouched::Cache,
+            (true, Some(epoch)) => Vouched::Opening(Epoch(epoch)),
+        };
+        Ok(HandedDisk { attachment: state.attachment, vouched, doors })
     }
 
     fn front_ends(&self) -> u64 {

@@ -127,7 +127,7 @@ impl Daemon {
             let served = self.open_again(
                 &name,
                 &disk.attachment,
-                Kept { cache: disk.keep_cache, hold: None },
+                Kept { vouched: disk.vouched, hold: None },
             );
             served.map(|served| (name, served, disk))
         });
