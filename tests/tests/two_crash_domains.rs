@@ -11,7 +11,7 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blockd::disk::problem::What;
 use blockd::disk::tail::path_in;
@@ -34,6 +34,8 @@ use uuid::Uuid;
 const SECTORS: u64 = 60 * EXTENT;
 const SEGMENT: Uuid = Uuid::from_u128(7);
 const BOOT: Uuid = Uuid::from_u128(8);
+/// How long kills may go on until enough was acknowledged.
+const LIMIT: Duration = Duration::from_secs(180);
 
 /// A folder with one disk, and one for tails.
 struct Place {
@@ -144,8 +146,13 @@ fn check(disk: &Disk, model: &Model, view: View) -> Contents {
 fn a_killed_process_loses_nothing_that_it_acknowledged() {
     let (place, first) = (Place::new(), seed(1));
     let (mut known, mut acknowledged) = (Contents::new(), 0);
-    let kills = if soak() { 250 } else { 24 };
-    for seed in first..first + kills {
+    let (kills, deadline) = (if soak() { 250 } else { 24 }, Instant::now() + LIMIT);
+    for seed in first.. {
+        // A starved machine acknowledges less before each kill, and is killed more often.
+        if seed >= first + kills && acknowledged > 1000 {
+            break;
+        }
+        assert!(Instant::now() < deadline, "only {acknowledged} operations were acknowledged");
         let mut rng = Rng::new(seed);
         // Some die while they open the disk, most while they work.
         let early = rng.one_in(5);
@@ -163,8 +170,6 @@ fn a_killed_process_loses_nothing_that_it_acknowledged() {
             disk.close().unwrap();
         }
     }
-    // Few on a starved machine, but never none for each kill.
-    assert!(acknowledged > 200, "only {acknowledged} operations were acknowledged");
 }
 
 /// The host is started again after the kill: no tail, another boot.
