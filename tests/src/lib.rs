@@ -18,6 +18,7 @@ pub mod mount;
 pub mod nbd;
 pub mod pattern;
 pub mod rng;
+pub mod served;
 pub mod sim;
 pub mod store;
 pub mod tls;
@@ -27,6 +28,7 @@ use std::env;
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 /// The environment variable that names the file which collects skipped tests.
 pub const SKIP_LOG: &str = "OFFSHOOT_SKIP_LOG";
@@ -47,6 +49,18 @@ pub fn skip(test: &str, reason: &str) {
         .open(&log)
         .and_then(|mut file| file.write_all(line.as_bytes()))
         .unwrap_or_else(|e| panic!("cannot append to the skip log {}: {e}", log.display()));
+}
+
+/// Waits until `condition` holds.
+///
+/// # Panics
+/// When it does not within a minute.
+pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < Duration::from_secs(60), "never: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 /// Where the program `name` is, looked up in `PATH` and in the administrator's directories (which

@@ -6,6 +6,7 @@
 //! any time, through the death and return of the device as well.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use vhost_blk::client::{ClientQueue, Op, Span};
@@ -49,6 +50,52 @@ pub struct Load {
     pub done: u64,
     /// Longest time for which no request completed while some were in work.
     pub longest: Duration,
+}
+
+/// A load for each queue, each on its equal part of a disk of `size` bytes, which reads as zeroes
+/// now.
+///
+/// # Panics
+/// As [`Load::new`].
+#[must_use]
+pub fn loads(queues: Vec<ClientQueue>, size: u64, seed: u64) -> Vec<Load> {
+    let part = size / SECTOR as u64 / queues.len() as u64;
+    (0..).zip(queues).map(|(i, queue)| Load::new(queue, i * part, part, seed + i)).collect()
+}
+
+/// Ends loads, also when the test fails.
+struct Ending<'a>(&'a AtomicBool);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed); // with the loads that look, soon enough
+    }
+}
+
+/// Runs loads on threads of their own while `work` is at work, which can ask how many requests the
+/// busiest of them has done. Then each reads its part back and flushes.
+///
+/// # Panics
+/// As [`Load::run`].
+pub fn during<R>(mut loads: Vec<Load>, work: impl FnOnce(&dyn Fn() -> u64) -> R) -> (Vec<Load>, R) {
+    let (stop, done) = (&AtomicBool::new(false), &AtomicU64::new(0));
+    let result = std::thread::scope(|scope| {
+        let ending = Ending(stop);
+        for load in &mut loads {
+            scope.spawn(move || {
+                load.run(&mut |n| {
+                    done.fetch_max(n, Ordering::Relaxed);
+                    !stop.load(Ordering::Relaxed)
+                });
+                load.verify();
+                load.flush();
+            });
+        }
+        let result = work(&|| done.load(Ordering::Relaxed));
+        drop(ending);
+        result
+    });
+    (loads, result)
 }
 
 impl Load {
@@ -145,10 +192,16 @@ impl Load {
         self.run(&mut |_| false);
     }
 
-    /// What each sector must hold now: first sector, and the tags (0 for zeroes).
-    #[must_use]
-    pub fn expected(&self) -> (u64, &[u32]) {
-        (self.start, &self.tags)
+    /// Compares the bytes of the whole disk with what this load wrote.
+    ///
+    /// # Panics
+    /// At the first sector of its part that holds something else.
+    pub fn holds(&self, disk: &[u8]) {
+        for (sector, tag) in (self.start..).zip(&self.tags) {
+            let at = usize::try_from(sector).expect("an index") * SECTOR;
+            let want = if *tag == 0 { Found::Zero } else { Found::Tag(*tag) };
+            assert_eq!(pattern::look(&disk[at..at + SECTOR], sector), want, "sector {sector}");
+        }
     }
 
     fn overlaps_busy(&self, first: u64, count: u64) -> bool {

@@ -1,32 +1,59 @@
-//! A store of a test's own, and what is left of it.
+//! A store of a test's own, what works on it, and nothing left of it.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
 
 use blockd::storedir::{IDENTITY_FILE, Identity, StoreDir};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, program};
 
-/// Where a store keeps its tails; `None` when there is no store.
-#[must_use]
-pub fn tail_folder(store: &Path) -> Option<PathBuf> {
-    let text = fs::read(store.join(IDENTITY_FILE)).ok()?;
-    Some(serde_json::from_slice::<Identity>(&text).ok()?.tail_dir)
-}
+/// What the store at a path leaves outside of it: when this is dropped, however its test ended, a
+/// daemon that has the store is killed, and its folder of tails in memory goes.
+pub struct Leftovers(pub PathBuf);
 
-/// Takes away what a store has in memory that outlives processes. Nobody has it open any more.
-pub fn forget_tails(store: &Path) {
-    if let Some(folder) = tail_folder(store) {
-        // A store whose disks were never in service has none.
-        let _ = fs::remove_dir_all(folder);
+impl Leftovers {
+    /// Kills the daemon and waits for its end. The successor of a daemon is nobody's child.
+    fn end_daemon(&self) -> io::Result<()> {
+        let file: Value = serde_json::from_slice(&fs::read(self.0.join("daemon.json"))?)?;
+        let pid = file["pid"].as_i64().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
+        let Some(pid) = pid else { return Ok(()) };
+        let process = pidfd_open(pid, PidfdFlags::empty())?;
+        // A killed daemon leaves its file, and its number may be another process's by now.
+        let store = self.0.canonicalize()?;
+        let open = fs::read_dir(format!("/proc/{}/fd", pid.as_raw_nonzero()))?.flatten();
+        if open.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|to| to.starts_with(&store)) {
+            pidfd_send_signal(&process, Signal::KILL)?;
+            poll(&mut [PollFd::new(&process, PollFlags::IN)], None)?;
+        }
+        Ok(())
+    }
+
+    fn tail_dir(&self) -> io::Result<PathBuf> {
+        let text = fs::read(self.0.join(IDENTITY_FILE))?;
+        Ok(serde_json::from_slice::<Identity>(&text)?.tail_dir)
     }
 }
 
-/// A store in a temporary folder. Both go when it is dropped, and so does what outlives processes.
+impl Drop for Leftovers {
+    fn drop(&mut self) {
+        // Mostly there is none any more.
+        let _ = self.end_daemon();
+        // A store whose disks were never in service has none.
+        let _ = self.tail_dir().and_then(fs::remove_dir_all);
+    }
+}
+
+/// A store in a temporary folder. Both go when it is dropped, and so do its [`Leftovers`].
 pub struct TestStore {
+    // Before the folder, which says what there is.
+    leftovers: Leftovers,
     dir: TempDir,
-    store: PathBuf,
 }
 
 impl TestStore {
@@ -52,13 +79,22 @@ impl TestStore {
 
     fn made(dir: TempDir, store: PathBuf) -> Self {
         StoreDir::init(&store, None).expect("a new store");
-        TestStore { dir, store }
+        TestStore { leftovers: Leftovers(store), dir }
     }
 
     /// The folder of the store.
     #[must_use]
     pub fn store(&self) -> &Path {
-        &self.store
+        &self.leftovers.0
+    }
+
+    /// The folder of its tails.
+    ///
+    /// # Panics
+    /// When the store does not say.
+    #[must_use]
+    pub fn tail_dir(&self) -> PathBuf {
+        self.leftovers.tail_dir().expect("a store says where its tails are")
     }
 
     /// A path beside it.
@@ -67,13 +103,56 @@ impl TestStore {
         self.dir.path().join(name)
     }
 
+    /// Where its daemon listens.
+    #[must_use]
+    pub fn api(&self) -> PathBuf {
+        self.path("api.sock")
+    }
+
     /// Starts a daemon on it.
     ///
     /// # Panics
     /// When it does not get ready.
     #[must_use]
     pub fn daemon(&self) -> Daemon {
-        Daemon::start(&self.store, &self.path("api"))
+        self.daemon_with(&[])
+    }
+
+    /// As [`TestStore::daemon`], with further options.
+    ///
+    /// # Panics
+    /// When it does not get ready.
+    #[must_use]
+    pub fn daemon_with(&self, options: &[&str]) -> Daemon {
+        Daemon::start_with(self.store(), &self.api(), options)
+    }
+
+    /// What its daemons logged.
+    #[must_use]
+    pub fn log(&self) -> String {
+        let log = |path: PathBuf| fs::read_to_string(path).unwrap_or_default();
+        log(self.path("api.log")) + &log(self.store().join("daemon.log"))
+    }
+
+    /// Runs the command line on it.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn offshoot(&self, args: &[&str]) -> Output {
+        let mut command = Command::new(program("offshoot"));
+        command.env_remove("OFFSHOOT_API").arg("--store").arg(self.store());
+        command.args(args).output().expect("the command line starts")
+    }
+
+    /// As [`TestStore::offshoot`], for what must succeed; gives back its output.
+    ///
+    /// # Panics
+    /// When it fails.
+    pub fn done(&self, args: &[&str]) -> Vec<u8> {
+        let output = self.offshoot(args);
+        assert!(output.status.success(), "{args:?}: {output:?}\n{}", self.log());
+        output.stdout
     }
 }
 
@@ -85,6 +164,37 @@ impl Default for TestStore {
 
 impl Drop for TestStore {
     fn drop(&mut self) {
-        forget_tails(&self.store);
+        if std::thread::panicking() {
+            eprintln!("the log of the daemon:\n{}", self.log());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::served::ServedDisk;
+
+    /// The daemon is nobody's child, and its disk has a tail.
+    #[test]
+    fn a_test_that_fails_leaves_nothing() {
+        let failed = std::panic::catch_unwind(|| {
+            let disk = ServedDisk::new(TestStore::new());
+            let (api, blockd) = (disk.api(), program("blockd"));
+            let [api, blockd] = [&api, &blockd].map(|path| path.to_str().expect("a plain path"));
+            disk.done(&["--api", api, "daemon", "start", "--program", blockd]);
+            disk.attach();
+            let file = fs::read(disk.store().join("daemon.json")).expect("a daemon has the store");
+            let file: Value = serde_json::from_slice(&file).expect("JSON");
+            let process = PathBuf::from(format!("/proc/{}/fd", file["pid"]));
+            let left = [process, disk.tail_dir(), disk.path("")];
+            assert!(left.iter().all(|path| path.exists()), "{left:?}");
+            std::panic::panic_any(left);
+        });
+
+        let left = failed.expect_err("it fails").downcast::<[PathBuf; 3]>();
+        let left = left.expect("it fails where it should");
+        let is_there = |path: &&PathBuf| fs::read_dir(path).is_ok_and(|all| all.count() > 0);
+        assert_eq!(left.iter().find(is_there), None);
     }
 }

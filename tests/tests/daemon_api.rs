@@ -5,52 +5,21 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
-use blockd::storedir::StoreDir;
 use offshoot_tests::daemon::{Daemon, Reply, Talk, program};
+use offshoot_tests::store::TestStore;
+use offshoot_tests::until;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
 
-/// A store in a folder, and where its daemon listens.
-struct Bench {
-    dir: TempDir,
-    store: PathBuf,
-    tail_dir: PathBuf,
-}
-
-impl Bench {
-    fn new() -> Bench {
-        let dir = tempfile::tempdir().unwrap();
-        let store = dir.path().join("store");
-        let tail_dir = StoreDir::init(&store, None).unwrap().tail_dir;
-        Bench { dir, store, tail_dir }
-    }
-
-    fn api(&self) -> PathBuf {
-        self.dir.path().join("api.sock")
-    }
-
-    fn daemon(&self) -> Daemon {
-        Daemon::start(&self.store, &self.api())
-    }
-
-    fn segments(&self) -> usize {
-        let names = fs::read_dir(&self.store).unwrap().map(|e| e.unwrap().file_name());
-        names.filter(|n| n.to_string_lossy().contains('-')).count()
-    }
-}
-
-impl Drop for Bench {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.tail_dir);
-    }
-}
-
 fn create(daemon: &Daemon, name: &str, size: u64) -> Value {
     daemon.json("POST", "/v1/disks", &json!({"name": name, "size": size}))
+}
+
+fn segments(bench: &TestStore) -> usize {
+    let names = fs::read_dir(bench.store()).unwrap().map(|e| e.unwrap().file_name());
+    names.filter(|n| n.to_string_lossy().contains('-')).count()
 }
 
 fn names(daemon: &Daemon) -> Vec<String> {
@@ -69,17 +38,9 @@ fn refused(reply: &Reply, status: u16, kind: &str) -> Value {
     error
 }
 
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < Duration::from_secs(60), "never: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
 #[test]
 fn a_request_that_makes_no_sense_is_refused_and_says_why() {
-    let bench = Bench::new();
+    let bench = TestStore::new();
     let daemon = bench.daemon();
     create(&daemon, "a", MIB);
 
@@ -113,7 +74,7 @@ fn a_request_that_makes_no_sense_is_refused_and_says_why() {
 
 #[test]
 fn the_interface_describes_itself() {
-    let bench = Bench::new();
+    let bench = TestStore::new();
     let daemon = bench.daemon();
 
     let served = daemon.ask("GET", "/openapi.json", b"");
@@ -139,7 +100,7 @@ fn the_interface_describes_itself() {
 
 #[test]
 fn bytes_go_in_and_out_of_a_disk_as_one_request() {
-    let bench = Bench::new();
+    let bench = TestStore::new();
     let daemon = bench.daemon();
     create(&daemon, "a", 8 * MIB);
     let bytes: Vec<u8> = (0..3_000_001_u32).map(|i| (i * 7 % 251) as u8).collect();
@@ -162,7 +123,7 @@ fn bytes_go_in_and_out_of_a_disk_as_one_request() {
 /// A client that dies in the middle of a request leaves what it sent, and nothing that is held.
 #[test]
 fn a_request_that_is_cut_off_lets_go_of_the_disk() {
-    let bench = Bench::new();
+    let bench = TestStore::new();
     let daemon = bench.daemon();
     create(&daemon, "a", 8 * MIB);
     let mut talk = Talk::to(daemon.api()).unwrap();
@@ -180,7 +141,7 @@ fn a_request_that_is_cut_off_lets_go_of_the_disk() {
 
 #[test]
 fn a_session_ends_with_its_connection() {
-    let bench = Bench::new();
+    let bench = TestStore::new();
     let daemon = bench.daemon();
     let mut talk = Talk::to(daemon.api()).unwrap();
     let request = json!({"disk": "a", "use": "import", "size": 8 * MIB}).to_string();
@@ -195,9 +156,9 @@ fn a_session_ends_with_its_connection() {
     refused(&daemon.ask("PUT", &data, b"x"), 400, "invalid");
     let second = daemon.ask("POST", "/v1/sessions", request.as_bytes());
     refused(&second, 409, "busy");
-    assert_eq!((names(&daemon).len(), bench.segments()), (0, 1));
+    assert_eq!((names(&daemon).len(), segments(&bench)), (0, 1));
     drop(talk);
-    until("the import is gone", || bench.segments() == 0);
+    until("the import is gone", || segments(&bench) == 0);
     refused(&daemon.ask("PUT", &data, b"x"), 404, "not-found");
 
     let mut talk = Talk::to(daemon.api()).unwrap();
@@ -217,7 +178,7 @@ fn a_session_ends_with_its_connection() {
 
 #[test]
 fn a_cancelled_import_leaves_nothing_and_readers_share_what_a_writer_has_alone() {
-    let bench = Bench::new();
+    let bench = TestStore::new();
     let daemon = bench.daemon();
     create(&daemon, "a", 8 * MIB);
     let mut talk = Talk::to(daemon.api()).unwrap();
@@ -237,7 +198,7 @@ fn a_cancelled_import_leaves_nothing_and_readers_share_what_a_writer_has_alone()
     refused(&daemon.ask("PUT", &format!("{path}/data?offset=0"), b"x"), 409, "cancelled");
     refused(&daemon.ask("POST", &format!("{path}/finish"), b""), 409, "cancelled");
     assert_eq!(names(&daemon), ["a"]);
-    assert_eq!(bench.segments(), 1);
+    assert_eq!(segments(&bench), 1);
     let job = daemon.json("GET", &format!("/v1/jobs/{import}"), &Value::Null);
     assert_eq!((&job["state"], &job["kind"]), (&json!("cancelled"), &json!("import")));
     for reader in &readers {
@@ -249,7 +210,7 @@ fn a_cancelled_import_leaves_nothing_and_readers_share_what_a_writer_has_alone()
 
 #[test]
 fn long_work_is_a_job_that_can_be_followed() {
-    let bench = Bench::new();
+    let bench = TestStore::new();
     let daemon = bench.daemon();
     create(&daemon, "a", 64 * MIB);
     let bytes = vec![9; 32 << 20];
@@ -282,7 +243,7 @@ fn long_work_is_a_job_that_can_be_followed() {
 
 #[test]
 fn who_follows_events_is_told_of_the_end() {
-    let bench = Bench::new();
+    let bench = TestStore::new();
     let daemon = bench.daemon();
     let mut follower = Talk::to(daemon.api()).unwrap();
     follower.send(b"GET /v1/events?follow=true HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
@@ -296,38 +257,38 @@ fn who_follows_events_is_told_of_the_end() {
     let last: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
     assert_eq!(last["kind"], "stopping", "{text}");
     assert!(text.contains("job-finished"));
-    assert!(!bench.api().exists() && !bench.store.join("daemon.json").exists());
+    assert!(!bench.api().exists() && !bench.store().join("daemon.json").exists());
 }
 
 #[test]
 fn one_daemon_has_a_store_and_a_killed_one_is_replaced() {
-    let bench = Bench::new();
+    let bench = TestStore::new();
     let first = bench.daemon();
     create(&first, "a", MIB);
-    let file = fs::read_to_string(bench.store.join("daemon.json")).unwrap();
+    let file = fs::read_to_string(bench.store().join("daemon.json")).unwrap();
     let file: Value = serde_json::from_str(&file).unwrap();
     assert_eq!((&file["pid"], &file["api"]), (&json!(first.pid()), &json!(bench.api())));
     let second = |api: PathBuf| {
         let mut command = Command::new(program("blockd"));
-        command.arg("--store").arg(&bench.store).arg("--api").arg(api);
+        command.arg("--store").arg(bench.store()).arg("--api").arg(api);
         let output = command.stdin(Stdio::null()).output().unwrap();
         (output.status.code(), String::from_utf8(output.stderr).unwrap())
     };
 
-    let (code, said) = second(bench.dir.path().join("other.sock"));
+    let (code, said) = second(bench.path("other.sock"));
 
     assert_eq!(code, Some(5), "{said}");
     assert!(said.contains("another process has it open"), "{said}");
     assert_eq!(names(&first), ["a"]);
-    let other = Bench::new();
+    let other = TestStore::new();
     let mut command = Command::new(program("blockd"));
-    command.arg("--store").arg(&other.store).arg("--api").arg(bench.api());
+    command.arg("--store").arg(other.store()).arg("--api").arg(bench.api());
     let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(5), "the socket of another daemon was taken");
 
     first.kill();
 
-    assert!(bench.api().exists() && bench.store.join("daemon.json").exists());
+    assert!(bench.api().exists() && bench.store().join("daemon.json").exists());
     let third = bench.daemon();
     assert_eq!(names(&third), ["a"]);
     assert!(third.terminate().success());
@@ -336,7 +297,7 @@ fn one_daemon_has_a_store_and_a_killed_one_is_replaced() {
 /// Not only the mode of the file keeps strangers out: who connects is asked of the kernel.
 #[test]
 fn strangers_are_turned_away() {
-    let bench = Bench::new();
+    let bench = TestStore::new();
     let daemon = bench.daemon();
     let mode = fs::metadata(bench.api()).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
@@ -345,10 +306,10 @@ fn strangers_are_turned_away() {
         return;
     }
     fs::set_permissions(bench.api(), fs::Permissions::from_mode(0o666)).unwrap();
-    fs::set_permissions(bench.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(bench.path(""), fs::Permissions::from_mode(0o755)).unwrap();
     let offshoot = program("offshoot");
     // A stranger may not be able to reach the folder that it was built in.
-    let copy = bench.dir.path().join("offshoot");
+    let copy = bench.path("offshoot");
     fs::copy(offshoot, &copy).unwrap();
     let ask = |uid: u32, gid: u32| {
         let mut command = Command::new(&copy);
@@ -363,7 +324,7 @@ fn strangers_are_turned_away() {
     assert_eq!(stranger.status.code(), Some(10), "{stranger:?}");
     assert!(daemon.log().contains("turned away"), "{}", daemon.log());
     drop(daemon);
-    let _daemon = Daemon::start_with(&bench.store, &bench.api(), &["--allow-group", "4242"]);
+    let _daemon = bench.daemon_with(&["--allow-group", "4242"]);
     let mode = fs::metadata(bench.api()).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o660);
     let member = ask(65_534, 4242);
@@ -375,7 +336,7 @@ fn strangers_are_turned_away() {
 /// What the daemon says that confines it is what the kernel says, and it bites.
 #[test]
 fn the_daemon_confines_itself() {
-    let bench = Bench::new();
+    let bench = TestStore::new();
     let daemon = bench.daemon();
     create(&daemon, "a", MIB);
     let status = |daemon: &Daemon| {
@@ -400,10 +361,10 @@ fn the_daemon_confines_itself() {
     drop(daemon);
 
     let folder = outside.path().to_str().unwrap();
-    let wider = Daemon::start_with(&bench.store, &bench.api(), &["--socket-dir", folder]);
+    let wider = bench.daemon_with(&["--socket-dir", folder]);
     assert_eq!(wider.ask("POST", "/v1/disks/a/attach", export.as_bytes()).status, 201);
     drop(wider);
-    let free = Daemon::start_with(&bench.store, &bench.api(), &["--sandbox", "off"]);
+    let free = bench.daemon_with(&["--sandbox", "off"]);
     assert_eq!(free.json("GET", "/v1/health", &Value::Null)["sandbox"], json!([]));
     assert_eq!(status(&free), "0");
 }
@@ -411,7 +372,7 @@ fn the_daemon_confines_itself() {
 /// Many clients at once: nothing is lost, nothing is done twice, nobody waits for ever.
 #[test]
 fn many_clients_at_once_leave_what_each_of_them_was_told() {
-    let bench = Bench::new();
+    let bench = TestStore::new();
     let daemon = bench.daemon();
     create(&daemon, "base", MIB);
     assert_eq!(daemon.ask("POST", "/v1/disks/base/seal", b"").status, 200);

@@ -2,60 +2,21 @@
 //! becomes of it when the daemon ends, in order or not.
 
 use std::fs;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use blockd::storedir::StoreDir;
 use offshoot_tests::daemon::{Daemon, Reply};
-use offshoot_tests::load::Load;
+use offshoot_tests::load::{Load, loads};
 use offshoot_tests::mount::Mount;
 use offshoot_tests::nbd;
 use offshoot_tests::pattern::{self, Found};
 use offshoot_tests::rng::seed;
+use offshoot_tests::store::TestStore;
+use offshoot_tests::until;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 use vhost_blk::client::{Client, ClientQueue, Op, Options, Span};
 
 const MIB: u64 = 1 << 20;
-
-/// A store with disks in it, and where its daemon listens.
-struct Bench {
-    dir: TempDir,
-    store: PathBuf,
-    tail_dir: PathBuf,
-}
-
-impl Bench {
-    fn new() -> Bench {
-        let dir = tempfile::tempdir().unwrap();
-        let store = dir.path().join("store");
-        Bench::in_dir(dir, store)
-    }
-
-    fn at(store: PathBuf) -> Bench {
-        Bench::in_dir(tempfile::tempdir().unwrap(), store)
-    }
-
-    fn in_dir(dir: TempDir, store: PathBuf) -> Bench {
-        let tail_dir = StoreDir::init(&store, None).unwrap().tail_dir;
-        Bench { dir, store, tail_dir }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn daemon(&self) -> Daemon {
-        Daemon::start(&self.store, &self.path("api"))
-    }
-}
-
-impl Drop for Bench {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.tail_dir);
-    }
-}
 
 fn create(daemon: &Daemon, name: &str, size: u64) {
     daemon.json("POST", "/v1/disks", &json!({"name": name, "size": size}));
@@ -84,31 +45,13 @@ fn events(daemon: &Daemon) -> Vec<(String, String)> {
     text.lines().map(event).collect()
 }
 
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < Duration::from_secs(60), "never: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// Fails the test unless the bytes of a disk are what a load has written.
-fn holds(bytes: &[u8], load: &Load) {
-    let (start, tags) = load.expected();
-    for (sector, tag) in (start..).zip(tags) {
-        let at = usize::try_from(sector * 512).unwrap();
-        let want = if *tag == 0 { Found::Zero } else { Found::Tag(*tag) };
-        assert_eq!(pattern::look(&bytes[at..at + 512], sector), want, "sector {sector}");
-    }
-}
-
 /// A guest does not notice that the daemon was killed: its socket is there again, with the same
 /// options, and every write that completed is in the disk.
 #[test]
 fn what_was_served_is_served_again() {
     let seed = seed(5);
     println!("repeat with OFFSHOOT_SEED={seed} cargo test -p offshoot-tests --test daemon_serves");
-    let bench = Bench::new();
+    let bench = TestStore::new();
     let daemon = bench.daemon();
     create(&daemon, "a", 64 * MIB);
     create(&daemon, "b", 64 * MIB);
@@ -121,9 +64,7 @@ fn what_was_served_is_served_again() {
     assert_eq!(daemon.json("PUT", "/v1/disks/a/limits", &limits), limits);
     let options = Options { queues: 2, data_size: 2 << 20, ..Options::default() };
     let (mut client, queues) = Client::connect(&vhost, options).unwrap();
-    let half = 32 * MIB / 512;
-    let mut loads: Vec<Load> =
-        (0..).zip(queues).map(|(i, q)| Load::new(q, i * half, half, seed + i)).collect();
+    let mut loads = loads(queues, 64 * MIB, seed);
 
     let mut running = Some(daemon);
     for _ in 0..3 {
@@ -162,7 +103,7 @@ fn what_was_served_is_served_again() {
     let daemon = bench.daemon();
     assert_eq!(get(&daemon, "/v1/exports").as_array().unwrap().len(), 2);
     let bytes = daemon.ask("GET", "/v1/disks/a/data", b"").body;
-    loads.iter().for_each(|load| holds(&bytes, load));
+    loads.iter().for_each(|load| load.holds(&bytes));
     let ended = daemon.json("POST", "/v1/disks/a/detach", &json!({}));
     assert_eq!(ended.as_array().unwrap().len(), 2);
     let checked = daemon.json("POST", "/v1/disks/a/check", &Value::Null);
@@ -173,7 +114,7 @@ fn what_was_served_is_served_again() {
 
 #[test]
 fn a_disk_in_service_can_be_looked_at_and_not_be_written_to() {
-    let bench = Bench::new();
+    let bench = TestStore::new();
     let daemon = bench.daemon();
     create(&daemon, "a", 8 * MIB);
     let bytes = vec![7; 1 << 20];
@@ -227,7 +168,7 @@ fn a_disk_in_service_can_be_looked_at_and_not_be_written_to() {
 /// One bad disk keeps no other from being served, and what is wrong with it can be read.
 #[test]
 fn a_disk_that_cannot_be_served_again_is_listed_as_failed() {
-    let bench = Bench::new();
+    let bench = TestStore::new();
     let daemon = bench.daemon();
     for name in ["good", "gone"] {
         create(&daemon, name, MIB);
@@ -236,7 +177,7 @@ fn a_disk_that_cannot_be_served_again_is_listed_as_failed() {
     }
     let segment = get(&daemon, "/v1/disks/gone")["segment"].as_str().unwrap().to_owned();
     assert!(daemon.terminate().success());
-    let file = bench.store.join(format!("{segment}.seg"));
+    let file = bench.store().join(format!("{segment}.seg"));
     fs::rename(&file, bench.path("aside")).unwrap();
 
     let daemon = bench.daemon();
@@ -263,12 +204,12 @@ fn a_disk_that_cannot_be_served_again_is_listed_as_failed() {
 /// the daemon is killed in between. So at every instant, a socket that exists is remembered.
 #[test]
 fn a_socket_that_exists_is_remembered() {
-    let bench = Bench::new();
+    let bench = TestStore::new();
     let daemon = bench.daemon();
     create(&daemon, "a", MIB);
     let socket = bench.path("a.sock");
     let done = AtomicBool::new(false);
-    let file = bench.store.join("attachments.json");
+    let file = bench.store().join("attachments.json");
     let looks = std::thread::scope(|scope| {
         let watcher = scope.spawn(|| {
             let mut looks = 0_u64;
@@ -295,7 +236,7 @@ fn a_socket_that_exists_is_remembered() {
 
 #[test]
 fn numbers_of_disks_in_service_are_told() {
-    let bench = Bench::new();
+    let bench = TestStore::new();
     let daemon = bench.daemon();
     create(&daemon, "a", 8 * MIB);
     let socket = bench.path("a.sock");
@@ -333,7 +274,7 @@ fn a_tool_reads_a_disk_over_nbd() {
     if !offshoot_tests::mount::have("a_tool_reads_a_disk_over_nbd", &["qemu-img"]) {
         return;
     }
-    let bench = Bench::new();
+    let bench = TestStore::new();
     let daemon = bench.daemon();
     create(&daemon, "a", 8 * MIB);
     let bytes: Vec<u8> = (0..2_000_000_u32).map(|i| (i % 253) as u8).collect();
@@ -353,7 +294,7 @@ fn a_tool_reads_a_disk_over_nbd() {
 /// only haggles is not.
 #[test]
 fn clients_of_nbd_come_and_go_in_the_events() {
-    let bench = Bench::new();
+    let bench = TestStore::new();
     let daemon = bench.daemon();
     create(&daemon, "a", MIB);
     let socket = bench.path("nbd");
@@ -424,7 +365,7 @@ fn write_until_held(daemon: &Daemon, queue: &mut ClientQueue, mut sector: u64) -
 fn held_requests_are_told_of_and_outlive_the_daemon() {
     let test = "daemon_serves::held_requests_are_told_of_and_outlive_the_daemon";
     let Some(mount) = Mount::ext4(test, 128 << 20) else { return };
-    let bench = Bench::at(mount.path().join("store"));
+    let bench = TestStore::at(mount.path().join("store"));
     let daemon = bench.daemon();
     create(&daemon, "a", 256 * MIB);
     let socket = bench.path("a.sock");

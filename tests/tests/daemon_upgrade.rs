@@ -4,196 +4,56 @@
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use blockd::store::Access;
-use blockd::store::file::CacheMode;
-use blockd::storedir::{OpenOptions, StoreDir, boot_id};
-use offshoot_tests::daemon::{Daemon, Reply, Talk, ask, program};
-use offshoot_tests::load::Load;
+use offshoot_tests::daemon::{Reply, Talk, ask, program};
+use offshoot_tests::load::{self, Load};
 use offshoot_tests::mount::Mount;
-use offshoot_tests::pattern::{self, Found};
 use offshoot_tests::rng::{Rng, seed, soak};
+use offshoot_tests::served::ServedDisk;
+use offshoot_tests::store::TestStore;
+use offshoot_tests::until;
 use serde_json::{Value, json};
-use tempfile::TempDir;
-use vhost_blk::client::{Client, Options};
-use vhost_blk::queue::F_RING_PACKED;
 
-const SIZE: u64 = 64 << 20;
-const SECTORS: u64 = SIZE / 512;
-const QUEUES: u16 = 2;
-
-struct Bench {
-    dir: TempDir,
-    store: PathBuf,
-    tail_dir: PathBuf,
+/// A store with one disk.
+fn bench() -> ServedDisk {
+    ServedDisk::new(TestStore::new())
 }
 
-impl Bench {
-    /// A store with one disk.
-    fn new() -> Bench {
-        let dir = tempfile::tempdir().unwrap();
-        let store = dir.path().join("store");
-        Bench::in_dir(dir, store)
-    }
-
-    fn in_dir(dir: TempDir, store: PathBuf) -> Bench {
-        let tail_dir = StoreDir::init(&store, None).unwrap().tail_dir;
-        let bench = Bench { dir, store, tail_dir };
-        bench.done(&["disk", "create", "vm", "--size", "64M"]);
-        bench
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn api(&self) -> PathBuf {
-        self.path("api.sock")
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.path("vm.sock")
-    }
-
-    fn offshoot(&self, args: &[&str]) -> Output {
-        let mut command = Command::new(program("offshoot"));
-        command.env_remove("OFFSHOOT_API").arg("--store").arg(&self.store);
-        command.args(args).output().unwrap()
-    }
-
-    fn done(&self, args: &[&str]) -> Vec<u8> {
-        let output = self.offshoot(args);
-        assert!(output.status.success(), "{args:?}: {output:?}\n{}", self.log());
-        output.stdout
-    }
-
-    fn refused(&self, args: &[&str], code: i32) -> String {
-        let output = self.offshoot(args);
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(code), "{args:?}: {said}\n{}", self.log());
-        said
-    }
-
-    fn log(&self) -> String {
-        let log = |path: &Path| fs::read_to_string(path).unwrap_or_default();
-        log(&self.path("api.log")) + &log(&self.store.join("daemon.log"))
-    }
-
-    fn start(&self) -> Daemon {
-        Daemon::start(&self.store, &self.api())
-    }
-
-    fn attach(&self) {
-        let (socket, queues) = (self.socket(), QUEUES.to_string());
-        let socket = socket.to_str().unwrap();
-        self.done(&["disk", "attach", "vm", "--socket", socket, "--queues", &queues]);
-    }
-
-    fn upgrade(&self) -> Value {
-        let program = program("blockd");
-        let args = ["daemon", "upgrade", "--json", "--program", program.to_str().unwrap()];
-        serde_json::from_slice(&self.done(&args)).unwrap()
-    }
-
-    fn ask(&self, method: &str, path: &str, body: &Value) -> Reply {
-        let body = if body.is_null() { String::new() } else { body.to_string() };
-        ask(&self.api(), method, path, body.as_bytes()).unwrap()
-    }
-
-    fn get(&self, path: &str) -> Value {
-        self.ask("GET", path, &Value::Null).json()
-    }
-
-    fn pid(&self) -> u64 {
-        self.get("/v1/health")["pid"].as_u64().unwrap()
-    }
-
-    /// What the disk holds when no daemon runs, next to what the loads expect.
-    fn compare(&self, loads: &[Load]) {
-        self.done(&["disk", "check", "vm"]);
-        let how = OpenOptions { access: Access::Read, cache: CacheMode::Auto, boot: boot_id() };
-        let store = StoreDir::open(&self.store, &how).unwrap();
-        let disk = store.open_disk("vm", Access::Read, &store.disk_options()).unwrap();
-        let mut bytes = vec![0; usize::try_from(SIZE).unwrap()];
-        disk.read(0, 0, &mut bytes).unwrap();
-        for load in loads {
-            let (start, tags) = load.expected();
-            for (sector, tag) in (start..).zip(tags) {
-                let at = usize::try_from(sector * 512).unwrap();
-                let want = if *tag == 0 { Found::Zero } else { Found::Tag(*tag) };
-                assert_eq!(pattern::look(&bytes[at..at + 512], sector), want, "sector {sector}");
-            }
-        }
-    }
+fn refused(bench: &TestStore, args: &[&str], code: i32) -> String {
+    let output = bench.offshoot(args);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
+    said
 }
 
-impl Drop for Bench {
-    fn drop(&mut self) {
-        // A successor is nobody's child.
-        let text = fs::read(self.store.join("daemon.json")).unwrap_or_default();
-        let file: Value = serde_json::from_slice(&text).unwrap_or_default();
-        let pid = file["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
-        if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-        }
-        let _ = fs::remove_dir_all(&self.tail_dir);
-    }
+fn upgrade(bench: &TestStore) -> Value {
+    let program = program("blockd");
+    let args = ["daemon", "upgrade", "--json", "--program", program.to_str().unwrap()];
+    serde_json::from_slice(&bench.done(&args)).unwrap()
 }
 
-fn options(packed: bool) -> Options {
-    let plain = Options { queues: QUEUES, data_size: 2 << 20, ..Options::default() };
-    let features = plain.features | if packed { F_RING_PACKED } else { 0 };
-    Options { features, ..plain }
+/// Asks the daemon that has the store now, whichever it is.
+fn get(bench: &TestStore, path: &str) -> Value {
+    ask(&bench.api(), "GET", path, b"").unwrap().json()
 }
 
-/// Ends loads, also when the test fails.
-struct Ending<'a>(&'a AtomicBool);
-
-impl Drop for Ending<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
+fn pid(bench: &TestStore) -> u64 {
+    get(bench, "/v1/health")["pid"].as_u64().unwrap()
 }
 
 /// Does something while a guest's driver works on the disk over one connection, and gives back what
 /// must be on it. `Client` does not connect again by itself: a lost connection fails the load.
-fn under_load(bench: &Bench, packed: bool, seed: u64, work: impl FnOnce()) -> Vec<Load> {
-    let (client, queues) = Client::connect(&bench.socket(), options(packed)).unwrap();
-    let part = SECTORS / u64::from(QUEUES);
-    let load = |(i, queue)| Load::new(queue, i * part, part, seed + i);
-    let loads: Vec<Load> = (0..).zip(queues).map(load).collect();
-    let (stop, done) = (AtomicBool::new(false), AtomicU64::new(0));
-    let loads = std::thread::scope(|s| {
-        let run = |mut load: Load| {
-            let (stop, done) = (&stop, &done);
-            s.spawn(move || {
-                load.run(&mut |n| {
-                    done.fetch_max(n, Ordering::Relaxed);
-                    !stop.load(Ordering::Relaxed)
-                });
-                load.verify();
-                load.flush();
-                load
-            })
-        };
-        let threads: Vec<_> = loads.into_iter().map(run).collect();
+fn under_load(bench: &ServedDisk, packed: bool, seed: u64, work: impl FnOnce()) -> Vec<Load> {
+    let (client, queues) = bench.connect(packed);
+    let (loads, ()) = load::during(bench.loads(queues, seed), |done| {
         let progress = || {
-            let (before, start) = (done.load(Ordering::Relaxed), Instant::now());
-            while done.load(Ordering::Relaxed) < before + 200 {
-                assert!(start.elapsed() < Duration::from_secs(60), "no progress: {}", bench.log());
-                std::thread::sleep(Duration::from_millis(1));
-            }
+            let before = done();
+            until("progress", || done() >= before + 200);
         };
-        let ending = Ending(&stop);
         progress();
         work();
         progress();
-        drop(ending);
-        threads.into_iter().map(|t| t.join().unwrap()).collect::<Vec<_>>()
     });
     drop(client);
     loads
@@ -203,16 +63,16 @@ fn upgrades_under_load(packed: bool) {
     let upgrades = if soak() { 100 } else { 6 };
     let seed = seed(91);
     println!("repeat with OFFSHOOT_SEED={seed} cargo test -p offshoot-tests --test daemon_upgrade");
-    let bench = Bench::new();
-    let mut first = bench.start();
+    let bench = bench();
+    let mut first = bench.daemon();
     bench.attach();
     let mut rng = Rng::new(seed);
     let mut blackouts = Vec::new();
     let loads = under_load(&bench, packed, seed, || {
         for _ in 0..upgrades {
             std::thread::sleep(Duration::from_micros(rng.below(150_000)));
-            let before = bench.pid();
-            let upgraded = bench.upgrade();
+            let before = pid(&bench);
+            let upgraded = upgrade(&bench);
             assert_ne!(upgraded["pid"], before);
             assert_eq!(upgraded["front_ends"], 1, "{upgraded}: {}", bench.log());
             blackouts.push(Duration::from_micros(upgraded["blackout_us"].as_u64().unwrap()));
@@ -265,11 +125,14 @@ fn hear(socket: &mut UnixStream) -> Vec<u8> {
 }
 
 /// Has the daemon hand over to something that is no daemon.
-fn hand_over_to(bench: &Bench, fake: &Fake) -> Reply {
+fn hand_over_to(bench: &TestStore, fake: &Fake) -> Reply {
     let path = bench.path("fake.sock");
     let listener = UnixListener::bind(&path).unwrap();
     let reply = std::thread::scope(|s| {
-        let asked = s.spawn(|| bench.ask("POST", "/v1/handover", &json!({ "socket": path })));
+        let asked = s.spawn(|| {
+            let body = json!({ "socket": path }).to_string();
+            ask(&bench.api(), "POST", "/v1/handover", body.as_bytes()).unwrap()
+        });
         let (mut socket, _) = listener.accept().unwrap();
         let mut state = vec![];
         let layouts = if matches!(fake, Fake::Stranger) { [9000] } else { [1] };
@@ -296,16 +159,16 @@ fn hand_over_to(bench: &Bench, fake: &Fake) -> Reply {
 }
 
 fn failing_successors(packed: bool) {
-    let bench = Bench::new();
-    let daemon = bench.start();
+    let bench = bench();
+    let daemon = bench.daemon();
     bench.attach();
-    let pid = bench.pid();
+    let before = pid(&bench);
     let loads = under_load(&bench, packed, 17, || {
-        let refused = hand_over_to(&bench, &Fake::Stranger);
-        assert_eq!(refused.json()["error"]["kind"], "unsupported", "{refused:?}");
+        let reply = hand_over_to(&bench, &Fake::Stranger);
+        assert_eq!(reply.json()["error"]["kind"], "unsupported", "{reply:?}");
         for fake in [Fake::Drops, Fake::Hesitates, Fake::Drops, Fake::Drops] {
-            let refused = hand_over_to(&bench, &fake);
-            assert_eq!(refused.json()["error"]["kind"], "failed", "{refused:?}");
+            let reply = hand_over_to(&bench, &fake);
+            assert_eq!(reply.json()["error"]["kind"], "failed", "{reply:?}");
         }
         let nbd = bench.path("vm.nbd");
         bench.done(&["disk", "export-nbd", "vm", "--socket", nbd.to_str().unwrap()]);
@@ -314,11 +177,11 @@ fn failing_successors(packed: bool) {
             let mut greeting = [0; 8];
             UnixStream::connect(&nbd).unwrap().read_exact(&mut greeting).unwrap();
             assert_eq!(&greeting, b"NBDMAGIC");
-            until("the client is gone", || bench.get("/v1/exports")[1]["connected"] == 0);
+            until("the client is gone", || get(&bench, "/v1/exports")[1]["connected"] == 0);
         }
-        let said = bench.refused(&["daemon", "upgrade", "--program", "/bin/false"], 13);
+        let said = refused(&bench, &["daemon", "upgrade", "--program", "/bin/false"], 13);
         assert!(said.contains("the new one ended"), "{said}");
-        assert_eq!(bench.pid(), pid);
+        assert_eq!(pid(&bench), before);
     });
     assert!(!bench.path("api.sock.next").exists(), "a successor that ended leaves nothing");
     assert!(daemon.terminate().success());
@@ -339,10 +202,10 @@ fn a_successor_that_fails_leaves_the_daemon_in_charge_of_packed_rings() {
 /// The point of no return: what happens after it is a crash of the daemon, which loses nothing.
 #[test]
 fn a_successor_that_dies_with_the_store_loses_nothing() {
-    let bench = Bench::new();
-    let mut first = bench.start();
+    let bench = bench();
+    let mut first = bench.daemon();
     bench.attach();
-    let (mut client, queues) = Client::connect(&bench.socket(), options(false)).unwrap();
+    let (mut client, queues) = bench.connect(false);
     let mut loads: Vec<Load> = Vec::new();
     for (i, queue) in (0..).zip(queues) {
         let mut load = Load::new(queue, i * 4096, 4096, i);
@@ -353,7 +216,7 @@ fn a_successor_that_dies_with_the_store_loses_nothing() {
     assert_eq!(failed.json()["error"]["kind"], "failed", "{failed:?}");
     assert!(first.wait().success(), "the store is not its own any more");
 
-    let second = bench.start();
+    let second = bench.daemon();
     client.reconnect(&bench.socket()).unwrap();
     for load in &mut loads {
         load.run(&mut |done| done < 800);
@@ -366,8 +229,8 @@ fn a_successor_that_dies_with_the_store_loses_nothing() {
 
 #[test]
 fn nobody_is_cut_off_without_being_asked() {
-    let bench = Bench::new();
-    let mut first = bench.start();
+    let bench = bench();
+    let mut first = bench.daemon();
     let nbd = bench.path("vm.nbd");
     bench.done(&["disk", "export-nbd", "vm", "--socket", nbd.to_str().unwrap()]);
     let own = program("blockd");
@@ -376,7 +239,7 @@ fn nobody_is_cut_off_without_being_asked() {
     let client = UnixStream::connect(&nbd).unwrap();
     let mut greeting = [0; 16];
     (&client).read_exact(&mut greeting).unwrap();
-    let said = bench.refused(&upgrade, 5);
+    let said = refused(&bench, &upgrade, 5);
     assert!(said.contains("NBD client") && said.contains("--force"), "{said}");
     drop(client);
 
@@ -386,7 +249,7 @@ fn nobody_is_cut_off_without_being_asked() {
     let session = json!({"disk": "other", "use": "read"}).to_string();
     let opened = talk.ask("POST", "/v1/sessions", session.as_bytes()).unwrap();
     assert_eq!(opened.status, 201, "{opened:?}");
-    let said = bench.refused(&upgrade, 5);
+    let said = refused(&bench, &upgrade, 5);
     assert!(said.contains("1 jobs are running") && said.contains("--force"), "{said}");
     assert!(!bench.path("api.sock.next").exists());
 
@@ -403,32 +266,32 @@ fn nobody_is_cut_off_without_being_asked() {
 /// All that a daemon knows and was told goes over, and the second upgrade finds it as well.
 #[test]
 fn a_successor_serves_what_was_served_in_the_same_way() {
-    let bench = Bench::new();
-    let daemon = bench.start();
+    let bench = bench();
+    let daemon = bench.daemon();
     bench.attach();
     let second = bench.path("second.sock");
     bench.done(&["disk", "create", "base", "--size", "8M"]);
     bench.done(&["disk", "seal", "base"]);
     bench.done(&["disk", "attach", "base", "--readonly", "--socket", second.to_str().unwrap()]);
     bench.done(&["disk", "limits", "vm", "--iops", "4321"]);
-    let exports = bench.get("/v1/exports");
-    let arguments = bench.get("/v1/health")["arguments"].clone();
-    let last_event = |bench: &Bench| {
-        let text = bench.ask("GET", "/v1/events", &Value::Null).body;
+    let exports = get(&bench, "/v1/exports");
+    let arguments = get(&bench, "/v1/health")["arguments"].clone();
+    let last_event = |bench: &TestStore| {
+        let text = ask(&bench.api(), "GET", "/v1/events", b"").unwrap().body;
         let text = String::from_utf8(text).unwrap();
         let last: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
         last["seq"].as_u64().unwrap()
     };
     for _ in 0..2 {
         let before = last_event(&bench);
-        let upgraded = bench.upgrade();
+        let upgraded = upgrade(&bench);
 
         assert_eq!(upgraded["arguments"], arguments);
-        assert_eq!(bench.get("/v1/exports"), exports);
-        assert_eq!(bench.get("/v1/stats")[1]["limits"]["iops"], 4321);
+        assert_eq!(get(&bench, "/v1/exports"), exports);
+        assert_eq!(get(&bench, "/v1/stats")[1]["limits"]["iops"], 4321);
         assert!(last_event(&bench) > before, "followers see no number twice");
         let file: Value =
-            serde_json::from_slice(&fs::read(bench.store.join("daemon.json")).unwrap()).unwrap();
+            serde_json::from_slice(&fs::read(bench.store().join("daemon.json")).unwrap()).unwrap();
         assert_eq!(file["pid"], upgraded["pid"]);
     }
     drop(daemon);
@@ -447,15 +310,15 @@ fn what_is_held_is_held_at_the_successor() {
     let Some(mount) = Mount::ext4("what_is_held_is_held_at_the_successor", 96 << 20) else {
         return;
     };
-    let bench = Bench::in_dir(tempfile::tempdir().unwrap(), mount.path().join("store"));
-    let mut first = bench.start();
+    let bench = ServedDisk::new(TestStore::at(mount.path().join("store")));
+    let mut first = bench.daemon();
     bench.attach();
-    let held = || bench.get("/v1/health")["held"] == json!(["vm"]);
+    let held = || get(&bench, "/v1/health")["held"] == json!(["vm"]);
     let loads = under_load(&bench, false, 3, || {
         let filler = mount.fill(0);
         until("held", held);
 
-        assert_eq!(bench.upgrade()["front_ends"], 1);
+        assert_eq!(upgrade(&bench)["front_ends"], 1);
 
         until("held again", held);
         drop(filler);
@@ -465,12 +328,4 @@ fn what_is_held_is_held_at_the_successor() {
     assert!(first.wait().success());
     bench.done(&["daemon", "stop"]);
     bench.compare(&loads);
-}
-
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < Duration::from_secs(60), "never: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }

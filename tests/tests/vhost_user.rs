@@ -1,7 +1,7 @@
 //! A disk of a real store behind a real vhost-user socket: what a guest is told is true.
 
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,40 +10,35 @@ use blockd::serve::{Limits, Observer, Volume, VolumeEvent, VolumeOptions};
 use blockd::store::Access;
 use blockd::store::file::CacheMode;
 use blockd::storedir::{NewDisk, OpenOptions, StoreDir, boot_id};
-use offshoot_tests::load::Load;
+use offshoot_tests::load::{Load, loads};
 use offshoot_tests::mount::Mount;
 use offshoot_tests::pattern::{self, Found};
 use offshoot_tests::rng::seed;
-use tempfile::TempDir;
+use offshoot_tests::served::read_back;
+use offshoot_tests::store::TestStore;
 use vhost_blk::client::{Client, ClientQueue, Op, Options, Span};
 use vhost_blk::queue::F_RING_PACKED;
 
 const SIZE: u64 = 64 << 20;
 const SECTORS: u64 = SIZE / 512;
 
+/// A store with one disk, open in this process.
 struct Bench {
-    _dir: TempDir,
-    store: StoreDir,
     socket: PathBuf,
+    store: StoreDir,
+    _place: TestStore,
 }
 
 impl Bench {
     fn new() -> Bench {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("store");
-        Bench::in_dir(dir, &path)
+        Bench::on(TestStore::new())
     }
 
-    fn at(path: &Path) -> Bench {
-        Bench::in_dir(tempfile::tempdir().unwrap(), path)
-    }
-
-    fn in_dir(dir: TempDir, path: &Path) -> Bench {
-        StoreDir::init(path, None).unwrap();
+    fn on(place: TestStore) -> Bench {
         let how = OpenOptions { access: Access::Write, cache: CacheMode::Auto, boot: boot_id() };
-        let store = StoreDir::open(path, &how).unwrap();
+        let store = StoreDir::open(place.store(), &how).unwrap();
         store.create(&NewDisk::root("disk", SIZE)).unwrap();
-        Bench { socket: dir.path().join("blk.sock"), store, _dir: dir }
+        Bench { socket: place.path("blk.sock"), store, _place: place }
     }
 
     fn volume(&self, options: &VolumeOptions) -> Arc<Volume> {
@@ -64,12 +59,6 @@ impl Bench {
     }
 }
 
-impl Drop for Bench {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.store.identity().tail_dir);
-    }
-}
-
 fn options(queues: u16) -> Options {
     Options { queues, data_size: 2 << 20, ..Options::default() }
 }
@@ -79,26 +68,9 @@ fn packed(queues: u16) -> Options {
     Options { features: options.features | F_RING_PACKED, ..options }
 }
 
-/// Reads the disk offline and compares it with what the loads expect.
-fn compare_offline(bench: &Bench, loads: &[Load]) {
-    let disk = bench.store.open_disk("disk", Access::Read, &bench.store.disk_options()).unwrap();
-    let mut bytes = vec![0; usize::try_from(SIZE).unwrap()];
-    disk.read(0, 0, &mut bytes).unwrap();
-    for load in loads {
-        let (start, tags) = load.expected();
-        for (sector, tag) in (start..).zip(tags) {
-            let at = usize::try_from(sector * 512).unwrap();
-            let want = if *tag == 0 { Found::Zero } else { Found::Tag(*tag) };
-            assert_eq!(pattern::look(&bytes[at..at + 512], sector), want, "sector {sector}");
-        }
-    }
-}
-
 /// The loads of all queues at once, each on its part of the disk.
 fn run_all(queues: Vec<ClientQueue>, requests: u64, seed: u64) -> Vec<Load> {
-    let part = SECTORS / queues.len() as u64;
-    let loads: Vec<Load> =
-        (0..).zip(queues).map(|(i, queue)| Load::new(queue, i * part, part, seed + i)).collect();
+    let loads = loads(queues, SIZE, seed);
     std::thread::scope(|s| {
         let run = |mut load: Load| {
             s.spawn(move || {
@@ -129,7 +101,7 @@ fn verified_load(client: Options, serve: VhostOptions) {
     assert_eq!(stats.in_flight, 0);
     assert!(stats.kinds.iter().all(|k| k.errors == 0 && k.requests > 0), "{stats:?}");
     volume.close().unwrap();
-    compare_offline(&bench, &loads);
+    read_back(&bench.store, "disk", &loads);
 }
 
 #[test]
@@ -248,7 +220,7 @@ fn the_serial_number_is_the_name() {
 fn writes_wait_while_the_host_is_full_and_go_on_when_it_is_not() {
     let test = "vhost_user::writes_wait_while_the_host_is_full_and_go_on_when_it_is_not";
     let Some(mount) = Mount::ext4(test, 96 << 20) else { return };
-    let bench = Bench::at(&mount.path().join("store"));
+    let bench = Bench::on(TestStore::at(mount.path().join("store")));
     let events = Arc::new(Events::default());
     let observer: Arc<dyn Observer> = Arc::clone(&events) as Arc<dyn Observer>;
     let options = VolumeOptions { observer: Some(observer), ..VolumeOptions::default() };

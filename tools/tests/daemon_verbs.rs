@@ -6,37 +6,19 @@ mod support;
 use serde_json::{Value, json};
 use support::{Bench, Ran, offshoot, run};
 
-/// A store whose daemon is started and stopped by the command line itself.
-struct Side {
-    bench: Bench,
-}
-
-impl Side {
-    fn new() -> Self {
-        Side { bench: Bench::new() }
-    }
-
-    fn start(&self) -> Ran {
-        let program = offshoot_tests::daemon::program("blockd");
-        let program = program.to_str().expect("a plain path");
-        self.bench.run(&["--api", &self.bench.arg("api"), "daemon", "start", "--program", program])
-    }
-}
-
-impl Drop for Side {
-    fn drop(&mut self) {
-        // A test that failed may have left it running.
-        run(&mut self.bench.command(&["daemon", "stop", "--quiet"]));
-    }
+/// Has the command line start the daemon of a store.
+fn start(bench: &Bench) -> Ran {
+    let program = offshoot_tests::daemon::program("blockd");
+    let program = program.to_str().expect("a plain path");
+    bench.run(&["--api", &bench.arg("api"), "daemon", "start", "--program", program])
 }
 
 #[test]
 fn a_daemon_is_started_looked_at_and_stopped() {
-    let side = Side::new();
-    let bench = &side.bench;
+    let bench = &Bench::new();
     bench.run(&["daemon", "status"]).fails(3, &["none is running", "daemon start"]);
 
-    let started = side.start().ok();
+    let started = start(bench).ok();
 
     assert!(started.text().starts_with("started the daemon of store "), "{started:?}");
     let status = bench.json(&["daemon", "status"]);
@@ -44,7 +26,7 @@ fn a_daemon_is_started_looked_at_and_stopped() {
     assert!(
         bench.ok(&["daemon", "status"]).text().contains(&format!("process     {}", status["pid"]))
     );
-    side.start().fails(5, &["answers at", "already"]);
+    start(bench).fails(5, &["answers at", "already"]);
     let taken = Bench::new();
     let program = offshoot_tests::daemon::program("blockd");
     let mut command = taken.command(&["daemon", "start", "--api", &bench.arg("api"), "--program"]);
@@ -60,11 +42,10 @@ fn a_daemon_is_started_looked_at_and_stopped() {
 
 #[test]
 fn disks_are_attached_limited_and_detached() {
-    let side = Side::new();
-    let bench = &side.bench;
+    let bench = &Bench::new();
     bench.ok(&["disk", "create", "a", "--size", "8M"]);
     bench.run(&["disk", "attach", "a", "--socket", "x"]).fails(3, &["none is running"]);
-    side.start().ok();
+    start(bench).ok();
     let (socket, nbd) = (bench.arg("a.sock"), bench.arg("a.nbd"));
 
     let args = ["disk", "attach", "a", "--socket", &socket, "--queues", "2", "--iops", "1000"];
@@ -97,10 +78,9 @@ fn disks_are_attached_limited_and_detached() {
 
 #[test]
 fn a_disk_is_exported_over_tcp_under_tls_only() {
-    let side = Side::new();
-    let bench = &side.bench;
+    let bench = &Bench::new();
     bench.ok(&["disk", "create", "a", "--size", "8M"]);
-    side.start().ok();
+    start(bench).ok();
     let authority = offshoot_tests::tls::Authority::new();
     let pem = |name: &str| authority.path(name).to_str().expect("a plain path").to_owned();
     let (cert, key, ca) = (pem("server-cert.pem"), pem("server-key.pem"), pem("ca-cert.pem"));
@@ -125,9 +105,8 @@ fn a_disk_is_exported_over_tcp_under_tls_only() {
 
 #[test]
 fn jobs_and_events_are_told() {
-    let side = Side::new();
-    let bench = &side.bench;
-    side.start().ok();
+    let bench = &Bench::new();
+    start(bench).ok();
     bench.ok(&["disk", "create", "a", "--size", "8M"]);
     bench.ok(&["disk", "seal", "a"]);
 

@@ -15,11 +15,12 @@ mod support;
 use std::env;
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use offshoot_tests::daemon::program;
 use offshoot_tests::mount::have;
+use offshoot_tests::store::Leftovers;
 use support::OFFSHOOT;
 
 /// A command of the README and what it prints there.
@@ -111,16 +112,6 @@ fn compare(steps: &[Step], results: &Path) {
     }
 }
 
-/// Ends the daemon of a store, if a step that fails leaves it running.
-struct Ended(PathBuf);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        let mut stop = Command::new(OFFSHOOT);
-        let _ = stop.arg("--store").arg(&self.0).args(["daemon", "stop"]).output();
-    }
-}
-
 #[test]
 fn console_blocks_print_what_they_show() {
     if !have("readme::console_blocks_print_what_they_show", &["bash", "qemu-img"]) {
@@ -137,7 +128,7 @@ fn console_blocks_print_what_they_show() {
     let (bin, work, results) = (at("bin"), at("work"), at("results"));
     symlink(OFFSHOOT, bin.join("offshoot")).expect("a link");
     symlink(program("blockd"), bin.join("blockd")).expect("a link");
-    let _ended = Ended(work.join("store"));
+    let _leftovers = Leftovers(work.join("store"));
     let inherited = env::var("PATH").unwrap_or_default();
 
     let status = Command::new("bash")

@@ -21,7 +21,7 @@ struct Side {
 impl Side {
     fn new(with_daemon: bool) -> Self {
         let bench = Bench::new();
-        let daemon = with_daemon.then(|| Daemon::start(bench.store(), &bench.path("api")));
+        let daemon = with_daemon.then(|| bench.daemon());
         let mut image = noise(7, 300_000);
         image.resize(8 * 1024 * 1024, 0);
         sparse(
@@ -217,8 +217,8 @@ fn every_verb_says_the_same_with_a_daemon_and_without() {
 #[test]
 fn a_daemon_is_found_by_its_store_and_by_its_socket() {
     let bench = Bench::new();
-    let daemon = Daemon::start(bench.store(), &bench.path("api"));
-    let api = bench.arg("api");
+    let daemon = bench.daemon();
+    let api = bench.arg("api.sock");
     bench.ok(&["disk", "create", "a", "--size", "1M"]);
 
     let by_option = run(&mut offshoot(&["disk", "ls", "--api", &api])).ok();
@@ -247,7 +247,7 @@ fn a_daemon_is_found_by_its_store_and_by_its_socket() {
 #[test]
 fn an_import_that_is_cut_off_leaves_nothing() {
     let bench = Bench::new();
-    let daemon = Daemon::start(bench.store(), &bench.path("api"));
+    let daemon = bench.daemon();
     let image = noise(1, 64 << 20);
     fs::write(bench.path("image"), &image).unwrap();
     let empty = names(&bench.segments());
@@ -255,14 +255,14 @@ fn an_import_that_is_cut_off_leaves_nothing() {
     for _ in 0..3 {
         let mut command = bench.command(&["disk", "import", &bench.arg("image"), "a"]);
         let mut child = command.stderr(Stdio::null()).spawn().unwrap();
-        support::until("the import runs", || {
+        offshoot_tests::until("the import runs", || {
             let jobs = daemon.json("GET", "/v1/jobs", &serde_json::Value::Null);
             let jobs = jobs.as_array().unwrap();
             jobs.iter().any(|j| j["state"] == "running" && j["done"].as_u64() > Some(0))
         });
         child.kill().unwrap();
         wait(child);
-        support::until("the daemon noticed", || names(&bench.segments()) == empty);
+        offshoot_tests::until("the daemon noticed", || names(&bench.segments()) == empty);
         assert!(bench.disks().is_empty());
     }
 
@@ -275,7 +275,7 @@ fn an_import_that_is_cut_off_leaves_nothing() {
 #[test]
 fn a_signal_stops_the_job_of_a_verb() {
     let bench = Bench::new();
-    let daemon = Daemon::start(bench.store(), &bench.path("api"));
+    let daemon = bench.daemon();
     bench.ok(&["disk", "create", "a", "--size", "512M"]);
     bench.feed(&["disk", "write", "a"], &vec![1; 512 << 20]).ok();
     let seal = bench.start(&["disk", "seal", "a", "--json"]);
@@ -284,7 +284,7 @@ fn a_signal_stops_the_job_of_a_verb() {
         let jobs = jobs.as_array().expect("a list").clone();
         jobs.into_iter().find(|j| j["kind"] == "seal")
     };
-    support::until("it sums", || job().is_some_and(|j| j["done"].as_u64() > Some(0)));
+    offshoot_tests::until("it sums", || job().is_some_and(|j| j["done"].as_u64() > Some(0)));
 
     support::signal(&seal, rustix::process::Signal::INT);
 
@@ -301,12 +301,12 @@ fn a_signal_stops_the_job_of_a_verb() {
 #[test]
 fn a_write_that_is_cut_off_lets_go_of_the_disk() {
     let bench = Bench::new();
-    let daemon = Daemon::start(bench.store(), &bench.path("api"));
+    let daemon = bench.daemon();
     bench.ok(&["disk", "create", "a", "--size", "16M"]);
     let mut child = bench.start(&["disk", "write", "a"]);
     let bytes = noise(2, 2 << 20);
     child.stdin.as_mut().unwrap().write_all(&bytes).unwrap();
-    support::until("two pieces were written", || {
+    offshoot_tests::until("two pieces were written", || {
         let jobs = daemon.json("GET", "/v1/jobs", &serde_json::Value::Null);
         jobs.as_array().unwrap().iter().any(|j| j["done"] == 2 * MIB)
     });

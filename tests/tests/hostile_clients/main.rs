@@ -10,23 +10,18 @@ mod guest;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use offshoot_tests::daemon::Daemon;
-use offshoot_tests::load::Load;
+use offshoot_tests::load::{self, Load};
 use offshoot_tests::rng::{Rng, seed, soak};
 use offshoot_tests::store::TestStore;
+use offshoot_tests::until;
 use serde_json::{Value, json};
 use vhost_blk::client::{Client, Op, Options};
 
 const SIZE: u64 = 32 << 20;
 /// Lines of the log that an attack may cost, whatever it does.
 const LINES_MAX: usize = 300;
-/// How long anything may take that has to happen.
-const PATIENCE: Duration = Duration::from_secs(60);
-
 /// What an attacker has.
 struct Target {
     /// The vhost-user socket.
@@ -56,14 +51,6 @@ impl Footprint {
     /// A few are kept: of the last sessions until the next one comes, and threads that idle.
     fn is_near(&self, other: &Footprint) -> bool {
         self.descriptors <= other.descriptors + 12 && self.threads <= other.threads + 8
-    }
-}
-
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < PATIENCE, "never: {what}");
-        thread::sleep(Duration::from_millis(2));
     }
 }
 
@@ -122,21 +109,11 @@ fn survives(test: &str, attack: impl FnOnce(&mut Target)) {
     let rounds = if soak() { 20 } else { 1 };
     let mut target =
         Target { vhost: bench.path("a"), nbd: bench.path("a.nbd"), rng: Rng::new(seed), rounds };
-    let (stop, done) = (AtomicBool::new(false), AtomicU64::new(0));
-    thread::scope(|scope| {
-        let working = scope.spawn(|| {
-            load.run(&mut |n| {
-                done.store(n, Ordering::Relaxed);
-                !stop.load(Ordering::Relaxed)
-            });
-            load.verify();
-        });
-        let at_first = done.load(Ordering::Relaxed);
+    load::during(vec![load], |done| {
+        let at_first = done();
         attack(&mut target);
         // Also when the attack was over in no time.
-        until("the load goes on", || done.load(Ordering::Relaxed) > at_first + 100);
-        stop.store(true, Ordering::Relaxed);
-        working.join().unwrap();
+        until("the load goes on", || done() > at_first + 100);
     });
 
     until("the daemon lets go of what attackers made it hold", || {

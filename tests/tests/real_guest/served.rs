@@ -4,12 +4,11 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use blockd::storedir::StoreDir;
 use offshoot_tests::daemon::Daemon;
 use offshoot_tests::guest::GuestDisk;
 use offshoot_tests::mount::Mount;
+use offshoot_tests::store::TestStore;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 /// Name of the disk, which is also its serial number.
 pub const NAME: &str = "guest-disk";
@@ -18,10 +17,8 @@ pub const NAME: &str = "guest-disk";
 pub struct Served {
     daemon: Option<Daemon>,
     queues: u16,
-    store: PathBuf,
-    tail_dir: PathBuf,
-    dir: TempDir,
-    /// The file system of the store, when it is one of its own. After the daemon.
+    store: TestStore,
+    /// The file system of the store, when it is one of its own. After the store.
     mount: Option<Mount>,
 }
 
@@ -33,13 +30,12 @@ impl Served {
 
     /// As [`Served::new`], with the store on a file system of its own.
     pub fn on(mount: Option<Mount>, mib: u64, queues: u16) -> Served {
-        let dir = tempfile::tempdir().unwrap();
-        let store = mount.as_ref().map_or(dir.path().join("store"), |m| m.path().join("store"));
-        let tail_dir = StoreDir::init(&store, None).unwrap().tail_dir;
-        let mut served = Served { daemon: None, queues, store, tail_dir, dir, mount };
+        let in_mount = |m: &Mount| TestStore::at(m.path().join("store"));
+        let store = mount.as_ref().map_or_else(TestStore::new, in_mount);
+        let mut served = Served { daemon: None, queues, store, mount };
         served.revive();
         served.ask("POST", "/v1/disks", &json!({"name": NAME, "size": mib << 20}));
-        let socket = served.dir.path().join("socket");
+        let socket = served.place("socket");
         let export = json!({"kind": "vhost-user", "socket": socket, "queues": queues});
         served.ask("POST", &served.path("/attach"), &json!({ "export": export }));
         served
@@ -60,12 +56,12 @@ impl Served {
 
     /// The guest's end of it.
     pub fn disk(&self) -> GuestDisk {
-        GuestDisk { queues: self.queues, ..GuestDisk::new(&self.dir.path().join("socket")) }
+        GuestDisk { queues: self.queues, ..GuestDisk::new(&self.place("socket")) }
     }
 
     /// A path beside the store.
     pub fn place(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
+        self.store.path(name)
     }
 
     /// Waits until so many front ends are connected.
@@ -138,7 +134,7 @@ impl Served {
 
     /// Starts a new daemon on the store; it serves again what was served.
     pub fn revive(&mut self) {
-        self.daemon = Some(Daemon::start(&self.store, &self.dir.path().join("api")));
+        self.daemon = Some(self.store.daemon());
     }
 
     /// Kills the daemon and takes away what a power cut takes: the memory that outlives processes,
@@ -151,8 +147,9 @@ impl Served {
         if let Some(mount) = &self.mount {
             mount.power_up();
         }
-        fs::remove_dir_all(&self.tail_dir).unwrap();
-        fs::create_dir(&self.tail_dir).unwrap();
+        let tail_dir = self.store.tail_dir();
+        fs::remove_dir_all(&tail_dir).unwrap();
+        fs::create_dir(tail_dir).unwrap();
     }
 
     /// Reads the disk after [`Served::cut_power`], with a new daemon.
@@ -169,12 +166,5 @@ impl Served {
         self.ask("POST", &self.path("/detach"), &json!({"force": true}));
         let checked = self.ask("POST", &self.path("/check"), &json!({}));
         assert_eq!(checked["clean"], true, "{checked}");
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        drop(self.daemon.take());
-        let _ = fs::remove_dir_all(&self.tail_dir);
     }
 }

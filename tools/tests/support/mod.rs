@@ -8,10 +8,11 @@ use std::os::unix::fs::FileExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
 
+use offshoot_tests::daemon::Daemon;
+use offshoot_tests::store::TestStore;
+pub use offshoot_tests::until;
 use serde_json::Value;
-use tempfile::TempDir;
 
 /// The binary under test.
 pub const OFFSHOOT: &str = env!("CARGO_BIN_EXE_offshoot");
@@ -87,33 +88,33 @@ pub fn wait(child: Child) -> Ran {
     Ran::new(child.wait_with_output().expect("the child is waited for"))
 }
 
-/// A temporary folder with a store in it.
-pub struct Bench {
-    dir: TempDir,
-    store: PathBuf,
-}
+/// A store, and commands on it.
+pub struct Bench(TestStore);
 
 impl Bench {
     /// A store in a folder of the usual temporary place.
     pub fn new() -> Self {
-        let dir = tempfile::tempdir().expect("a temporary folder");
-        let store = dir.path().join("store");
-        let bench = Bench { dir, store };
-        bench.run(&["init"]).ok();
-        bench
+        Bench(TestStore::new())
     }
 
     /// As [`Bench::new`], with the store somewhere else.
     pub fn at(store: &Path) -> Self {
-        let dir = tempfile::tempdir().expect("a temporary folder");
-        let bench = Bench { dir, store: store.to_owned() };
-        bench.run(&["init"]).ok();
-        bench
+        Bench(TestStore::at(store.to_owned()))
+    }
+
+    /// Starts a daemon on the store.
+    pub fn daemon(&self) -> Daemon {
+        self.0.daemon()
+    }
+
+    /// Where the daemon listens.
+    pub fn api(&self) -> PathBuf {
+        self.0.api()
     }
 
     /// A path beside the store.
     pub fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
+        self.0.path(name)
     }
 
     /// The same as text, for command lines.
@@ -123,13 +124,13 @@ impl Bench {
 
     /// The folder of the store.
     pub fn store(&self) -> &Path {
-        &self.store
+        self.0.store()
     }
 
     /// A command on the store.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = offshoot(&["--store"]);
-        command.arg(&self.store).args(args);
+        command.arg(self.store()).args(args);
         command
     }
 
@@ -187,7 +188,7 @@ impl Bench {
 
     /// The folder that holds segment files.
     pub fn segments(&self) -> PathBuf {
-        self.store.clone()
+        self.store().to_owned()
     }
 
     /// Names of the files of the store that end in `suffix`.
@@ -235,15 +236,6 @@ pub fn sparse(path: &Path, size: u64, pieces: &[(u64, &[u8])]) {
     file.set_len(size).expect("a length");
     for (offset, bytes) in pieces {
         file.write_all_at(bytes, *offset).expect("room");
-    }
-}
-
-/// Waits until `condition` holds, or fails the test after a minute.
-pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < Duration::from_secs(60), "never: {what}");
-        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
