@@ -11,6 +11,7 @@ pub mod nbd;
 pub mod pump;
 pub mod segment;
 pub mod serve;
+mod sockets;
 pub mod store;
 pub mod storedir;
 pub mod verbs;

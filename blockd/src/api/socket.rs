@@ -9,17 +9,13 @@
 //!   for each connection.
 
 use std::fs;
-use std::io;
-use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{PermissionsExt as _, chown};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use format::{Context as _, Error, Kind, Result};
-use rustix::fs::Mode;
 
-/// Groups that are asked about at the other end, at most.
-const GROUPS_MAX: usize = 1024;
+use crate::sockets::{self, Peer, groups_of};
 
 /// Who may connect besides the owner of the daemon and root.
 #[derive(Debug, Clone, Copy, Default)]
@@ -63,19 +59,15 @@ impl ApiSocket {
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder).context("create", || folder.display().to_string())?;
         }
-        clear(path).context("listen on", object)?;
-        // The process is young: nobody else makes files meanwhile.
-        let before = rustix::process::umask(Mode::from_raw_mode(0o177));
-        let bound = UnixListener::bind(path);
-        rustix::process::umask(before);
-        let listener = bound
-            .map_err(|e| match e.kind() {
-                io::ErrorKind::InvalidInput => {
-                    Error::invalid("its path is too long for a socket (107 bytes at most)")
-                }
-                _ => e.into(),
-            })
-            .context("listen on", object)?;
+        let listen = || {
+            if !sockets::clear(path)? {
+                return Err(Error::new(Kind::Busy, "another process answers there")
+                    .hint("stop it, or choose another path"));
+            }
+            // The process is young: nobody else makes files meanwhile.
+            sockets::listen_alone(path)
+        };
+        let listener = listen().context("listen on", object)?;
         if let Some(group) = access.group {
             chown(path, None, Some(group)).context("give the group", object)?;
             let mode = fs::Permissions::from_mode(0o660);
@@ -110,54 +102,9 @@ impl ApiSocket {
     /// True when the one at the other end may ask for something.
     #[must_use]
     pub fn admits(&self, stream: &tokio::net::UnixStream) -> bool {
-        let Ok(peer) = stream.peer_cred() else { return false };
-        let own = rustix::process::geteuid().as_raw();
-        if peer.uid() == own || peer.uid() == 0 {
-            return true;
-        }
-        let Some(group) = self.access.group else { return false };
-        peer.gid() == group || groups_of(stream).contains(&group)
-    }
-}
-
-/// The supplementary groups of the one at the other end.
-fn groups_of(stream: &tokio::net::UnixStream) -> Vec<libc::gid_t> {
-    let mut groups: Vec<libc::gid_t> = vec![0; GROUPS_MAX];
-    let bytes = std::mem::size_of_val(groups.as_slice());
-    let Ok(mut len) = libc::socklen_t::try_from(bytes) else { return Vec::new() };
-    // SAFETY: the descriptor is open, `groups` has room for `len` bytes, and both outlive the call.
-    let got = unsafe {
-        libc::getsockopt(
-            stream.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEERGROUPS,
-            groups.as_mut_ptr().cast(),
-            &raw mut len,
-        )
-    };
-    if got != 0 {
-        return Vec::new();
-    }
-    groups.truncate(len as usize / size_of::<libc::gid_t>());
-    groups
-}
-
-/// Takes away what a killed daemon left.
-fn clear(path: &Path) -> Result<()> {
-    use std::os::unix::fs::FileTypeExt as _;
-    match fs::symlink_metadata(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(e.into()),
-        Ok(found) if !found.file_type().is_socket() => {
-            return Err(Error::new(Kind::Exists, "something else than a socket is there"));
-        }
-        Ok(_) => {}
-    }
-    match UnixStream::connect(path) {
-        Ok(_) => Err(Error::new(Kind::Busy, "another process answers there")
-            .hint("stop it, or choose another path")),
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(fs::remove_file(path)?),
-        Err(e) => Err(e.into()),
+        let Ok(peer) = Peer::of(stream) else { return false };
+        let in_group = |group| peer.gid == group || groups_of(stream).contains(&group);
+        peer.is_trusted() || self.access.group.is_some_and(in_group)
     }
 }
 

@@ -1,14 +1,9 @@
 //! The sockets on which disks are served: vhost-user for virtual machines, NBD for tools.
-//!
-//! Invariant: a socket file that somebody listens on is left alone; one that nobody answers on is
-//! what a killed daemon left, and is replaced.
 
 use std::fs;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +20,7 @@ use crate::nbd::{
 };
 use crate::serve::vhost::VhostServer;
 use crate::serve::{Observer, Volume, VolumeEvent};
+use crate::sockets;
 use crate::storedir::StoreDir;
 
 /// How long NBD requests under way may take when their socket goes away.
@@ -321,7 +317,12 @@ fn listen(place: Place<'_>) -> Result<OwnedFd> {
     match place {
         Place::Unix(path) => {
             let object = || format!("socket {}", path.display());
-            listen_at(path).context("listen on", object).map(OwnedFd::from)
+            let listen = || match sockets::clear(path)? {
+                true => sockets::listen(path),
+                false => Err(Error::new(Kind::Exists, "another process listens there")
+                    .hint("choose another path")),
+            };
+            listen().context("listen on", object).map(OwnedFd::from)
         }
         Place::Tls(address, _) => {
             let bound = TcpListener::bind(address).map_err(|e| match e.kind() {
@@ -335,31 +336,6 @@ fn listen(place: Place<'_>) -> Result<OwnedFd> {
                 _ => e.into(),
             });
             bound.context("listen on", || format!("socket {address}")).map(OwnedFd::from)
-        }
-    }
-}
-
-/// Listens at `path`. A socket that nobody answers on is what a killed daemon left.
-fn listen_at(path: &Path) -> Result<UnixListener> {
-    match UnixListener::bind(path) {
-        Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
-        Err(e) if e.kind() == io::ErrorKind::InvalidInput => {
-            return Err(Error::invalid("its path is too long for a socket (107 bytes at most)"));
-        }
-        bound => return Ok(bound?),
-    }
-    match UnixStream::connect(path) {
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-            use std::os::unix::fs::FileTypeExt as _;
-            if !fs::symlink_metadata(path)?.file_type().is_socket() {
-                return Err(Error::new(Kind::Exists, "something else than a socket is there"));
-            }
-            fs::remove_file(path)?;
-            Ok(UnixListener::bind(path)?)
-        }
-        _ => {
-            Err(Error::new(Kind::Exists, "another process listens there")
-                .hint("choose another path"))
         }
     }
 }

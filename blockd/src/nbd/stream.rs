@@ -20,6 +20,7 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, sockopt};
 use rustls::ServerConnection;
 
 use super::tls::TlsConfig;
+use crate::sockets::Peer;
 
 /// Ciphertext taken from the socket at once.
 const RAW: usize = 64 << 10;
@@ -54,9 +55,9 @@ impl Listener {
         match self {
             Listener::Unix(listener) => {
                 let (socket, _) = listener.accept()?;
-                let peer = sockopt::socket_peercred(&socket)?;
-                let (pid, uid) = (peer.pid.as_raw_nonzero(), peer.uid.as_raw());
-                Ok((Stream::new(socket.into()), format!("process {pid} of user {uid}")))
+                let Peer { pid, uid, .. } = Peer::of(&socket)?;
+                let process = pid.map_or("a process".into(), |pid| format!("process {pid}"));
+                Ok((Stream::new(socket.into()), format!("{process} of user {uid}")))
             }
             Listener::Tls(listener, _) => {
                 let (socket, peer) = listener.accept()?;

@@ -24,6 +24,7 @@ use vhost_blk::session::{ActiveQueue, Device, End, Handover, Session, SessionHan
 use super::queue::{self, Setup, WorkerState};
 use super::slow::Mailbox;
 use super::volume::{Volume, VolumeEvent};
+use crate::sockets::Peer;
 
 /// Front ends that may be connected at once: two of a migration, and two that are about to go.
 const SESSIONS_MAX: usize = 4;
@@ -180,7 +181,7 @@ impl VhostServer {
         let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed); // any number will do
         let device = FrontDevice::new(&self.shared, id);
         let (session, handle) = Session::from_handover(handover, &device)?;
-        let peer = peer_of(session.socket());
+        let peer = pid_of(session.socket());
         run_session(&self.shared, device, session, handle, peer)
     }
 
@@ -251,7 +252,7 @@ fn greet(shared: &Arc<Shared>, socket: UnixStream) -> Result<()> {
     if shared.sessions.lock().len() >= SESSIONS_MAX {
         return Err(Error::new(Kind::Busy, "too many front ends are connected"));
     }
-    let peer = peer_of(&socket);
+    let peer = pid_of(&socket);
     let id = shared.next_id.fetch_add(1, Ordering::Relaxed); // any number will do
     let device = FrontDevice::new(shared, id);
     let (session, handle) = Session::new(socket, &device)?;
@@ -259,9 +260,8 @@ fn greet(shared: &Arc<Shared>, socket: UnixStream) -> Result<()> {
 }
 
 /// The process at the other end, where the host tells.
-fn peer_of(socket: &UnixStream) -> Option<u32> {
-    let cred = rustix::net::sockopt::socket_peercred(socket).ok()?;
-    u32::try_from(cred.pid.as_raw_nonzero().get()).ok()
+fn pid_of(socket: &UnixStream) -> Option<u32> {
+    Peer::of(socket).ok()?.pid
 }
 
 fn run_session(

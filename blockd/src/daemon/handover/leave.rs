@@ -16,6 +16,7 @@ use super::super::served::{Kept, Served};
 use super::{Free, HandedDisk, Hello, LAYOUT, Progress, State, side_by_side, wire};
 use crate::api::types::{EventKind, ExportKind, HandOver, HandedOver};
 use crate::disk::Vouched;
+use crate::sockets::Peer;
 
 /// How long a successor may take for its first word.
 const HELLO_MAX: Duration = Duration::from_secs(10);
@@ -62,10 +63,9 @@ fn expect(successor: &UnixStream, step: Progress) -> Result<()> {
 /// Connects to a successor that waits.
 fn greet(path: &Path) -> Result<(UnixStream, Hello)> {
     let socket = UnixStream::connect(path).context("connect to", || path.display().to_string())?;
-    let peer = rustix::net::sockopt::socket_peercred(&socket).map_err(std::io::Error::from)?;
-    let own = rustix::process::geteuid();
-    if peer.uid != own && !peer.uid.is_root() {
-        return Err(Error::invalid(format!("a process of user {} waits there", peer.uid.as_raw())));
+    let peer = Peer::of(&socket)?;
+    if !peer.is_trusted() {
+        return Err(Error::invalid(format!("a process of user {} waits there", peer.uid)));
     }
     socket.set_read_timeout(Some(HELLO_MAX))?;
     let (hello, _) = wire::receive::<Hello>(&socket)?;

@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use format::{Context as _, Error, Kind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::Mode;
 
 use super::super::Daemon;
 use super::super::served::Kept;
 use super::{Free, HandedDisk, Hello, LAYOUT, Progress, State, side_by_side, wire};
 use crate::api::types::EventKind;
+use crate::sockets::{self, Peer};
 
 /// How long a predecessor may take to come.
 const WAIT_MAX: Duration = Duration::from_secs(60);
@@ -50,13 +50,10 @@ impl Predecessor {
     /// what the host reports.
     pub fn meet(path: &Path) -> Result<Predecessor> {
         let meet = || -> Result<Predecessor> {
-            // The process has one thread: nobody else makes files meanwhile.
-            let before = rustix::process::umask(Mode::from_raw_mode(0o177));
             // Whoever finds the file finds somebody who listens: it exists a little earlier.
             let early = PathBuf::from(format!("{}.new", path.display()));
-            let bound = UnixListener::bind(&early);
-            rustix::process::umask(before);
-            let listener = bound?;
+            // The process has one thread: nobody else makes files meanwhile.
+            let listener = sockets::listen_alone(&early)?;
             fs::rename(&early, path)?;
             let socket = {
                 let _meeting = Meeting(path);
@@ -106,9 +103,9 @@ fn accept(listener: &UnixListener) -> Result<UnixStream> {
         return Err(Error::new(Kind::Failed, "no daemon came to hand over"));
     }
     let (socket, _) = listener.accept()?;
-    let peer = rustix::net::sockopt::socket_peercred(&socket).map_err(std::io::Error::from)?;
-    if peer.uid != rustix::process::geteuid() && !peer.uid.is_root() {
-        return Err(Error::invalid(format!("a process of user {} came", peer.uid.as_raw())));
+    let peer = Peer::of(&socket)?;
+    if !peer.is_trusted() {
+        return Err(Error::invalid(format!("a process of user {} came", peer.uid)));
     }
     Ok(socket)
 }
