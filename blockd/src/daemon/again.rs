@@ -36,11 +36,7 @@ impl Daemon {
             }
             let name = self.name_of(&attachment)?;
             let served = self.open_again(&name, &attachment, Kept::default());
-            let served = served.and_then(|served| match served {
-                Some(served) => self.open_doors(&name, served, &attachment, Vec::new()),
-                None => Ok(()),
-            });
-            self.note_again(&name, attachment, served);
+            self.go_on(&name, served, attachment, Vec::new());
         }
         Ok(())
     }
@@ -51,8 +47,20 @@ impl Daemon {
         Ok(row.map_or_else(|| attachment.disk.to_string(), |row| row.name))
     }
 
-    /// Tells how it went with a disk, and lists it as failed if it failed.
-    pub(super) fn note_again(&self, name: &str, attachment: Attachment, outcome: Result<()>) {
+    /// Goes on with what [`Daemon::open_again`] gave: serves the disk on its sockets, those of a
+    /// predecessor as far as there are any. Tells how it went, and lists the disk as failed if it
+    /// failed.
+    pub(super) fn go_on(
+        &self,
+        name: &str,
+        opened: Result<Option<Served>>,
+        attachment: Attachment,
+        handed: Vec<HandedDoor>,
+    ) {
+        let outcome = opened.and_then(|served| match served {
+            Some(served) => self.open_doors(name, served, &attachment, handed),
+            None => Ok(()),
+        });
         let object = format!("disk {name}");
         match outcome {
             Ok(()) => {
@@ -79,7 +87,7 @@ impl Daemon {
     }
 
     /// Serves a disk on its sockets: those of a predecessor as far as there are any.
-    pub(super) fn open_doors(
+    fn open_doors(
         &self,
         name: &str,
         mut served: Served,

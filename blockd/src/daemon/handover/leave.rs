@@ -247,11 +247,7 @@ impl Daemon {
             let HandedDisk { attachment, vouched, doors } = handed;
             let kept = Kept { hold: Some(hold), vouched };
             let served = self.open_again(&name, &attachment, kept);
-            let served = served.and_then(|served| match served {
-                Some(served) => self.open_doors(&name, served, &attachment, doors),
-                None => Ok(()),
-            });
-            self.note_again(&name, attachment, served);
+            self.go_on(&name, served, attachment, doors);
         }
     }
 }

@@ -133,11 +133,7 @@ impl Daemon {
         wire::send(&socket, &Progress::Opened, &[])?;
         side_by_side(opened, |(name, served, disk)| {
             let HandedDisk { attachment, doors, .. } = disk;
-            let outcome = match served {
-                Some(served) => self.open_doors(&name, served, &attachment, doors),
-                None => Ok(()),
-            };
-            self.note_again(&name, attachment, outcome);
+            self.go_on(&name, Ok(served), attachment, doors);
         });
         drop(changing);
         let detail = format!("from version {version}");
