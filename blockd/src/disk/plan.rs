@@ -103,12 +103,6 @@ impl Plan {
         self.bytes
     }
 
-    /// Whether there is something to publish.
-    #[must_use]
-    pub fn is_first_write(&self) -> bool {
-        !self.parts.is_empty()
-    }
-
     fn clear(&mut self) {
         debug_assert!(self.parts.is_empty(), "claims of an earlier plan are held");
         self.transfers.clear();
@@ -424,7 +418,7 @@ mod tests {
             for offset in [0, 512, 60 << 10] {
                 let pass = disk.enter(0).expect("the gate is open");
                 let planned = disk.plan_write(0, offset, 8192, &mut plan).unwrap();
-                assert_eq!((planned, plan.is_first_write()), (Planned::Ready, false));
+                assert_eq!((planned, plan.parts.len()), (Planned::Ready, 0));
                 disk.leave(pass);
                 assert!(disk.publish_plan(&mut plan).unwrap());
                 disk.write(0, offset, &buf).unwrap();
