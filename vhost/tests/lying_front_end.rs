@@ -2,72 +2,26 @@
 //! or is told no; the process, and the next session, live on.
 
 mod common;
+#[path = "common/front_end.rs"]
+mod front_end;
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 
 use common::{Daemon, Rng, capabilities};
-use rustix::event::{EventfdFlags, eventfd};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use front_end::{MEMORY, USER, addr, bell, memfd, message, random_message, single, start_ring};
+use rustix::fs::ftruncate;
 use vhost_blk::client::{Client, FrontEnd, Op, Options, Span};
 use vhost_blk::proto::{
     self, F_PROTOCOL_FEATURES, FLAG_NEED_REPLY, FLAG_REPLY, FLAG_VERSION, MemRegion, VringAddr,
-    VringState, feature, request,
+    VringState, request,
 };
 use vhost_blk::queue::{F_LOG_ALL, F_VERSION_1};
 use vhost_blk::session::PROTOCOL_FEATURES;
 use zerocopy::IntoBytes;
 
-const MEMORY: u64 = 1 << 20;
-const USER: u64 = 0x7000_0000;
-
-fn memfd(len: u64) -> OwnedFd {
-    let fd = memfd_create("lie", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&fd, len).unwrap();
-    fd
-}
-
-fn bell() -> OwnedFd {
-    eventfd(0, EventfdFlags::CLOEXEC).unwrap()
-}
-
-fn message(code: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
-    let size = u32::try_from(payload.len()).unwrap();
-    let mut bytes = Vec::new();
-    for word in [code, flags, size] {
-        bytes.extend(word.to_ne_bytes());
-    }
-    bytes.extend(payload);
-    bytes
-}
-
 /// A front end that negotiated everything and mapped 1 MiB, but started no ring.
 fn negotiated(daemon: &Daemon, acks: bool) -> FrontEnd {
-    let mut front = FrontEnd::connect(daemon.path()).unwrap();
-    let none = &[0u8; 0];
-    front.tell(request::SET_OWNER, none, &[]).unwrap();
-    let protocol = if acks { PROTOCOL_FEATURES } else { PROTOCOL_FEATURES & !feature::REPLY_ACK };
-    front.tell(request::SET_PROTOCOL_FEATURES, &protocol, &[]).unwrap();
-    front.set_acks(acks);
-    front.tell(request::SET_FEATURES, &(F_VERSION_1 | F_PROTOCOL_FEATURES), &[]).unwrap();
-    let region = MemRegion { guest: 0, size: MEMORY, user: USER, offset: 0 };
-    front.tell(request::ADD_MEM_REG, &single(region), &[memfd(MEMORY).as_fd()]).unwrap();
-    front
-}
-
-fn single(region: MemRegion) -> proto::SingleMemRegion {
-    proto::SingleMemRegion { padding: 0, region }
-}
-
-fn addr(index: u32, desc: u64) -> VringAddr {
-    let (used, avail) = (desc + 8192, desc + 4096);
-    VringAddr { index, flags: 0, desc, used, avail, log: 0 }
-}
-
-fn start_ring(front: &mut FrontEnd) {
-    front.tell(request::SET_VRING_NUM, &VringState { index: 0, num: 128 }, &[]).unwrap();
-    front.tell(request::SET_VRING_ADDR, &addr(0, USER), &[]).unwrap();
-    front.tell(request::SET_VRING_KICK, &0u64, &[bell().as_fd()]).unwrap();
-    front.tell(request::SET_VRING_ENABLE, &VringState { index: 0, num: 1 }, &[]).unwrap();
+    front_end::negotiated(daemon.path(), acks, memfd(MEMORY).as_fd()).unwrap()
 }
 
 /// The daemon still serves an honest client.
@@ -271,7 +225,7 @@ fn claims_that_cannot_be_granted_are_refused_and_the_session_goes_on() {
     let daemon = Daemon::new(capabilities(2));
     for (what, claim) in CLAIMS {
         let mut front = negotiated(&daemon, true);
-        start_ring(&mut front);
+        start_ring(&mut front, USER, bell().as_fd()).unwrap();
         let error = claim(&mut front).expect_err(what);
         assert!(error.to_string().contains("refused"), "{what}: {error}");
         let offered: u64 = front.ask(request::GET_QUEUE_NUM, &[0u8; 0], &[]).expect(what).0;
@@ -287,7 +241,7 @@ fn claims_without_acknowledgement_end_the_session() {
     let daemon = Daemon::new(capabilities(2));
     for (what, claim) in CLAIMS {
         let mut front = negotiated(&daemon, false);
-        start_ring(&mut front);
+        start_ring(&mut front, USER, bell().as_fd()).unwrap();
         // A session that ended may be noticed while the claim is still being sent.
         let _ = claim(&mut front);
         let error = daemon.end().expect_err(what);
@@ -348,63 +302,13 @@ fn memory_cut_short_under_a_running_ring_ends_that_session_only() {
     let file = memfd(MEMORY);
     let more = MemRegion { guest: MEMORY, size: MEMORY, user: 1 << 40, offset: 0 };
     front.tell(request::ADD_MEM_REG, &single(more), &[file.as_fd()]).unwrap();
-    front.tell(request::SET_VRING_NUM, &VringState { index: 0, num: 128 }, &[]).unwrap();
-    front.tell(request::SET_VRING_ADDR, &addr(0, 1 << 40), &[]).unwrap();
     let kick = bell();
-    front.tell(request::SET_VRING_KICK, &0u64, &[kick.as_fd()]).unwrap();
-    front.tell(request::SET_VRING_ENABLE, &VringState { index: 0, num: 1 }, &[]).unwrap();
+    start_ring(&mut front, 1 << 40, kick.as_fd()).unwrap();
     ftruncate(&file, 0).unwrap();
     rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
     let error = daemon.end().unwrap_err();
     assert!(error.contains("truncated its shared memory"), "{error}");
     alive(&daemon);
-}
-
-/// One message of the fuzzer: often of a known shape, with values that are likely to hurt.
-fn random_message(rng: &mut Rng) -> (Vec<u8>, Vec<OwnedFd>) {
-    let codes = [
-        1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 18, 21, 24, 25, 31, 32, 34, 36, 37,
-        38, 39, 40, 42, 43,
-    ];
-    let code = match rng.below(20) {
-        0 => u32::try_from(rng.below(60)).unwrap(),
-        _ => codes[usize::try_from(rng.below(codes.len() as u64)).unwrap()],
-    };
-    let len = match (rng.below(12), code) {
-        (0, _) => rng.below(100),
-        (_, 1 | 3 | 4 | 15 | 17 | 34 | 36 | 40 | 43) => 0,
-        (_, 5 | 9 | 37 | 38) => 40,
-        (_, 6) => 16,
-        (_, 24 | 25) => 13,
-        (_, 31 | 32) => 24,
-        _ => 8,
-    };
-    let values =
-        [0u64, 1, 2, 8, 64, 128, 4096, MEMORY, USER, USER + 4096, USER + 8192, 1 << 40, u64::MAX];
-    let mut payload = Vec::new();
-    while (payload.len() as u64) < len {
-        let value = values[usize::try_from(rng.below(values.len() as u64)).unwrap()];
-        if rng.below(2) == 0 {
-            payload.extend(value.to_ne_bytes());
-        } else {
-            payload.extend(u32::try_from(value & 0xffff_ffff).unwrap().to_ne_bytes());
-        }
-    }
-    payload.truncate(usize::try_from(len).unwrap());
-    let wanted = matches!(code, 5 | 6 | 7 | 12 | 13 | 14 | 21 | 32 | 37 | 42);
-    let count = match rng.below(12) {
-        0 => rng.below(4),
-        _ => u64::from(wanted),
-    };
-    let fds = (0..count).map(|_| match (rng.below(8), code) {
-        (0, _) => std::os::unix::net::UnixStream::pair().unwrap().0.into(),
-        (1..6, 12..=14) | (1, _) => bell(),
-        _ => memfd(values[usize::try_from(rng.below(9)).unwrap()]),
-    });
-    let fds: Vec<OwnedFd> = fds.collect();
-    let flags =
-        if rng.below(30) == 0 { rng.below(64) } else { u64::from(FLAG_VERSION | FLAG_NEED_REPLY) };
-    (message(code, u32::try_from(flags).unwrap(), &payload), fds)
 }
 
 #[test]
@@ -417,10 +321,10 @@ fn random_messages_never_stop_the_daemon() {
             _ => negotiated(&daemon, true),
         };
         if round % 3 == 2 {
-            start_ring(&mut front);
+            start_ring(&mut front, USER, bell().as_fd()).unwrap();
         }
         for _ in 0..40 {
-            let (bytes, fds) = random_message(&mut rng);
+            let (bytes, fds) = random_message(&mut || rng.next());
             let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
             if front.send_raw(&bytes, &fds).is_err() {
                 break;

@@ -2,115 +2,33 @@
 
 use std::fs::File;
 use std::io::Write as _;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::Duration;
 
 use offshoot_tests::nbd;
-use offshoot_tests::rng::Rng;
-use rustix::event::{EventfdFlags, eventfd};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::ftruncate;
 use vhost_blk::client::{Client, FrontEnd, Op, Span};
-use vhost_blk::proto::{
-    F_PROTOCOL_FEATURES, FLAG_NEED_REPLY, FLAG_VERSION, MemRegion, SingleMemRegion, VringAddr,
-    VringState, request,
-};
-use vhost_blk::queue::F_VERSION_1;
-use vhost_blk::session::PROTOCOL_FEATURES;
+use vhost_blk::proto::{FLAG_VERSION, request};
 
+use super::liar::{MEMORY, USER, bell, memfd, message, negotiated, random_message, start_ring};
 use super::{Target, options};
-
-const MEMORY: u64 = 1 << 20;
-const USER: u64 = 0x7000_0000;
-
-fn memory(len: u64) -> OwnedFd {
-    let file = memfd_create("hostile", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&file, len).unwrap();
-    file
-}
-
-fn bell() -> OwnedFd {
-    eventfd(0, EventfdFlags::CLOEXEC).unwrap()
-}
-
-fn message(code: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
-    let size = u32::try_from(payload.len()).unwrap();
-    let header = [code, flags, size].map(u32::to_ne_bytes).concat();
-    [&header, payload].concat()
-}
-
-/// A front end that negotiated everything and shares this memory, at address 0 of its guest.
-fn negotiated(socket: &Path, memory: BorrowedFd<'_>) -> format::Result<FrontEnd> {
-    let mut front = FrontEnd::connect(socket)?;
-    front.tell(request::SET_OWNER, &[0u8; 0], &[])?;
-    front.tell(request::SET_PROTOCOL_FEATURES, &PROTOCOL_FEATURES, &[])?;
-    front.set_acks(true);
-    front.tell(request::SET_FEATURES, &(F_VERSION_1 | F_PROTOCOL_FEATURES), &[])?;
-    let region = MemRegion { guest: 0, size: MEMORY, user: USER, offset: 0 };
-    front.tell(request::ADD_MEM_REG, &SingleMemRegion { padding: 0, region }, &[memory])?;
-    Ok(front)
-}
-
-fn start_ring(front: &mut FrontEnd, kick: BorrowedFd<'_>) -> format::Result<()> {
-    let addr =
-        VringAddr { index: 0, flags: 0, desc: USER, used: USER + 8192, avail: USER + 4096, log: 0 };
-    front.tell(request::SET_VRING_NUM, &VringState { index: 0, num: 128 }, &[])?;
-    front.tell(request::SET_VRING_ADDR, &addr, &[])?;
-    front.tell(request::SET_VRING_KICK, &0u64, &[kick])?;
-    front.tell(request::SET_VRING_ENABLE, &VringState { index: 0, num: 1 }, &[])
-}
-
-/// One message, often of a known shape, with values that are likely to hurt.
-fn random_message(rng: &mut Rng) -> (Vec<u8>, Vec<OwnedFd>) {
-    let codes = if rng.one_in(20) { 70 } else { 43 };
-    let code = u32::try_from(1 + rng.below(codes)).unwrap();
-    let len = match (rng.below(12), code) {
-        (0, _) => rng.below(100),
-        (_, 1 | 3 | 4 | 15 | 17 | 34 | 36 | 40 | 43) => 0,
-        (_, 5 | 9 | 37 | 38) => 40,
-        (_, 6) => 16,
-        (_, 24 | 25) => 13,
-        (_, 31 | 32) => 24,
-        _ => 8,
-    };
-    let values =
-        [0, 1, 2, 8, 64, 128, 4096, MEMORY, USER, USER + 4096, USER + 8192, 1 << 40, u64::MAX];
-    let mut payload = Vec::new();
-    while (payload.len() as u64) < len {
-        let value = values[usize::try_from(rng.below(values.len() as u64)).unwrap()];
-        let bytes = value.to_le_bytes();
-        payload.extend(if rng.one_in(2) { &bytes[..] } else { &bytes[..4] });
-    }
-    payload.truncate(usize::try_from(len).unwrap());
-    let wanted = matches!(code, 5 | 6 | 7 | 12 | 13 | 14 | 21 | 32 | 37 | 42);
-    let count = if rng.one_in(12) { rng.below(4) } else { u64::from(wanted) };
-    let fds = (0..count).map(|_| match rng.below(8) {
-        0 => UnixStream::pair().unwrap().0.into(),
-        1..5 => bell(),
-        _ => memory(values[usize::try_from(rng.below(9)).unwrap()]),
-    });
-    let fds: Vec<OwnedFd> = fds.collect();
-    let odd = u32::try_from(rng.below(64)).unwrap();
-    let flags = if rng.one_in(30) { odd } else { FLAG_VERSION | FLAG_NEED_REPLY };
-    (message(code, flags, &payload), fds)
-}
 
 /// Messages with random content, to sessions in all states.
 pub fn random_messages(target: &mut Target) {
-    let shared = memory(MEMORY);
+    let shared = memfd(MEMORY);
     for round in 0..target.rounds * 400 {
         // A session that a while ago has not ended may still have its place.
         let front = match round % 3 {
             0 => FrontEnd::connect(&target.vhost),
-            _ => negotiated(&target.vhost, shared.as_fd()),
+            _ => negotiated(&target.vhost, true, shared.as_fd()),
         };
         let Ok(mut front) = front else { continue };
         if round % 3 == 2 {
-            let _ = start_ring(&mut front, bell().as_fd());
+            let _ = start_ring(&mut front, USER, bell().as_fd());
         }
         for _ in 0..40 {
-            let (bytes, fds) = random_message(&mut target.rng);
+            let (bytes, fds) = random_message(&mut || target.rng.any());
             let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
             if front.send_raw(&bytes, &fds).is_err() {
                 break;
@@ -121,11 +39,11 @@ pub fn random_messages(target: &mut Target) {
 
 /// Messages that end too early, say that they are longer than they are, or never end.
 pub fn torn_messages(target: &mut Target) {
-    let shared = memory(MEMORY);
+    let shared = memfd(MEMORY);
     let whole = message(request::SET_FEATURES, FLAG_VERSION, &[0; 8]);
     let mut waiting = Vec::new();
     for round in 0..target.rounds * 300 {
-        let Ok(mut front) = negotiated(&target.vhost, shared.as_fd()) else { continue };
+        let Ok(mut front) = negotiated(&target.vhost, true, shared.as_fd()) else { continue };
         let cut = usize::try_from(target.rng.below(whole.len() as u64)).unwrap();
         let mut bytes = whole[..cut].to_vec();
         if round % 4 == 0 && cut == 12 {
@@ -158,18 +76,18 @@ pub fn wrong_descriptors(target: &mut Target) {
         left.into(),
         read_end,
         write_end,
-        memory(0),
-        memory(4096),
+        memfd(0),
+        memfd(4096),
         bell(),
     ];
-    let shared = memory(MEMORY);
+    let shared = memfd(MEMORY);
     for _ in 0..target.rounds * 10 {
         for fd in &wrong {
             let fd = fd.as_fd();
             // As memory, as doorbells of a ring that runs, and for everything else.
-            drop(negotiated(&target.vhost, fd));
-            let Ok(mut front) = negotiated(&target.vhost, shared.as_fd()) else { continue };
-            let _ = start_ring(&mut front, fd);
+            drop(negotiated(&target.vhost, true, fd));
+            let Ok(mut front) = negotiated(&target.vhost, true, shared.as_fd()) else { continue };
+            let _ = start_ring(&mut front, USER, fd);
             for code in [
                 request::SET_VRING_CALL,
                 request::SET_VRING_ERR,
@@ -189,10 +107,10 @@ pub fn wrong_descriptors(target: &mut Target) {
 /// Memory that is gone while a ring in it runs.
 pub fn cut_memory(target: &mut Target) {
     for _ in 0..target.rounds * 60 {
-        let shared = memory(MEMORY);
-        let Ok(mut front) = negotiated(&target.vhost, shared.as_fd()) else { continue };
+        let shared = memfd(MEMORY);
+        let Ok(mut front) = negotiated(&target.vhost, true, shared.as_fd()) else { continue };
         let kick = bell();
-        let started = start_ring(&mut front, kick.as_fd());
+        let started = start_ring(&mut front, USER, kick.as_fd());
         ftruncate(&shared, target.rng.below(3) * 4096).unwrap();
         rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
         if started.is_ok() {

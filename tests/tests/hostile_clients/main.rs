@@ -7,6 +7,11 @@
 
 mod front_end;
 mod guest;
+#[path = "../../../vhost/tests/common/guest.rs"]
+#[allow(dead_code)] // Its own tests use more of it.
+mod hand;
+#[path = "../../../vhost/tests/common/front_end.rs"]
+mod liar;
 
 use std::fs;
 use std::path::{Path, PathBuf};
