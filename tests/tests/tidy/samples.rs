@@ -112,8 +112,8 @@ fn samples_of_source() -> Vec<Sample> {
         Sample {
             rule: Rule::FileLength,
             path: "blockd/tests/a.rs",
-            bad: vec![],
-            good: lengths(&[(900, 0)]),
+            bad: lengths(&[(701, 0)]),
+            good: lengths(&[(700, 0)]),
         },
         Sample {
             rule: Rule::FunctionLength,
