@@ -65,9 +65,17 @@ impl Daemon {
     /// When it does not get ready.
     #[must_use]
     pub fn start_with(store: &Path, api: &Path, options: &[&str]) -> Self {
+        Self::start_by(Command::new(program("blockd")), store, api, options)
+    }
+
+    /// As [`Daemon::start_with`], by another program that is given all of it as arguments.
+    ///
+    /// # Panics
+    /// When it does not get ready.
+    #[must_use]
+    pub fn start_by(mut command: Command, store: &Path, api: &Path, options: &[&str]) -> Self {
         let log = api.with_extension("log");
         let output = fs::File::options().create(true).append(true).open(&log).expect("a log");
-        let mut command = Command::new(program("blockd"));
         command.env_remove("OFFSHOOT_STORE").env_remove("OFFSHOOT_API");
         command.arg("--store").arg(store).arg("--api").arg(api).args(options);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(output);

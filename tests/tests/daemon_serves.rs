@@ -2,10 +2,11 @@
 //! becomes of it when the daemon ends, in order or not.
 
 use std::fs;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use offshoot_tests::daemon::{Daemon, Reply};
+use offshoot_tests::daemon::{Daemon, Reply, program};
 use offshoot_tests::load::{Load, loads};
 use offshoot_tests::mount::Mount;
 use offshoot_tests::nbd;
@@ -335,6 +336,43 @@ fn clients_of_nbd_come_and_go_in_the_events() {
     let detached = format!("detached nbd at {}", socket.display());
     let expected = [&came, &went, &came, &broke, &came, &went, &detached];
     assert_eq!(told(7).iter().collect::<Vec<_>>(), expected);
+}
+
+/// Story: to a daemon in a container the kernel gives the number 0 for clients outside of it. It was
+/// kept in a type that never holds 0.
+#[test]
+fn clients_whose_number_the_daemon_cannot_see_are_served() {
+    let test = "daemon_serves::clients_whose_number_the_daemon_cannot_see_are_served";
+    let unshare = || {
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--fork", "--kill-child"]);
+        command
+    };
+    if !unshare().arg("true").output().is_ok_and(|output| output.status.success()) {
+        offshoot_tests::skip(test, "no PID namespace can be made here");
+        return;
+    }
+    let bench = TestStore::new();
+    let mut apart = unshare();
+    apart.arg(program("blockd"));
+    let daemon = Daemon::start_by(apart, bench.store(), &bench.api(), &[]);
+    create(&daemon, "a", MIB);
+    let (vhost, nbd) = (bench.path("vhost"), bench.path("nbd"));
+    assert_eq!(attach(&daemon, "a", json!({"kind": "vhost-user", "socket": vhost})).status, 201);
+    assert_eq!(attach(&daemon, "a", json!({"kind": "nbd", "socket": nbd})).status, 201);
+
+    let _front_end = Client::connect(&vhost, Options::default()).unwrap();
+    let mut client = nbd::Client::connect(&nbd).greeted();
+    client.go("a");
+
+    let text = || String::from_utf8(daemon.ask("GET", "/v1/events", b"").body).unwrap();
+    let user = rustix::process::geteuid().as_raw();
+    until("both are told of", || {
+        let client = format!("\"a process of user {user}\"");
+        text().contains(&client) && text().matches("\"connected\"").count() == 2
+    });
+    let export = get(&daemon, "/v1/exports")[0].clone();
+    assert_eq!((&export["connected"], &export["peers"]), (&json!(1), &json!([])), "{export}");
 }
 
 /// Writes on until the host is full and a request is held; gives back its first sector.
