@@ -338,8 +338,8 @@ fn clients_of_nbd_come_and_go_in_the_events() {
     assert_eq!(told(7).iter().collect::<Vec<_>>(), expected);
 }
 
-/// Story: to a daemon in a container the kernel gives the number 0 for clients outside of it. It was
-/// kept in a type that never holds 0.
+/// Story: to a daemon in a container the kernel gives the number 0 for clients outside of it. That
+/// was kept in a type that never holds 0.
 #[test]
 fn clients_whose_number_the_daemon_cannot_see_are_served() {
     let test = "daemon_serves::clients_whose_number_the_daemon_cannot_see_are_served";
