@@ -6,8 +6,9 @@
 #   ours      `offshoot disk import` or `export`, which ends when the result is durable;
 #   plain     `qemu-img convert` as it is by default, which ends before anything is durable;
 #   synced    `qemu-img convert` and then `sync` of the file it made.
-# Nothing is dropped from any cache: source images were read just before; between two runs the file
-# system is synced, so that nobody pays for what another left dirty.
+# Nothing is dropped from any cache: source images, and the disk that is exported, were read just
+# before; between two runs the file system is synced, so that nobody pays for what another left
+# dirty.
 set -euo pipefail
 
 top=$(cd "$(dirname "$0")/.." && pwd)
@@ -29,7 +30,7 @@ qemu-img convert -O qcow2 "$work/src.raw" "$work/src.qcow2"
 clean() {
     "$offshoot" --quiet disk rm tmp 2>/dev/null || true
     rm -f "$work"/out
-    cat "$work"/src.* >/dev/null
+    cat "$work"/src.* "$work"/store/*.seg >/dev/null
     sync -f "$work"
 }
 
@@ -98,8 +99,7 @@ Random bytes, $rounds rounds, times in ms: median [best, worst]. A ratio above 1
 less time: that of the medians [lowest, highest of a round]. Ours ends when the result is durable.
 *synced* is \`qemu-img convert … && sync FILE\`, which ends when its result is; *plain* is
 \`qemu-img convert\` alone, which ends before the result is on the device. An import is compared with
-a conversion to qcow2, an export with one from qcow2. Image files are in the page cache at the start;
-our store reads and writes past it.
+a conversion to qcow2, an export with one from qcow2. What is read is in the page cache at the start.
 
 | 1 GiB | ours | synced | plain | ratio, synced | ratio, plain |
 |---|---|---|---|---|---|

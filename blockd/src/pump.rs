@@ -119,6 +119,8 @@ pub struct Walk<'a> {
     ranges: std::vec::IntoIter<(u64, u64)>,
     at: u64,
     end: u64,
+    /// Where the run of data that `at` lies in ends; at or before `at` when that is not known.
+    data_end: u64,
 }
 
 impl<'a> Walk<'a> {
@@ -131,7 +133,7 @@ impl<'a> Walk<'a> {
     /// The ranges (first byte, end), which are in order, disjoint and start at whole units.
     #[must_use]
     pub fn over(content: &'a dyn Content, unit: u64, ranges: Vec<(u64, u64)>) -> Self {
-        Walk { content, unit, ranges: ranges.into_iter(), at: 0, end: 0 }
+        Walk { content, unit, ranges: ranges.into_iter(), at: 0, end: 0, data_end: 0 }
     }
 
     /// The next piece; `None` at the end.
@@ -144,13 +146,17 @@ impl<'a> Walk<'a> {
             (self.at, self.end) = (at, end);
         }
         let offset = self.at;
-        let run = whole_status(self.content, offset, self.end, self.unit)?;
-        let len = match run.kind {
-            RunKind::Data => run.len.min(PIECE - offset % PIECE),
-            _ => run.len,
-        };
+        if self.data_end <= offset {
+            let run = whole_status(self.content, offset, self.end, self.unit)?;
+            if run.kind != RunKind::Data {
+                self.at += run.len;
+                return Ok(Some(Piece { offset, len: run.len, kind: run.kind }));
+            }
+            self.data_end = offset + run.len;
+        }
+        let len = (self.data_end - offset).min(PIECE - offset % PIECE);
         self.at += len;
-        Ok(Some(Piece { offset, len, kind: run.kind }))
+        Ok(Some(Piece { offset, len, kind: RunKind::Data }))
     }
 
     /// Bytes of data in all.
@@ -213,6 +219,51 @@ mod tests {
         .unwrap();
 
         assert_eq!(lock(&done).len(), 1000);
+    }
+
+    /// Data and then a hole; counts how often it is asked.
+    struct Counted(std::sync::atomic::AtomicUsize);
+
+    impl Counted {
+        const DATA: u64 = 3 * PIECE + 512;
+    }
+
+    impl Content for Counted {
+        fn size(&self) -> u64 {
+            5 * PIECE
+        }
+        fn status(&self, offset: u64, limit: u64) -> Result<crate::content::Run> {
+            self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed); // one thread only
+            let (kind, end) = match offset {
+                0..Self::DATA => (RunKind::Data, Self::DATA),
+                _ => (RunKind::Hole, self.size()),
+            };
+            Ok(crate::content::Run { len: (end - offset).min(limit), kind })
+        }
+        fn read_at(&self, _: usize, _: u64, _: &mut [u8]) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_run_of_data_is_looked_up_once_and_cut_at_pieces() {
+        let content = Counted(std::sync::atomic::AtomicUsize::new(0));
+        let mut walk = Walk::over(&content, 4096, vec![(4096, PIECE), (PIECE, 5 * PIECE)]);
+        let mut pieces = Vec::new();
+        while let Some(piece) = walk.next_piece().unwrap() {
+            pieces.push((piece.offset, piece.len, piece.kind));
+        }
+
+        let hole = 3 * PIECE + 4096;
+        let expected = [
+            (4096, PIECE - 4096, RunKind::Data),
+            (PIECE, PIECE, RunKind::Data),
+            (2 * PIECE, PIECE, RunKind::Data),
+            (3 * PIECE, 4096, RunKind::Data),
+            (hole, 5 * PIECE - hole, RunKind::Hole),
+        ];
+        assert_eq!(pieces, expected);
+        assert_eq!(content.0.into_inner(), 3);
     }
 
     #[test]

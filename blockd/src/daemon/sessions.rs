@@ -117,7 +117,7 @@ impl Content {
                     verbs::write_bytes(opened.disk(), offset, bytes)?;
                     Ok(bytes.len() as u64)
                 }
-                Body::Import(import, _) => verbs::fill(import.disk(), self.lane(), offset, bytes),
+                Body::Import(import, _) => import.store(self.lane(), offset, bytes),
             }
         })?;
         self.entry.add(bytes.len() as u64);

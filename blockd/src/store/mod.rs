@@ -103,6 +103,11 @@ pub trait File: Send + Sync {
     /// What the host reports. Final: what was not durable before must be taken as lost.
     fn sync(&self) -> Result<()>;
 
+    /// Begins to move what was written to the device, without waiting for it, and lets go of the
+    /// memory of what has arrived there: for whoever writes much and reads none of it soon.
+    /// Promises nothing: the next `sync` says what is durable, and reports what went wrong.
+    fn write_behind(&self) {}
+
     /// Length in bytes.
     ///
     /// # Errors

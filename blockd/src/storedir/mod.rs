@@ -12,6 +12,7 @@
 //! Crash arguments: `docs/format.md` §9; test: `crash_points` (operations create, import, rename,
 //! delete).
 
+mod import;
 mod rebuild;
 mod verbs;
 
@@ -32,8 +33,9 @@ use crate::segment::{self, Sealed, Segments, file_name};
 use crate::store::file::{CacheMode, FileStore, FileStoreOptions, LockGuard, LockKind};
 use crate::store::{Access, File, Store};
 
+pub use import::Import;
 pub use rebuild::Rebuilt;
-pub use verbs::{Import, NewDisk};
+pub use verbs::NewDisk;
 
 /// Name of the file that makes a folder a store; its content is an [`Identity`].
 pub const IDENTITY_FILE: &str = "offshoot.json";

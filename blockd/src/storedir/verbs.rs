@@ -1,4 +1,4 @@
-//! What can be done with the disks of a store: create, import, open, rename, seal, remove.
+//! What can be done with the disks of a store: create, open, rename, seal, remove.
 //!
 //! Order of a change, and the crash it defends against: for creation, content durable, then the
 //! final name, then the catalogue; for deletion, the name goes first (`.del`), then the catalogue,
@@ -6,7 +6,6 @@
 //! a segment (size, sealed or not, name) changes between two transactions: the first marks the row,
 //! so that after a crash in between the next opening looks at the segment.
 
-use std::ops::Deref;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use format::limits::{BLOCK, EXTENT, JOURNAL_EXTENTS_DEFAULT};
@@ -44,13 +43,6 @@ impl NewDisk {
     }
 }
 
-/// A disk that is being imported: it appears in the store when finished, or not at all.
-pub struct Import<D: Deref<Target = StoreDir>> {
-    dir: D,
-    disk: Option<Disk>,
-    segment: Uuid,
-}
-
 impl StoreDir {
     /// Creates a disk.
     ///
@@ -62,15 +54,7 @@ impl StoreDir {
         self.publish(segment)
     }
 
-    /// Begins an import: a disk to write to that nobody else sees yet.
-    ///
-    /// # Errors
-    /// As [`StoreDir::create`].
-    pub fn import(&self, new: &NewDisk, lanes: usize) -> Result<Import<&StoreDir>> {
-        Import::begin(self, new, lanes)
-    }
-
-    fn write_new(&self, new: &NewDisk) -> Result<Uuid> {
+    pub(super) fn write_new(&self, new: &NewDisk) -> Result<Uuid> {
         self.check_writable()?;
         check_name(&new.name)?;
         self.check_name_free(&new.name)?;
@@ -144,7 +128,7 @@ impl StoreDir {
     }
 
     /// Gives a finished segment its final name and tells the catalogue.
-    fn publish(&self, segment: Uuid) -> Result<DiskRow> {
+    pub(super) fn publish(&self, segment: Uuid) -> Result<DiskRow> {
         self.store.rename(&new_name(segment), &file_name(segment))?;
         // The name is durable before the catalogue counts on it.
         self.store.sync_names()?;
@@ -378,62 +362,5 @@ impl StoreDir {
         self.store.sync_names()?;
         self.forget_deleted(name, row.segment)?;
         self.store.sync_names()
-    }
-}
-
-impl<D: Deref<Target = StoreDir>> Import<D> {
-    /// As [`StoreDir::import`], for whoever shares the store.
-    ///
-    /// # Errors
-    /// As [`StoreDir::create`].
-    pub fn begin(dir: D, new: &NewDisk, lanes: usize) -> Result<Self> {
-        let segment = dir.write_new(new)?;
-        let mut import = Import { dir, disk: None, segment };
-        let dir = &*import.dir;
-        let file = dir.store.open(&new_name(segment), Access::Write)?;
-        let options = Options { lanes, ..dir.disk_options() };
-        import.disk = Some(Disk::open(file, dir, &options)?);
-        Ok(import)
-    }
-
-    /// The store.
-    #[must_use]
-    pub fn dir(&self) -> D
-    where
-        D: Clone,
-    {
-        self.dir.clone()
-    }
-
-    /// The disk to write to.
-    ///
-    /// # Panics
-    /// Never: the disk is there until the import is finished.
-    #[must_use]
-    pub fn disk(&self) -> &Disk {
-        self.disk.as_ref().expect("there until finished")
-    }
-
-    /// Makes the content durable and the disk appear.
-    ///
-    /// # Errors
-    /// As [`Disk::close`] and [`StoreDir::create`]; the disk then does not appear.
-    pub fn finish(mut self) -> Result<DiskRow> {
-        if let Some(disk) = self.disk.take() {
-            disk.close()?;
-        }
-        let row = self.dir.publish(self.segment)?;
-        self.segment = Uuid::nil();
-        Ok(row)
-    }
-}
-
-impl<D: Deref<Target = StoreDir>> Drop for Import<D> {
-    fn drop(&mut self) {
-        self.disk = None;
-        if !self.segment.is_nil() {
-            // An import that failed leaves nothing; if this fails too, the next opening removes it.
-            let _ = self.dir.store.remove(&new_name(self.segment));
-        }
     }
 }

@@ -3,11 +3,10 @@
 //! The engine works in sectors of 512 bytes. A write that begins or ends inside one reads it first;
 //! whoever calls sees to it that nobody else writes there meanwhile.
 
-use format::limits::{BLOCK, SECTOR};
+use format::limits::SECTOR;
 use format::units::index;
 use format::{Error, Result};
 
-use crate::content::zero_runs;
 use crate::disk::Disk;
 use crate::store::buf::AlignedBuf;
 
@@ -45,26 +44,6 @@ pub fn write_bytes(disk: &Disk, at: u64, bytes: &[u8]) -> Result<()> {
     }
     whole[index(at - from)..index(end - from)].copy_from_slice(bytes);
     disk.write(0, from, &whole)
-}
-
-/// Stores the bytes of a piece of an import; gives back how many of them were not zero, in whole
-/// blocks. `offset` is a multiple of 4 KiB.
-///
-/// # Errors
-/// As [`Disk::write`].
-pub fn fill(disk: &Disk, lane: usize, offset: u64, bytes: &[u8]) -> Result<u64> {
-    let mut data = Vec::new();
-    // Zeroes first: to zero blocks of an extent that has data already would make the engine punch
-    // holes where nothing was ever written.
-    zero_runs(bytes, BLOCK, &mut |at, run, zero| {
-        if zero {
-            return disk.write_zeroes(lane, offset + at, run.len() as u64, true);
-        }
-        data.push((at, run));
-        Ok(())
-    })?;
-    data.iter().try_for_each(|(at, run)| disk.write(lane, offset + at, run))?;
-    Ok(data.iter().map(|(_, run)| run.len() as u64).sum())
 }
 
 /// Makes a range of a disk that is being imported read as zeroes.

@@ -17,7 +17,7 @@ use crate::disk::{Disk, Options};
 use crate::pump;
 use crate::storedir::StoreDir;
 
-pub use bytes::{check_end, fill, write_bytes, zero};
+pub use bytes::{check_end, write_bytes, zero};
 pub use check::{check, repair, scrub, verify};
 pub use compare::{Contents, compare, content_ranges, disk_ranges};
 pub use disks::{create, details, df, freed, list, resize, resize_open, seal, summary};

@@ -177,6 +177,10 @@ fn recovered(image: Image, print: u128) -> Result<World, Violation> {
     Ok(world)
 }
 
+fn in_bytes(sectors: u64) -> usize {
+    usize::try_from(sectors).unwrap() * SECTOR
+}
+
 fn write(disk: &Disk, tag: u32, first: u64, count: u64) {
     disk.write(0, first * SECTOR as u64, &bytes(tag, first, count)).unwrap();
 }
@@ -220,6 +224,17 @@ fn import() {
         let import = dir.import(&new_disk("imported", None), 1).unwrap();
         write(import.disk(), 1, 0, 3 * EXTENT);
         write(import.disk(), 2, 9 * EXTENT + 3, 5);
+        import.finish().unwrap();
+    });
+    // As the command line and the daemon do it: pieces with zeroes in them.
+    recorder.step(|dir| {
+        let import = dir.import(&new_disk("in-pieces", None), 1).unwrap();
+        for first in [0, 5 * EXTENT] {
+            let mut piece = bytes(4, first, 3 * BLOCK);
+            piece[in_bytes(BLOCK)..in_bytes(2 * BLOCK)].fill(0);
+            let stored = import.store(0, first * SECTOR as u64, &piece).unwrap();
+            assert_eq!(stored, 2 * BLOCK * SECTOR as u64);
+        }
         import.finish().unwrap();
     });
     // One that is given up leaves nothing.

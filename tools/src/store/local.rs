@@ -166,7 +166,7 @@ impl Filling for Import<&StoreDir> {
     }
 
     fn store(&self, lane: usize, offset: u64, bytes: &[u8]) -> Result<u64> {
-        verbs::fill(self.disk(), lane, offset, bytes)
+        Import::store(self, lane, offset, bytes)
     }
 
     fn finish(self: Box<Self>) -> Result<Summary> {

@@ -6,6 +6,8 @@
 //! - A batch of buffered writes goes through `pwrite`: it is a copy into the page cache under the
 //!   inode's lock either way, and a ring hands each one to a kernel thread first on file systems
 //!   that cannot write without waiting.
+//! - Long writes into the page cache take turns and go in steps: the kernel lets in one at a time,
+//!   under the inode's lock, and whoever waits for that lock spins as long as its holder runs.
 //! - On a direct file, ranges that are not aligned take the detour of [`super::bounce`]. Such
 //!   writes and length changes hold `growth` exclusively, aligned writes and punches share it, so
 //!   within one handle a read-modify-write excludes all other changes. Across handles the caller
@@ -17,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use format::{Context, Error, Kind, Result};
 use io_uring::{opcode, squeue, types};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::fs::{Advice, FallocateFlags, Mode, SeekFrom, Stat};
 use rustix::io::{Errno, pread, retry_on_intr};
@@ -35,6 +37,12 @@ const LOCK_WAIT_STEP: Duration = Duration::from_millis(5);
 /// Largest single transfer handed to the kernel, which itself stops short of 2 GiB.
 const TRANSFER_MAX: usize = 1 << 30;
 
+/// From how many bytes on a write into the page cache waits for its turn.
+const LONG_WRITE: usize = 256 << 10;
+/// Bytes of one write into the page cache. For a larger one the kernel looks for larger pieces of
+/// memory than it may find at once.
+const CACHED_STEP: usize = 512 << 10;
+
 pub(super) struct FileHandle {
     pub(super) fd: OwnedFd,
     /// Full path, for messages.
@@ -43,6 +51,8 @@ pub(super) struct FileHandle {
     /// `None`: through the page cache.
     pub(super) direct: Option<Align>,
     pub(super) growth: RwLock<()>,
+    /// Held during a long write into the page cache; nothing else is taken under it.
+    pub(super) turn: Mutex<()>,
     pub(super) rings: Arc<Rings>,
 }
 
@@ -108,7 +118,11 @@ impl FileHandle {
     fn write_plain(&self, offset: u64, buf: &[u8]) -> Result<()> {
         let fd = self.fd.as_fd();
         let written = match self.direct {
-            None => bounce::write_all(fd, offset, buf),
+            None => {
+                let _turn = (buf.len() >= LONG_WRITE).then(|| self.turn.lock());
+                let mut steps = (offset..).step_by(CACHED_STEP).zip(buf.chunks(CACHED_STEP));
+                steps.try_for_each(|(at, step)| bounce::write_all(fd, at, step))
+            }
             Some(align) if align.splits_block(buf.len(), offset) => {
                 let _alone = self.growth.write();
                 bounce::write(fd, align, offset, buf)
@@ -172,6 +186,15 @@ impl File for FileHandle {
     fn sync(&self) -> Result<()> {
         let synced = retry_on_intr(|| rustix::fs::fdatasync(&self.fd));
         synced.map_err(host).context("sync", || self.path.clone())
+    }
+
+    fn write_behind(&self) {
+        if self.direct.is_none() {
+            // Writes out what is dirty, without waiting, and drops what is clean. Not a call that
+            // waits: that could take note of a failed transfer for this handle, and then the sync
+            // that has to report the failure would succeed.
+            let _ = rustix::fs::fadvise(&self.fd, 0, None, Advice::DontNeed);
+        }
     }
 
     fn size(&self) -> Result<u64> {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use format::{Context, Error, Kind, Result};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
 use rustix::io::{Errno, retry_on_intr};
@@ -145,9 +145,9 @@ impl FileStore {
             Effective::Direct => Some(probe::alignment(fd.as_fd()).map_err(no_direct)?),
             Effective::Buffered { .. } => None,
         };
-        let growth = RwLock::new(());
+        let (growth, turn) = (RwLock::new(()), Mutex::new(()));
         let rings = Arc::clone(&self.rings);
-        Ok(Arc::new(FileHandle { fd, path, writable, direct, growth, rings }))
+        Ok(Arc::new(FileHandle { fd, path, writable, direct, growth, turn, rings }))
     }
 
     fn direct_flag(&self) -> OFlags {

@@ -82,6 +82,7 @@ fn direct_file_conforms_for_every_alignment() {
             writable: true,
             direct: Some(Align { memory: ALIGN, offset }),
             growth: RwLock::new(()),
+            turn: Mutex::new(()),
             rings: Arc::new(Rings::new()),
         };
         conformance::file(&file);
@@ -125,6 +126,32 @@ fn unaligned_direct_writes_of_threads_keep_their_neighbours() {
     file.read_at(0, &mut bytes).unwrap();
     let expected = |i: usize| if i < 400 { u8::try_from(i % 4).unwrap() + 1 } else { 0 };
     assert!(bytes.iter().enumerate().all(|(i, byte)| *byte == expected(i)));
+}
+
+#[test]
+fn long_writes_of_threads_arrive_whole_whatever_is_written_behind_them() {
+    const LEN: usize = (1 << 20) + 3;
+    let dir = tempfile::tempdir().unwrap();
+    for cache in [CacheMode::Buffered, CacheMode::Direct] {
+        let store = open(dir.path(), cache);
+        let file = store.create(&format!("{cache:?}")).unwrap();
+
+        std::thread::scope(|scope| {
+            for thread in 0..4_u8 {
+                let file = &file;
+                scope.spawn(move || {
+                    file.write_at(u64::from(thread) * LEN as u64, &[thread + 1; LEN]).unwrap();
+                    file.write_behind();
+                });
+            }
+        });
+
+        let mut bytes = vec![0; 4 * LEN];
+        file.read_at(0, &mut bytes).unwrap();
+        for (thread, part) in (1..).zip(bytes.chunks(LEN)) {
+            assert!(part.iter().all(|byte| *byte == thread), "{cache:?}: thread {thread}");
+        }
+    }
 }
 
 #[test]
@@ -277,6 +304,7 @@ fn full_device_is_reported_as_no_space() {
             writable: true,
             direct,
             growth: RwLock::new(()),
+            turn: Mutex::new(()),
             rings: Arc::new(Rings::new()),
         };
         let op = WriteOp { offset: 0, buf: &[1; 4096] };

@@ -1,0 +1,130 @@
+//! Importing: a new disk that is filled piece by piece and then appears in the store.
+//!
+//! Order, and the crash it defends against: as for creation (see `verbs.rs`), the content is made
+//! durable by closing the disk, and only then gets the final name. Until then there is a `.new`
+//! file, which the next opening removes.
+//!
+//! Write-behind: what was stored goes to the device while more is read, so that the sync at the end
+//! finds little to do. Nothing relies on it: it may be skipped, cut off or fail at any point, and
+//! the sync alone says what is durable.
+
+use std::ops::Deref;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use format::Result;
+use format::limits::BLOCK;
+use uuid::Uuid;
+
+use super::{NewDisk, StoreDir};
+use crate::catalogue::DiskRow;
+use crate::content::zero_runs;
+use crate::disk::{Disk, Options};
+use crate::segment::new_name;
+use crate::store::Access;
+
+/// Bytes stored before the device is told to begin with them: enough for long transfers, little
+/// next to what has to be stored before the work is worth speeding up.
+const WRITE_BEHIND_BYTES: u64 = 8 << 20;
+
+/// A disk that is being imported: it appears in the store when finished, or not at all.
+pub struct Import<D: Deref<Target = StoreDir>> {
+    dir: D,
+    disk: Option<Disk>,
+    segment: Uuid,
+    /// Bytes stored in all.
+    stored: AtomicU64,
+}
+
+impl StoreDir {
+    /// Begins an import: a disk to write to that nobody else sees yet.
+    ///
+    /// # Errors
+    /// As [`StoreDir::create`].
+    pub fn import(&self, new: &NewDisk, lanes: usize) -> Result<Import<&StoreDir>> {
+        Import::begin(self, new, lanes)
+    }
+}
+
+impl<D: Deref<Target = StoreDir>> Import<D> {
+    /// As [`StoreDir::import`], for whoever shares the store.
+    ///
+    /// # Errors
+    /// As [`StoreDir::create`].
+    pub fn begin(dir: D, new: &NewDisk, lanes: usize) -> Result<Self> {
+        let segment = dir.write_new(new)?;
+        let mut import = Import { dir, disk: None, segment, stored: AtomicU64::new(0) };
+        let dir = &*import.dir;
+        let file = dir.store.open(&new_name(segment), Access::Write)?;
+        let options = Options { lanes, ..dir.disk_options() };
+        import.disk = Some(Disk::open(file, dir, &options)?);
+        Ok(import)
+    }
+
+    /// The store.
+    #[must_use]
+    pub fn dir(&self) -> D
+    where
+        D: Clone,
+    {
+        self.dir.clone()
+    }
+
+    /// The disk to write to.
+    ///
+    /// # Panics
+    /// Never: the disk is there until the import is finished.
+    #[must_use]
+    pub fn disk(&self) -> &Disk {
+        self.disk.as_ref().expect("there until finished")
+    }
+
+    /// Stores a piece; gives back how many of its bytes were not zero, in whole blocks. `offset` is
+    /// a multiple of 4 KiB. Pieces that do not overlap may be stored side by side.
+    ///
+    /// # Errors
+    /// As [`Disk::write`].
+    pub fn store(&self, lane: usize, offset: u64, bytes: &[u8]) -> Result<u64> {
+        let disk = self.disk();
+        let mut data = Vec::new();
+        // Zeroes first: to zero blocks of an extent that has data already would make the engine
+        // punch holes where nothing was ever written.
+        zero_runs(bytes, BLOCK, &mut |at, run, zero| {
+            if zero {
+                return disk.write_zeroes(lane, offset + at, run.len() as u64, true);
+            }
+            data.push((at, run));
+            Ok(())
+        })?;
+        data.iter().try_for_each(|(at, run)| disk.write(lane, offset + at, run))?;
+        let stored = data.iter().map(|(_, run)| run.len() as u64).sum();
+        // Relaxed: decides only when somebody speeds the device up.
+        let before = self.stored.fetch_add(stored, Ordering::Relaxed);
+        if before / WRITE_BEHIND_BYTES != (before + stored) / WRITE_BEHIND_BYTES {
+            disk.write_behind();
+        }
+        Ok(stored)
+    }
+
+    /// Makes the content durable and the disk appear.
+    ///
+    /// # Errors
+    /// As [`Disk::close`] and [`StoreDir::create`]; the disk then does not appear.
+    pub fn finish(mut self) -> Result<DiskRow> {
+        if let Some(disk) = self.disk.take() {
+            disk.close()?;
+        }
+        let row = self.dir.publish(self.segment)?;
+        self.segment = Uuid::nil();
+        Ok(row)
+    }
+}
+
+impl<D: Deref<Target = StoreDir>> Drop for Import<D> {
+    fn drop(&mut self) {
+        self.disk = None;
+        if !self.segment.is_nil() {
+            // An import that failed leaves nothing; if this fails too, the next opening removes it.
+            let _ = self.dir.store.remove(&new_name(self.segment));
+        }
+    }
+}
