@@ -14,6 +14,7 @@ use format::{Error, Kind, Result};
 use parking_lot::Mutex;
 use redb::backends::InMemoryBackend;
 use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -23,7 +24,11 @@ use crate::store::{Access, File, Store};
 pub const FILE: &str = "catalogue.redb";
 /// Name of a catalogue that is being rebuilt.
 const NEW_FILE: &str = "catalogue.new";
-const DISKS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("disks");
+const DISKS: Table = TableDefinition::new("disks");
+const FROZEN: Table = TableDefinition::new("frozen");
+const FORKS: Table = TableDefinition::new("forks");
+
+type Table = TableDefinition<'static, &'static str, &'static [u8]>;
 
 /// One disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +58,50 @@ pub struct DiskRow {
     pub changing: bool,
 }
 
+/// A segment that a fork sealed: no disk's own, but disks stand on it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrozenRow {
+    /// The segment.
+    pub segment: Uuid,
+    /// The disk whose own segment it was.
+    pub disk: Uuid,
+}
+
+/// One disk that is forked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forked {
+    /// Its name.
+    pub name: String,
+    /// Its own segment, which is frozen.
+    pub segment: Uuid,
+    /// The segment in which it goes on.
+    pub successor: Uuid,
+    /// Its children.
+    pub children: Vec<Child>,
+}
+
+/// A disk that a fork makes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Child {
+    /// Its name.
+    pub name: String,
+    /// Its identity.
+    pub disk: Uuid,
+    /// Its own segment.
+    pub segment: Uuid,
+}
+
+/// A fork that is under way: what is to become of it is told by the segments.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForkRow {
+    /// Its identity.
+    pub fork: Uuid,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// The disks that are forked at one instant.
+    pub disks: Vec<Forked>,
+}
+
 /// One change of the catalogue.
 #[derive(Debug, Clone)]
 pub enum Change {
@@ -60,12 +109,28 @@ pub enum Change {
     Put(DiskRow),
     /// Removes the row of this name.
     Remove(String),
+    /// Adds a frozen segment.
+    PutFrozen(FrozenRow),
+    /// Removes a frozen segment.
+    RemoveFrozen(Uuid),
+    /// Adds a fork under way.
+    PutFork(ForkRow),
+    /// Removes a fork that is at its end.
+    RemoveFork(Uuid),
+}
+
+/// Everything in the catalogue.
+#[derive(Debug, Default)]
+struct Content {
+    disks: BTreeMap<String, DiskRow>,
+    frozen: BTreeMap<Uuid, FrozenRow>,
+    forks: BTreeMap<Uuid, ForkRow>,
 }
 
 /// The catalogue of one store.
 pub struct Catalogue {
     database: Option<Database>,
-    rows: Mutex<BTreeMap<String, DiskRow>>,
+    content: Mutex<Content>,
 }
 
 struct Backend(Arc<dyn File>);
@@ -135,26 +200,25 @@ impl Catalogue {
         Self::write_new(store, FILE, &[])
     }
 
-    /// Replaces the catalogue by one with these rows: whole, or not at all.
+    /// Replaces the catalogue by one with this content: whole, or not at all.
     ///
     /// # Errors
     /// What the host reports; the old catalogue is then still in place.
-    pub fn replace(store: &dyn Store, rows: &[DiskRow]) -> Result<Self> {
+    pub fn replace(store: &dyn Store, content: &[Change]) -> Result<Self> {
         if store.names()?.iter().any(|n| n == NEW_FILE) {
             store.remove(NEW_FILE)?;
         }
-        let catalogue = Self::write_new(store, NEW_FILE, rows)?;
+        let catalogue = Self::write_new(store, NEW_FILE, content)?;
         // The content is durable (the transaction synced it) before the name points at it.
         store.rename(NEW_FILE, FILE)?;
         store.sync_names()?;
         Ok(catalogue)
     }
 
-    fn write_new(store: &dyn Store, name: &str, rows: &[DiskRow]) -> Result<Self> {
+    fn write_new(store: &dyn Store, name: &str, content: &[Change]) -> Result<Self> {
         let file = store.create(name)?;
         let catalogue = Self::load(Backend(file))?;
-        let changes: Vec<_> = rows.iter().cloned().map(Change::Put).collect();
-        catalogue.apply(&changes)?;
+        catalogue.apply(content)?;
         Ok(catalogue)
     }
 
@@ -196,21 +260,33 @@ impl Catalogue {
     fn load(backend: impl StorageBackend) -> Result<Self> {
         guarded(|| {
             let database = Database::builder().create_with_backend(backend).map_err(from_redb)?;
-            let rows = read_rows(&database)?;
-            Ok(Catalogue { database: Some(database), rows: Mutex::new(rows) })
+            let content = read_content(&database)?;
+            Ok(Catalogue { database: Some(database), content: Mutex::new(content) })
         })
     }
 
     /// All rows, by name.
     #[must_use]
     pub fn rows(&self) -> Vec<DiskRow> {
-        self.rows.lock().values().cloned().collect()
+        self.content.lock().disks.values().cloned().collect()
+    }
+
+    /// All frozen segments.
+    #[must_use]
+    pub fn frozen(&self) -> Vec<FrozenRow> {
+        self.content.lock().frozen.values().cloned().collect()
+    }
+
+    /// The forks that are under way.
+    #[must_use]
+    pub fn forks(&self) -> Vec<ForkRow> {
+        self.content.lock().forks.values().cloned().collect()
     }
 
     /// The row of a disk.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<DiskRow> {
-        self.rows.lock().get(name).cloned()
+        self.content.lock().disks.get(name).cloned()
     }
 
     /// Applies changes in one durable transaction. Without a database (a catalogue that was opened
@@ -222,14 +298,22 @@ impl Catalogue {
         if let Some(database) = &self.database {
             guarded(|| write_rows(database, changes))?;
         }
-        let mut rows = self.rows.lock();
-        for change in changes {
-            match change {
-                Change::Put(row) => rows.insert(row.name.clone(), row.clone()),
-                Change::Remove(name) => rows.remove(name),
-            };
-        }
+        let mut content = self.content.lock();
+        changes.iter().for_each(|change| content.apply(change));
         Ok(())
+    }
+}
+
+impl Content {
+    fn apply(&mut self, change: &Change) {
+        match change {
+            Change::Put(row) => _ = self.disks.insert(row.name.clone(), row.clone()),
+            Change::Remove(name) => _ = self.disks.remove(name),
+            Change::PutFrozen(row) => _ = self.frozen.insert(row.segment, row.clone()),
+            Change::RemoveFrozen(segment) => _ = self.frozen.remove(segment),
+            Change::PutFork(row) => _ = self.forks.insert(row.fork, row.clone()),
+            Change::RemoveFork(fork) => _ = self.forks.remove(fork),
+        }
     }
 }
 
@@ -249,39 +333,71 @@ fn missing(e: Error) -> Error {
     if e.kind() == Kind::NotFound { damaged("its file is missing") } else { e }
 }
 
-fn read_rows(database: &Database) -> Result<BTreeMap<String, DiskRow>> {
+fn read_content(database: &Database) -> Result<Content> {
+    let mut content = Content::default();
+    each_row(database, DISKS, &mut |key, row: DiskRow| {
+        let named = row.name == key;
+        content.disks.insert(row.name.clone(), row);
+        named
+    })?;
+    each_row(database, FROZEN, &mut |key, row: FrozenRow| {
+        let named = row.segment.to_string() == key;
+        content.frozen.insert(row.segment, row);
+        named
+    })?;
+    each_row(database, FORKS, &mut |key, row: ForkRow| {
+        let named = row.fork.to_string() == key;
+        content.forks.insert(row.fork, row);
+        named
+    })?;
+    Ok(content)
+}
+
+/// Gives `take` every row of a table with its key; it tells whether the two belong together.
+fn each_row<R: DeserializeOwned>(
+    database: &Database,
+    table: Table,
+    take: &mut dyn FnMut(&str, R) -> bool,
+) -> Result<()> {
     let read = database.begin_read().map_err(from_redb)?;
-    let table = match read.open_table(DISKS) {
+    let table = match read.open_table(table) {
         Ok(table) => table,
-        Err(redb::TableError::TableDoesNotExist(_)) => return Ok(BTreeMap::new()),
+        Err(redb::TableError::TableDoesNotExist(_)) => return Ok(()),
         Err(e) => return Err(from_redb(e)),
     };
-    let mut rows = BTreeMap::new();
     for entry in table.iter().map_err(from_redb)? {
-        let (name, value) = entry.map_err(from_redb)?;
-        let row: DiskRow = serde_json::from_slice(value.value()).map_err(damaged)?;
-        if row.name != name.value() {
-            return Err(damaged(format!("the row {} is for another disk", name.value())));
+        let (key, value) = entry.map_err(from_redb)?;
+        let row: R = serde_json::from_slice(value.value()).map_err(damaged)?;
+        if !take(key.value(), row) {
+            return Err(damaged(format!("the row {} is for something else", key.value())));
         }
-        rows.insert(row.name.clone(), row);
     }
-    Ok(rows)
+    Ok(())
+}
+
+/// The table of a change, the key of its row, and the row if it is not removed.
+fn row_of(change: &Change) -> Result<(Table, String, Option<Vec<u8>>)> {
+    fn bytes(row: &impl Serialize) -> Result<Option<Vec<u8>>> {
+        serde_json::to_vec(row).map(Some).map_err(damaged)
+    }
+    Ok(match change {
+        Change::Put(row) => (DISKS, row.name.clone(), bytes(row)?),
+        Change::Remove(name) => (DISKS, name.clone(), None),
+        Change::PutFrozen(row) => (FROZEN, row.segment.to_string(), bytes(row)?),
+        Change::RemoveFrozen(segment) => (FROZEN, segment.to_string(), None),
+        Change::PutFork(row) => (FORKS, row.fork.to_string(), bytes(row)?),
+        Change::RemoveFork(fork) => (FORKS, fork.to_string(), None),
+    })
 }
 
 fn write_rows(database: &Database, changes: &[Change]) -> Result<()> {
     let write = database.begin_write().map_err(from_redb)?;
-    {
-        let mut table = write.open_table(DISKS).map_err(from_redb)?;
-        for change in changes {
-            match change {
-                Change::Put(row) => {
-                    let value = serde_json::to_vec(row).map_err(damaged)?;
-                    table.insert(row.name.as_str(), value.as_slice()).map_err(from_redb)?;
-                }
-                Change::Remove(name) => {
-                    table.remove(name.as_str()).map_err(from_redb)?;
-                }
-            }
+    for change in changes {
+        let (table, key, row) = row_of(change)?;
+        let mut table = write.open_table(table).map_err(from_redb)?;
+        match row {
+            Some(row) => _ = table.insert(key.as_str(), row.as_slice()).map_err(from_redb)?,
+            None => _ = table.remove(key.as_str()).map_err(from_redb)?,
         }
     }
     write.commit().map_err(from_redb)
@@ -335,7 +451,7 @@ mod tests {
         let err = Catalogue::open(&store).err().unwrap();
 
         assert!(err.to_string().contains("store rebuild"), "{err}");
-        let fresh = Catalogue::replace(&store, &[row("c")]).unwrap();
+        let fresh = Catalogue::replace(&store, &[Change::Put(row("c"))]).unwrap();
         assert_eq!(fresh.rows(), vec![row("c")]);
     }
 }

@@ -180,7 +180,7 @@ impl Args {
 
 /// Serves again what the last daemon served, and gives back the socket of the control interface.
 fn take_service(
-    daemon: &Daemon,
+    daemon: &Arc<Daemon>,
     predecessor: Option<Predecessor>,
     api: &Path,
     access: Access,
@@ -205,6 +205,7 @@ fn take_service(
         }
     };
     daemon.controlled_at(socket.listener()?.into());
+    daemon.sum_frozen();
     Ok(socket)
 }
 

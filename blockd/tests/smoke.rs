@@ -7,6 +7,7 @@ use blockd::disk::{Disk, Options};
 use blockd::segment::{Sealed, Segments, file_name, new_name};
 use blockd::store::sim::SimStore;
 use blockd::store::{Access, Store};
+use format::units::OwnerEpoch;
 use format::{Error, Kind, Result};
 use uuid::Uuid;
 
@@ -30,6 +31,7 @@ fn written_data_survives_reopen_and_seal() {
         virtual_size: 100 << 20,
         journal_extents: 1,
         created: 0,
+        owner_epoch: OwnerEpoch(1),
     };
     new.write(&store, None).unwrap();
     store.rename(&new_name(id), &file_name(id)).unwrap();

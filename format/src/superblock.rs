@@ -175,6 +175,8 @@ pub struct Superblock {
     pub created: u64,
     /// Name of the disk, so that a lost catalogue can be rebuilt.
     pub name: String,
+    /// The segment in which the disk goes on since a fork sealed this one; nil for none.
+    pub successor: Uuid,
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -214,7 +216,8 @@ struct Raw {
     digest: [u8; 32],
     created: U64,
     name: [u8; NAME_MAX],
-    reserved: [u8; PAGE - 456 - 4],
+    successor: [u8; 16],
+    reserved: [u8; PAGE - 472 - 4],
     crc: U32,
 }
 
@@ -280,6 +283,7 @@ impl Superblock {
         raw.digest = self.digest;
         raw.created = self.created.into();
         raw.name[..self.name.len()].copy_from_slice(self.name.as_bytes());
+        raw.successor = self.successor.into_bytes();
         raw.crc = crc(&raw.as_bytes()[..PAGE - 4]).into();
         raw.as_bytes().try_into().expect("a superblock is a page")
     }
@@ -325,6 +329,7 @@ impl Superblock {
             digest: raw.digest,
             created: raw.created.get(),
             name: raw.name()?,
+            successor: Uuid::from_bytes(raw.successor),
         };
         sb.check_ranges()?;
         Ok(sb)
@@ -348,6 +353,11 @@ impl Superblock {
         }
         if (self.state == State::Active) != (self.seal == Seal::None) {
             return Err(Error::corrupt("segment state and seal state contradict each other"));
+        }
+        if !self.successor.is_nil()
+            && (self.state == State::Active || self.successor == self.segment)
+        {
+            return Err(Error::corrupt("a segment that is no frozen one has a successor"));
         }
         Ok(())
     }
@@ -496,6 +506,7 @@ pub(crate) mod tests {
             digest: [0; 32],
             created: 1_700_000_000,
             name: "vm1".into(),
+            successor: Uuid::nil(),
         }
     }
 

@@ -10,6 +10,7 @@ use blockd::segment::{self, Sealed, Segments, file_name, new_name};
 use blockd::store::sim::{Image, Op, SimStore};
 use blockd::store::{Access, Store};
 use format::table::{ROW_BYTES, SegmentTable};
+use format::units::OwnerEpoch;
 use format::{Error, Kind, Result, limits};
 use uuid::Uuid;
 
@@ -49,6 +50,7 @@ pub fn new_segment(segment: Uuid, sectors: u64) -> NewSegment {
         virtual_size: sectors * SECTOR as u64,
         journal_extents: 1,
         created: 0,
+        owner_epoch: OwnerEpoch(1),
     }
 }
 

@@ -14,8 +14,8 @@ use super::NOTE;
 use super::reply::{Answer, Asked, Named, Params, Refused, blocking, failure, note_header};
 use super::types::{
     ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk, DiskDetails,
-    FailureBody, Job, JobKind, LostTail, RemovedDisk, RenameDisk, RepairDisk, Repaired, ResizeDisk,
-    Scrubbed,
+    FailureBody, ForkDisks, ForkedDisks, Job, JobKind, LostTail, RemovedDisk, RenameDisk,
+    RepairDisk, Repaired, ResizeDisk, Scrubbed,
 };
 use crate::daemon::{Daemon, Entry, Noted, Running};
 
@@ -129,6 +129,15 @@ pub async fn remove(
     Named(name): Named<String>,
 ) -> Answer<Json<RemovedDisk>> {
     Ok(Json(blocking(&daemon, move |d| d.remove(&name)).await?))
+}
+
+/// Fork disks at one instant: they go on, and children start out with what they hold
+#[utoipa::path(post, path = "/v1/forks", tag = "disks", request_body = ForkDisks,
+    responses((status = 201, body = ForkedDisks), (status = "default", body = FailureBody)))]
+pub async fn fork(State(daemon): Shared, Asked(request): Asked<ForkDisks>) -> Answer {
+    let shared = Arc::clone(&daemon);
+    let forked = blocking(&daemon, move |_| shared.fork(&request)).await?;
+    Ok((StatusCode::CREATED, Json(forked)).into_response())
 }
 
 /// Give a disk another name

@@ -35,6 +35,7 @@ use super::{content, daemon, disks, exports, sessions};
         disks::create,
         disks::show,
         disks::remove,
+        disks::fork,
         disks::rename,
         disks::resize,
         disks::seal,

@@ -12,7 +12,8 @@ use super::holds::Hold;
 use super::jobs::Running;
 use crate::api::types::{
     ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk as Summary, DiskDetails,
-    MapRange, Moved, RemovedDisk, RenameDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed,
+    ForkDisks, ForkedDisks, JobKind, MapRange, Moved, RemovedDisk, RenameDisk, RepairDisk,
+    Repaired, ResizeDisk, Scrubbed,
 };
 use crate::disk::Disk;
 use crate::serve::Volume;
@@ -127,6 +128,48 @@ impl Daemon {
         let _parent = parent.transpose().context("create", object(&new.name))?;
         let _hold = self.hold(&new.name, Access::Write).context("create", object(&new.name))?;
         verbs::create(&*self.dir()?, new)
+    }
+
+    /// Forks disks.
+    ///
+    /// # Errors
+    /// As [`verbs::fork`].
+    pub fn fork(self: &Arc<Self>, request: &ForkDisks) -> Result<ForkedDisks> {
+        let forked = {
+            let names = request.disks.iter().flat_map(|d| d.children.iter().chain([&d.disk]));
+            let mut names: Vec<&String> = names.collect();
+            // What is named twice is refused below.
+            names.sort_unstable();
+            names.dedup();
+            let held = names.into_iter().map(|name| self.hold(name, Access::Write));
+            let held = held.collect::<Result<Vec<_>>>();
+            let _held = held.context("fork", || verbs::named(request))?;
+            verbs::fork(&*self.dir()?, request)?
+        };
+        self.sum_frozen();
+        Ok(forked)
+    }
+
+    /// Has the sums of frozen segments made that have none yet, as a job that nobody waits for.
+    pub fn sum_frozen(self: &Arc<Self>) {
+        use crate::pump::Watch as _;
+        let daemon = Arc::clone(self);
+        let work = move || {
+            let _one = daemon.summing.lock();
+            let Ok(dir) = daemon.dir() else { return };
+            let Some(object) = dir.next_to_sum() else { return };
+            let job = daemon.jobs.start(JobKind::Seal, &object, None);
+            let summed = dir.sum_frozen(&mut |done, total| {
+                job.set(done, total);
+                job.check()
+            });
+            job.finish(&summed.map(serde_json::Value::from));
+        };
+        let thread = std::thread::Builder::new().name("sums".into()).spawn(work);
+        if let Err(error) = thread {
+            // The next fork, or the next start, tries again.
+            tracing::warn!(%error, "no thread for the sums of frozen segments");
+        }
     }
 
     /// Removes a disk.

@@ -34,7 +34,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use format::{Context as _, Result};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
 use crate::api::types::{EventKind, ExportState, Health, Version};
@@ -72,6 +72,8 @@ pub struct Daemon {
     /// The control interface's listening socket, for a successor.
     control: OnceLock<OwnedFd>,
     handed_over: AtomicBool,
+    /// Held by the one who makes sums of frozen segments.
+    summing: Mutex<()>,
     stopping: watch::Sender<bool>,
 }
 
@@ -98,6 +100,7 @@ impl Daemon {
             arguments: Vec::new(),
             control: OnceLock::new(),
             handed_over: AtomicBool::new(false),
+            summing: Mutex::default(),
             stopping: watch::Sender::new(false),
         };
         daemon.events.add(EventKind::Started, format!("store {}", path.display()), "");

@@ -36,11 +36,14 @@ pub struct NewSegment {
     pub journal_extents: u64,
     /// Seconds since 1970.
     pub created: u64,
+    /// Ownership epoch of the volume.
+    pub owner_epoch: OwnerEpoch,
 }
 
-/// A sealed disk to stand on.
+/// A sealed segment to stand on. Its sums may be pending: the row of the new segment then has no
+/// digest to compare it with.
 pub struct Parent<'a> {
-    /// Identity of the disk.
+    /// Identity of the disk that the new one is said to be created over; nil for none.
     pub disk: Uuid,
     /// Its segment.
     pub sealed: &'a Sealed,
@@ -78,13 +81,13 @@ impl NewSegment {
                     let reason = format!("its parent has {} bytes", sb.virtual_size);
                     return Err(Error::new(Kind::Invalid, reason).hint("make it as large"));
                 }
-                if sb.seal != Seal::Done {
-                    return Err(
-                        Error::invalid("its parent has no digest yet").hint("seal it again")
-                    );
+                if sb.state != State::Sealed {
+                    return Err(Error::invalid("its parent is not sealed"));
                 }
                 let mut table = p.table.clone();
-                table.set_digest(sb.segment, sb.digest);
+                if sb.seal == Seal::Done {
+                    table.set_digest(sb.segment, sb.digest);
+                }
                 (table, sb.root)
             }
         };
@@ -97,7 +100,7 @@ impl NewSegment {
             segment: self.segment,
             disk: self.disk,
             parent_disk: parent.map_or(Uuid::nil(), |p| p.disk),
-            owner_epoch: OwnerEpoch(1),
+            owner_epoch: self.owner_epoch,
             virtual_size: self.virtual_size,
             state: State::Active,
             mode: Mode::Persistent,
@@ -115,6 +118,7 @@ impl NewSegment {
             digest: [0; 32],
             created: self.created,
             name: self.name.clone(),
+            successor: Uuid::nil(),
         };
         let content = table.encode();
         let mut space = SpaceMap::new(sb.data_start());

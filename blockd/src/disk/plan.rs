@@ -366,6 +366,7 @@ mod tests {
     use std::sync::Arc;
     use std::time::{Duration, Instant};
 
+    use format::units::OwnerEpoch;
     use uuid::Uuid;
 
     use super::*;
@@ -394,6 +395,7 @@ mod tests {
             virtual_size: 8 << 20,
             journal_extents: 16,
             created: 0,
+            owner_epoch: OwnerEpoch(1),
         };
         new.write(&store, None).unwrap();
         let file = store.open(&new_name(segment), Access::Write).unwrap();

@@ -18,6 +18,7 @@ use format::units::{BlockId, ExtentId, GuestBlock, LeafNo, crc, index};
 use uuid::Uuid;
 
 use super::map::Map;
+use super::problem::Severity;
 use super::{Disk, Options};
 use crate::segment::Segments;
 use crate::store::File;
@@ -169,6 +170,26 @@ impl Disk {
         let sealed = self.seal_inner(progress).map_err(|e| e.within("seal", self.object()))?;
         self.tail.remove()?;
         Ok(sealed)
+    }
+
+    /// Makes the disk immutable for a fork: it goes on in the segment `successor`. Sums are made
+    /// later ([`Disk::finish_seal`]): they cost as much as the disk has data, and a fork does not.
+    ///
+    /// # Errors
+    /// As [`Disk::checkpoint`]; the disk is then as a crash would have left it.
+    pub fn freeze(self, successor: Uuid) -> Result<()> {
+        self.check_writable()?;
+        // A sealed map is never mended. Damage that nobody has met is met by who makes the sums.
+        if let Some(problem) = self.problems.iter().find(|p| p.what.severity() > Severity::Minor) {
+            return Err(problem.to_error().within("freeze", self.object()));
+        }
+        let sealed = self.finish(|sb| {
+            sb.state = State::Sealed;
+            sb.seal = Seal::Pending;
+            sb.successor = successor;
+        });
+        sealed.map_err(|e| e.within("freeze", self.object()))?;
+        self.tail.remove()
     }
 
     fn seal_inner(&self, progress: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<[u8; 32]> {

@@ -12,6 +12,7 @@
 //! Crash arguments: `docs/format.md` §9; test: `crash_points` (operations create, import, rename,
 //! delete).
 
+mod fork;
 mod import;
 mod rebuild;
 mod verbs;
@@ -27,12 +28,13 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::catalogue::{Catalogue, Change, DiskRow};
+use crate::catalogue::{Catalogue, Change, DiskRow, FrozenRow};
 use crate::disk::Options;
 use crate::segment::{self, Sealed, Segments, file_name};
 use crate::store::file::{CacheMode, FileStore, FileStoreOptions, LockGuard, LockKind};
 use crate::store::{Access, File, Store};
 
+pub use fork::ForkOf;
 pub use import::Import;
 pub use rebuild::Rebuilt;
 pub use verbs::NewDisk;
@@ -254,8 +256,14 @@ impl StoreDir {
     /// segments that were never finished, takes in finished ones that it does not know, and reads
     /// off again the rows of those that were being changed.
     fn catch_up(&mut self) -> Result<()> {
-        let rows = self.catalogue.rows();
-        let known: HashSet<Uuid> = rows.iter().map(|r| r.segment).collect();
+        if self.writable {
+            let settled = self.settle_forks();
+            self.notes.extend(settled);
+        }
+        let (rows, frozen, unsettled) =
+            (self.catalogue.rows(), self.catalogue.frozen(), self.unsettled());
+        let known: HashSet<Uuid> =
+            rows.iter().map(|r| r.segment).chain(frozen.iter().map(|r| r.segment)).collect();
         for row in rows.iter().filter(|r| r.relabel && self.writable) {
             self.finish_rename(row.clone())?;
             self.notes.push(format!("finished renaming disk {}", row.name));
@@ -269,6 +277,9 @@ impl StoreDir {
         for name in self.store.names()? {
             let Some((id, suffix)) = name.split_once('.') else { continue };
             let Ok(id) = id.parse::<Uuid>() else { continue };
+            if unsettled.contains(&id) {
+                continue;
+            }
             match suffix {
                 "new" if self.writable => {
                     self.store.remove(&name)?;
@@ -278,7 +289,12 @@ impl StoreDir {
                     match rows.iter().find(|r| r.segment == id) {
                         Some(row) if self.writable => self.forget_deleted(&row.name, id)?,
                         Some(row) => self.catalogue.apply(&[Change::Remove(row.name.clone())])?,
-                        None if self.writable => self.store.remove(&name)?,
+                        None if self.writable => {
+                            if frozen.iter().any(|r| r.segment == id) {
+                                self.catalogue.apply(&[Change::RemoveFrozen(id)])?;
+                            }
+                            self.store.remove(&name)?;
+                        }
                         None => {}
                     }
                     if self.writable {
@@ -301,7 +317,9 @@ impl StoreDir {
 
     /// Segments in the folder that the catalogue does not know.
     fn strangers(&self) -> Result<Vec<Uuid>> {
-        let known: HashSet<Uuid> = self.catalogue.rows().iter().map(|r| r.segment).collect();
+        let (rows, frozen) = (self.catalogue.rows(), self.catalogue.frozen());
+        let rows = rows.iter().map(|r| r.segment);
+        let known: HashSet<Uuid> = rows.chain(frozen.iter().map(|r| r.segment)).collect();
         let mut ids = rebuild::segment_ids(self.store.as_ref())?;
         ids.retain(|id| !known.contains(id));
         Ok(ids)
@@ -309,6 +327,9 @@ impl StoreDir {
 
     fn adopt(&mut self, id: Uuid) -> Result<()> {
         match self.row_of(id) {
+            Ok(row) if self.is_frozen(id)? => self
+                .catalogue
+                .apply(&[Change::PutFrozen(FrozenRow { segment: id, disk: row.disk })]),
             Ok(row) if self.catalogue.get(&row.name).is_none() => {
                 self.notes.push(format!("took in disk {}, which was just finished", row.name));
                 self.catalogue.apply(&[Change::Put(row)])
@@ -324,6 +345,12 @@ impl StoreDir {
                 Ok(())
             }
         }
+    }
+
+    /// Whether a fork has sealed the segment: it is no disk's own any more.
+    fn is_frozen(&self, id: Uuid) -> Result<bool> {
+        let file = self.store.open(&file_name(id), Access::Read)?;
+        Ok(!segment::read_superblock(file.as_ref())?.superblock.successor.is_nil())
     }
 
     /// The row that a segment's own content makes.

@@ -10,9 +10,10 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::{LOCK_FILE, OpenOptions, StoreDir, read_identity};
-use crate::catalogue::{Catalogue, DiskRow};
-use crate::store::Store;
+use crate::catalogue::{Catalogue, Change, DiskRow, FrozenRow};
+use crate::segment::{self, new_name};
 use crate::store::file::{FileStore, FileStoreOptions, LockKind};
+use crate::store::{Access, Store};
 
 /// What a rebuild found.
 #[derive(Debug, Clone, Serialize)]
@@ -62,8 +63,10 @@ impl StoreDir {
             missing: Vec::new(),
         };
         let mut rows: BTreeMap<String, DiskRow> = BTreeMap::new();
+        let frozen = dir.frozen_segments()?;
         for id in segment_ids(store.as_ref())? {
             match dir.row_of(id) {
+                Ok(_) if frozen.iter().any(|row| row.segment == id) => {}
                 Ok(row) => dir.place(row, &mut rows, &mut found)?,
                 Err(e) => found.unreadable.push((id, e.to_string())),
             }
@@ -75,8 +78,30 @@ impl StoreDir {
         missing.dedup();
         found.missing = missing;
         found.disks = rows.into_values().collect();
-        Catalogue::replace(store.as_ref(), &found.disks)?;
+        let rows = found.disks.iter().cloned().map(Change::Put);
+        let content: Vec<_> = rows.chain(frozen.into_iter().map(Change::PutFrozen)).collect();
+        Catalogue::replace(store.as_ref(), &content)?;
         Ok(found)
+    }
+
+    /// The frozen segments in the folder. A successor that a crash kept from its final name gets
+    /// it: what was deleted has no file at all.
+    fn frozen_segments(&self) -> Result<Vec<FrozenRow>> {
+        let mut frozen = Vec::new();
+        for id in segment_ids(self.store.as_ref())? {
+            let file = self.segment_file(id, Access::Read)?;
+            let Ok(chosen) = segment::read_superblock(file.as_ref()) else { continue };
+            let sb = chosen.superblock;
+            if sb.successor.is_nil() {
+                continue;
+            }
+            if self.store.names()?.contains(&new_name(sb.successor)) {
+                self.complete(&sb, sb.successor)?;
+            }
+            frozen.push(FrozenRow { segment: id, disk: sb.disk });
+        }
+        self.store.sync_names()?;
+        Ok(frozen)
     }
 
     fn place(

@@ -11,6 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use format::limits::{BLOCK, EXTENT, JOURNAL_EXTENTS_DEFAULT};
 use format::superblock::{Seal, check_name};
 use format::table::{ROW_BYTES, SegmentTable};
+use format::units::OwnerEpoch;
 use format::{Context, Error, Kind, Result, limits};
 use uuid::Uuid;
 
@@ -84,6 +85,7 @@ impl StoreDir {
             virtual_size: size,
             journal_extents: journal,
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            owner_epoch: OwnerEpoch(1),
         };
         let uneven = !inherited.is_multiple_of(BLOCK);
         if size > inherited && uneven && parent.is_some() {
@@ -118,7 +120,7 @@ impl StoreDir {
         Ok((row, sealed))
     }
 
-    fn check_name_free(&self, name: &str) -> Result<()> {
+    pub(super) fn check_name_free(&self, name: &str) -> Result<()> {
         match self.catalogue.get(name) {
             None => Ok(()),
             Some(_) => Err(Error::new(Kind::Exists, "a disk of this name exists already")
@@ -293,28 +295,17 @@ impl StoreDir {
         self.changing(&row, || disk.resize(size, drop_data))
     }
 
-    /// Segments that the catalogue does not know may stand on a disk, too.
-    fn check_strangers(&self, row: &DiskRow) -> Result<()> {
-        if !row.sealed {
-            return Ok(());
-        }
+    /// A segment that the catalogue does not know and that may stand on this one.
+    pub(super) fn stranger_over(&self, segment: Uuid) -> Result<Option<Uuid>> {
         for id in self.strangers()? {
-            let stands_on_it = match self.row_of(id) {
-                Ok(other) => other.parents.contains(&row.segment),
+            match self.row_of(id) {
+                Ok(row) if !row.parents.contains(&segment) => {}
                 Err(e) if e.kind() == Kind::Io => return Err(e),
                 // Unreadable: it may.
-                Err(_) => true,
-            };
-            if stands_on_it {
-                let reason =
-                    format!("segment {id}, which is not in the catalogue, may stand on it");
-                return Err(Error::new(Kind::InUse, reason)
-                    .tried("remove")
-                    .on(format!("disk {}", row.name))
-                    .hint("run `offshoot store rebuild`, or move that segment out of the store"));
+                _ => return Ok(Some(id)),
             }
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Takes the row of a deleted disk out of the catalogue, then its file out of the folder.
@@ -348,11 +339,19 @@ impl StoreDir {
                 .on(format!("disk {name}"))
                 .hint("remove those first"));
         }
-        self.check_strangers(&row)?;
+        let stranger = if row.sealed { self.stranger_over(row.segment)? } else { None };
+        if let Some(id) = stranger {
+            let reason = format!("segment {id}, which is not in the catalogue, may stand on it");
+            return Err(Error::new(Kind::InUse, reason)
+                .tried("remove")
+                .on(format!("disk {name}"))
+                .hint("run `offshoot store rebuild`, or move that segment out of the store"));
+        }
         match self.store.rename(&file_name(row.segment), &deleted_name(row.segment)) {
             // The file is gone: what is left of the disk is its row.
             Err(e) if e.kind() == Kind::NotFound => {
-                return self.catalogue.apply(&[Change::Remove(name.into())]);
+                self.catalogue.apply(&[Change::Remove(name.into())])?;
+                return self.drop_frozen();
             }
             renamed => renamed.context("remove", || format!("disk {name}"))?,
         }
@@ -361,6 +360,7 @@ impl StoreDir {
         // The deletion is decided, durably, before the catalogue forgets the disk.
         self.store.sync_names()?;
         self.forget_deleted(name, row.segment)?;
+        self.drop_frozen()?;
         self.store.sync_names()
     }
 }

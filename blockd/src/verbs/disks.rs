@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
+use std::time::Instant;
 
 use format::superblock::{Attached, Mode, Seal, State, Superblock};
 use format::{Context as _, Error, Kind, Result};
@@ -10,13 +11,13 @@ use uuid::Uuid;
 use super::disk_options;
 use crate::api::types::{
     ChainRow, CreateDisk, Df, Disk as Summary, DiskDetails, DiskSpace, DiskState, FeatureBits,
-    JournalUse, ResizeDisk,
+    ForkDisk, ForkDisks, ForkedDisks, JournalUse, ResizeDisk,
 };
 use crate::catalogue::DiskRow;
 use crate::disk::Disk;
 use crate::segment::{file_name, read_superblock};
 use crate::store::Access;
-use crate::storedir::{NewDisk, StoreDir};
+use crate::storedir::{ForkOf, NewDisk, StoreDir};
 
 /// Names of the disks by their identity.
 type Names = HashMap<Uuid, String>;
@@ -153,6 +154,34 @@ pub fn create(dir: &StoreDir, new: &CreateDisk) -> Result<Summary> {
     };
     let row = dir.create(&new).context("create", || format!("disk {}", new.name))?;
     summary(dir, &row)
+}
+
+/// Forks disks that nobody has open.
+///
+/// # Errors
+/// As [`StoreDir::fork`].
+pub fn fork(dir: &StoreDir, request: &ForkDisks) -> Result<ForkedDisks> {
+    let began = Instant::now();
+    let of = |d: &ForkDisk| ForkOf { disk: d.disk.clone(), children: d.children.clone() };
+    let wanted: Vec<ForkOf> = request.disks.iter().map(of).collect();
+    let fork = || -> Result<Vec<DiskRow>> {
+        for of in &wanted {
+            take_tail(dir, &of.disk, request.accept_lost_tail)?;
+        }
+        dir.fork(&wanted)
+    };
+    let children = fork().context("fork", || named(request))?;
+    let children = children.iter().map(|row| summary(dir, row)).collect::<Result<_>>()?;
+    let took_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+    Ok(ForkedDisks { children, took_us })
+}
+
+/// What is forked, for messages.
+#[must_use]
+pub fn named(request: &ForkDisks) -> String {
+    let names: Vec<&str> = request.disks.iter().map(|d| d.disk.as_str()).collect();
+    let what = if names.len() == 1 { "disk" } else { "disks" };
+    format!("{what} {}", names.join(", "))
 }
 
 /// Bytes that removing a disk gives back.

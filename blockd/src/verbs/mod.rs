@@ -20,7 +20,9 @@ use crate::storedir::StoreDir;
 pub use bytes::{check_end, write_bytes, zero};
 pub use check::{check, repair, scrub, verify};
 pub use compare::{Contents, compare, content_ranges, disk_ranges};
-pub use disks::{create, details, df, freed, list, resize, resize_open, seal, summary};
+pub use disks::{
+    create, details, df, fork, freed, list, named, resize, resize_open, seal, summary,
+};
 pub use map::walk as walk_map;
 
 /// Notes about one disk that are passed on; a disk can have thousands of problems.

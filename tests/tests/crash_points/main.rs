@@ -15,6 +15,7 @@
 //! `OFFSHOOT_SOAK=1` visits several hundred thousand states instead of tens of thousands.
 
 mod chains;
+mod fork;
 mod hand_on;
 mod kill;
 mod orders;

@@ -25,27 +25,27 @@ use offshoot_tests::sim::{BLOCK, EXTENT};
 use uuid::Uuid;
 
 /// Sectors of the disks: 2 MiB.
-const SECTORS: u64 = 32 * EXTENT;
+pub(super) const SECTORS: u64 = 32 * EXTENT;
 
 /// A disk as its owner sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Seen {
+pub(super) struct Seen {
     sectors: u64,
-    sealed: bool,
+    pub(super) sealed: bool,
     contents: Contents,
 }
 
-type World = BTreeMap<String, Seen>;
+pub(super) type World = BTreeMap<String, Seen>;
 
 fn options() -> OpenOptions {
     OpenOptions { access: Access::Write, cache: CacheMode::Auto, boot: Uuid::from_u128(5) }
 }
 
-fn open(store: &SimStore) -> Result<StoreDir> {
+pub(super) fn open(store: &SimStore) -> Result<StoreDir> {
     StoreDir::open_in(Arc::new(store.clone()), &options())
 }
 
-fn new_disk(name: &str, parent: Option<&str>) -> NewDisk {
+pub(super) fn new_disk(name: &str, parent: Option<&str>) -> NewDisk {
     let virtual_size = SECTORS * SECTOR as u64;
     let journal_bytes = EXTENT * SECTOR as u64;
     NewDisk { name: name.into(), virtual_size, parent: parent.map(Into::into), journal_bytes }
@@ -65,28 +65,28 @@ fn look(dir: &StoreDir) -> Result<World, Violation> {
 }
 
 /// A store whose operations are recorded, with what it should look like after each.
-struct Recorder {
-    store: SimStore,
+pub(super) struct Recorder {
+    pub(super) store: SimStore,
     /// Log length before, and the world after, each operation; the first is the start.
     steps: Vec<(usize, World)>,
     ends: Vec<usize>,
 }
 
 impl Recorder {
-    fn start() -> Self {
+    pub(super) fn start() -> Self {
         let store = SimStore::new();
         StoreDir::init_in(&store, None).unwrap();
         Self::over(store.live_image())
     }
 
-    fn over(image: Image) -> Self {
+    pub(super) fn over(image: Image) -> Self {
         let store = SimStore::from_image(image);
         let world = look(&open(&SimStore::from_image(store.base())).unwrap()).unwrap();
         Recorder { store, steps: vec![(0, world)], ends: vec![0] }
     }
 
     /// Does one operation, which changes the world in one step.
-    fn step(&mut self, run: impl FnOnce(&StoreDir)) {
+    pub(super) fn step(&mut self, run: impl FnOnce(&StoreDir)) {
         let before = self.store.log_len();
         let dir = open(&self.store).unwrap();
         run(&dir);
@@ -113,7 +113,7 @@ impl Recorder {
         (done..=begun.max(done)).map(|i| &self.steps[i].1).collect()
     }
 
-    fn visit(&self, test: &str) {
+    pub(super) fn visit(&self, test: &str) {
         let (mut report, mut seen) = (Report::default(), HashMap::new());
         let stats = self.each(&mut |state, image| {
             let print = image.fingerprint();
@@ -148,7 +148,7 @@ fn differences(found: &World, allowed: &[&World]) -> String {
 
 /// Opens the store as a crash left it and says what is in it. Of a sample, the store then goes on:
 /// a disk is made, and the catalogue is rebuilt from the segments.
-fn recovered(image: Image, print: u128) -> Result<World, Violation> {
+pub(super) fn recovered(image: Image, print: u128) -> Result<World, Violation> {
     let error = |e| Violation::new(Wrong::Error, e);
     let store = SimStore::without_log(image);
     let dir = open(&store).map_err(error)?;
@@ -158,9 +158,9 @@ fn recovered(image: Image, print: u128) -> Result<World, Violation> {
     if let Some(name) = names.iter().find(|n| unfinished(n)) {
         return Err(Violation::new(Wrong::Garbage, format!("{name} is left over")));
     }
-    let segments = names.iter().filter(|n| n.ends_with(".seg")).count();
-    if segments != world.len() {
-        let text = format!("{segments} segments, {} disks", world.len());
+    let (segments, frozen) = (names.iter().filter(|n| n.ends_with(".seg")).count(), dir.frozen());
+    if segments != world.len() + frozen {
+        let text = format!("{segments} segments, {} disks, {frozen} frozen", world.len());
         return Err(Violation::new(Wrong::Missing, text));
     }
     if print.is_multiple_of(16) {
@@ -181,7 +181,7 @@ fn in_bytes(sectors: u64) -> usize {
     usize::try_from(sectors).unwrap() * SECTOR
 }
 
-fn write(disk: &Disk, tag: u32, first: u64, count: u64) {
+pub(super) fn write(disk: &Disk, tag: u32, first: u64, count: u64) {
     disk.write(0, first * SECTOR as u64, &bytes(tag, first, count)).unwrap();
 }
 

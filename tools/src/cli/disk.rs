@@ -6,6 +6,7 @@ use blockd::api::types::NewSize;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::LostTail;
+use super::fork::Fork;
 use super::serve::{Attach, Detach, ExportNbd, Limit};
 use crate::image::Format;
 use crate::size;
@@ -38,6 +39,16 @@ Examples:
   offshoot disk create web1 --parent debian
   offshoot disk create web2 --parent debian --size 40G")]
     Create(Create),
+
+    /// Make children that start out with what a disk holds at this instant; the disk goes on
+    ///
+    /// Nothing is copied, whatever the size, and none sees what another writes from then on. Any of
+    /// them can be removed at any time; what nobody stands on any more goes with the last.
+    #[command(after_help = "\
+Examples:
+  offshoot disk fork web1 try1 try2 try3
+  offshoot disk fork db db-copy --with logs:logs-copy")]
+    Fork(Fork),
 
     /// List the disks
     ///

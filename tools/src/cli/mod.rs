@@ -4,6 +4,7 @@
 
 mod daemon;
 mod disk;
+mod fork;
 mod serve;
 
 use std::path::PathBuf;
@@ -16,6 +17,7 @@ pub use disk::{
     Check, Compare, Create, Discard, DiskVerb, Export, Import, Name, Range, Remove, Rename, Repair,
     Resize, SinkFormat, Write,
 };
+pub use fork::Fork;
 pub use serve::{Attach, Detach, ExportNbd, Limit};
 
 const ABOUT_CODES: &str = "\

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use blockd::api::types::{
     ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk as Summary, DiskDetails,
-    MapRange, Moved, RemovedDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed, SessionUse,
+    ForkDisks, ForkedDisks, MapRange, Moved, RemovedDisk, RepairDisk, Repaired, ResizeDisk,
+    Scrubbed, SessionUse,
 };
 use blockd::content::Content;
 use blockd::disk::Disk;
@@ -59,6 +60,10 @@ impl Store for Local {
 
     fn create(&self, new: &CreateDisk) -> Result<Summary> {
         verbs::create(&self.dir, new)
+    }
+
+    fn fork(&self, request: &ForkDisks) -> Result<ForkedDisks> {
+        verbs::fork(&self.dir, request)
     }
 
     fn remove(&self, name: &str) -> Result<RemovedDisk> {

@@ -7,8 +7,9 @@ mod local;
 mod remote;
 
 use blockd::api::types::{
-    ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk, DiskDetails, MapRange,
-    Moved, RemovedDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed, SessionUse,
+    ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk, DiskDetails, ForkDisks,
+    ForkedDisks, MapRange, Moved, RemovedDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed,
+    SessionUse,
 };
 use blockd::content::Content;
 use blockd::pump::Watch;
@@ -74,6 +75,9 @@ pub trait Store {
 
     /// Creates a disk.
     fn create(&self, new: &CreateDisk) -> Result<Disk>;
+
+    /// Forks disks at one instant.
+    fn fork(&self, request: &ForkDisks) -> Result<ForkedDisks>;
 
     /// Removes a disk.
     fn remove(&self, name: &str) -> Result<RemovedDisk>;

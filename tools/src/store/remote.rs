@@ -6,8 +6,8 @@ use std::sync::{Mutex, PoisonError};
 
 use blockd::api::types::{
     ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk as Summary, DiskDetails,
-    Extent, LostTail, MapRange, Moved, OpenSession, RemovedDisk, RenameDisk, RepairDisk, Repaired,
-    ResizeDisk, Scrubbed, Session, SessionUse, Stored,
+    Extent, ForkDisks, ForkedDisks, LostTail, MapRange, Moved, OpenSession, RemovedDisk,
+    RenameDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed, Session, SessionUse, Stored,
 };
 use blockd::content::{Content, Run};
 use blockd::pump::Watch;
@@ -61,6 +61,10 @@ impl Store for Remote {
 
     fn create(&self, new: &CreateDisk) -> Result<Summary> {
         self.client.post("/v1/disks".into(), new)
+    }
+
+    fn fork(&self, request: &ForkDisks) -> Result<ForkedDisks> {
+        self.client.post("/v1/forks".into(), request)
     }
 
     fn remove(&self, name: &str) -> Result<RemovedDisk> {

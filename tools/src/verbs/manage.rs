@@ -1,10 +1,12 @@
-//! `disk create`, `rm`, `resize`, `seal`, `rename`.
+//! `disk create`, `fork`, `rm`, `resize`, `seal`, `rename`.
 
-use blockd::api::types::{CreateDisk, ResizeDisk};
+use std::time::Duration;
+
+use blockd::api::types::{CreateDisk, ForkDisk, ForkDisks, ResizeDisk};
 use blockd::store::Access;
 
 use super::Session;
-use crate::cli::{Create, Name, Remove, Rename, Resize};
+use crate::cli::{Create, Fork, Name, Remove, Rename, Resize};
 use crate::output::{Outcome, Verdict};
 use crate::progress::Progress;
 use crate::size::show;
@@ -19,6 +21,23 @@ pub fn create(s: &Session, args: Create) -> Outcome {
     };
     let disk = s.open(Access::Write)?.create(&new)?;
     s.out.confirm(&disk, || format!("created disk {}, {}", disk.name, show(disk.size)))?;
+    Ok(Verdict::Done)
+}
+
+/// `disk fork`
+pub fn fork(s: &Session, args: Fork) -> Outcome {
+    let first = ForkDisk { disk: args.parent, children: args.children };
+    let request = ForkDisks {
+        disks: [first].into_iter().chain(args.with).collect(),
+        accept_lost_tail: args.tail.accept_lost_tail,
+    };
+    let forked = s.open(Access::Write)?.fork(&request)?;
+    s.out.confirm(&forked, || {
+        let parents: Vec<&str> = request.disks.iter().map(|d| d.disk.as_str()).collect();
+        let children: Vec<&str> = forked.children.iter().map(|d| d.name.as_str()).collect();
+        let took = Duration::from_micros(forked.took_us);
+        format!("forked {} into {} in {took:.1?}", parents.join(", "), children.join(", "))
+    })?;
     Ok(Verdict::Done)
 }
 

@@ -52,6 +52,7 @@ pub fn run(cli: Cli, out: Output) -> Outcome {
         Verb::Disk(verb) => match verb {
             DiskVerb::Import(args) => import::import(s, &args),
             DiskVerb::Create(args) => manage::create(s, args),
+            DiskVerb::Fork(args) => manage::fork(s, args),
             DiskVerb::Ls => inspect::ls(s),
             DiskVerb::Show(args) => inspect::show(s, &args),
             DiskVerb::Map(args) => map::map(s, &args),

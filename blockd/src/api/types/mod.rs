@@ -9,6 +9,7 @@ mod daemon;
 mod disks;
 mod exports;
 mod failure;
+mod forks;
 mod socket;
 
 pub use daemon::{Event, EventKind, HandOver, HandedOver, Health, Job, JobKind, JobState, Version};
@@ -20,4 +21,5 @@ pub use disks::{
 };
 pub use exports::{AttachDisk, DetachDisk, DiskStats, Export, ExportKind, ExportSpec, ExportState};
 pub use failure::{Failure, FailureBody};
+pub use forks::{ForkDisk, ForkDisks, ForkedDisks};
 pub use socket::{Place, SocketName, TlsFiles};

@@ -24,7 +24,7 @@ use format::limits::{BLOCK, EXTENT, HEADER_EXTENTS, PAGE, SUPERBLOCK_COPIES, SUP
 use format::node::{NodePtr, PageRef, VectorRef, decode_inner, encode_inner};
 use format::superblock::{Attached, Superblock};
 use format::table::{Row, SegmentTable};
-use format::units::{ExtentId, GuestBlock, PageNo, SegmentIdx, crc};
+use format::units::{ExtentId, GuestBlock, OwnerEpoch, PageNo, SegmentIdx, crc};
 use format::{Error, Kind, Result};
 use uuid::Uuid;
 
@@ -298,6 +298,7 @@ fn new_segment(segment: Uuid) -> NewSegment {
         virtual_size: (40 << 20) + 512,
         journal_extents: 1,
         created: 0,
+        owner_epoch: OwnerEpoch(1),
     }
 }
 

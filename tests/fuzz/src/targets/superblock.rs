@@ -118,6 +118,7 @@ pub fn sample() -> Superblock {
         digest: [0; 32],
         created: 1_700_000_000,
         name: "vm1".into(),
+        successor: Uuid::nil(),
     }
 }
 
@@ -128,6 +129,7 @@ fn sealed_child() -> Superblock {
         generation: Generation(8),
         parent_disk: Uuid::from_u128(9),
         state: State::Sealed,
+        successor: Uuid::from_u128(10),
         seal: Seal::Done,
         own_index: segment,
         attached: Attached::No,

@@ -1,0 +1,339 @@
+//! Forks: a disk goes on in a new segment, and its children stand on the same frozen one.
+//!
+//! Order, and the crash it defends against:
+//! 1. the files of all new segments exist, with all the space that they need, under names that end
+//!    in `.new` — else a full host is met when the disks are frozen already;
+//! 2. the catalogue knows of the fork — else a crash after step 3 leaves children that nobody
+//!    finishes, or finishes one and not the other;
+//! 3. each disk is frozen: a checkpoint, and one flip of its superblock to sealed, which names the
+//!    successor. When the last of these flips is durable the children exist; before, they do not;
+//! 4. the new segments get the frozen map's root, durably, and then their final names — else a name
+//!    stands for a segment that shows something else;
+//! 5. one transaction of the catalogue tells of all of it, and forgets the fork.
+//!
+//! [`StoreDir::settle_fork`] does 4 and 5 from whatever a crash left of 3, and so also goes back: a
+//! fork that did not freeze all of its disks has no children, and those that it froze go on.
+//!
+//! Tests: `crash_points::fork`, `fork`.
+
+use std::collections::HashSet;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use format::limits::SEGMENTS_MAX;
+use format::node::NodePtr;
+use format::superblock::{Seal, State, Superblock, check_name};
+use format::table::{ROW_BYTES, SegmentTable};
+use format::units::OwnerEpoch;
+use format::{Context, Error, Kind, Result};
+use uuid::Uuid;
+
+use super::StoreDir;
+use crate::catalogue::{Change, Child, DiskRow, ForkRow, Forked, FrozenRow};
+use crate::disk::Disk;
+use crate::disk::create::{NewSegment, Parent};
+use crate::segment::{self, Sealed, deleted_name, file_name, new_name};
+use crate::store::Access;
+
+/// A disk to fork, and the names of its children.
+#[derive(Debug, Clone)]
+pub struct ForkOf {
+    /// The disk.
+    pub disk: String,
+    /// Its children.
+    pub children: Vec<String>,
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// The segment in which a frozen disk goes on.
+fn successor(frozen: &Superblock, segment: Uuid) -> NewSegment {
+    NewSegment {
+        store: frozen.store,
+        segment,
+        disk: frozen.disk,
+        name: frozen.name.clone(),
+        virtual_size: frozen.virtual_size,
+        journal_extents: frozen.journal_extents,
+        created: frozen.created,
+        owner_epoch: frozen.owner_epoch,
+    }
+}
+
+/// The segment of a child of a frozen disk.
+fn child(frozen: &Superblock, child: &Child, created: u64) -> NewSegment {
+    NewSegment {
+        segment: child.segment,
+        disk: child.disk,
+        name: child.name.clone(),
+        created,
+        owner_epoch: OwnerEpoch(1),
+        ..successor(frozen, child.segment)
+    }
+}
+
+impl StoreDir {
+    /// Forks disks that nobody has open, all at one instant, or none. Returns the children.
+    ///
+    /// # Errors
+    /// `NotFound`; `Exists` or `Invalid` for the name of a child; `Invalid` for a disk that is
+    /// sealed or stands on too many segments; `NoSpace`; as [`StoreDir::open_disk`]; or what the
+    /// host reports. There are no children then, and the disks are as before.
+    pub fn fork(&self, wanted: &[ForkOf]) -> Result<Vec<DiskRow>> {
+        let fork = self.begin_fork(wanted)?;
+        let frozen = fork.disks.iter().try_for_each(|forked| {
+            let disk = self.open_disk(&forked.name, Access::Write, &self.disk_options())?;
+            disk.freeze(forked.successor)
+        });
+        // Also when a disk could not be frozen: those that were must go on.
+        let settled = self.settle_fork(&fork);
+        frozen?;
+        settled?;
+        let children = fork.disks.iter().flat_map(|forked| &forked.children);
+        children.map(|child| self.disk(&child.name)).collect()
+    }
+
+    /// Steps 1 and 2.
+    fn begin_fork(&self, wanted: &[ForkOf]) -> Result<ForkRow> {
+        self.check_writable()?;
+        self.check_fork(wanted)?;
+        let disks = wanted.iter().map(|of| {
+            let row = self.disk(&of.disk)?;
+            let child = |name: &String| Child {
+                name: name.clone(),
+                disk: Uuid::new_v4(),
+                segment: Uuid::new_v4(),
+            };
+            Ok(Forked {
+                name: row.name,
+                segment: row.segment,
+                successor: Uuid::new_v4(),
+                children: of.children.iter().map(child).collect(),
+            })
+        });
+        let disks = disks.collect::<Result<Vec<_>>>()?;
+        let fork = ForkRow { fork: Uuid::new_v4(), created: now(), disks };
+        let begun = fork.disks.iter().try_for_each(|forked| self.write_drafts(&fork, forked));
+        let begun = begun.and_then(|()| {
+            self.store.sync_names()?;
+            self.catalogue.apply(&[Change::PutFork(fork.clone())])
+        });
+        if let Err(e) = begun {
+            // What cannot be removed now goes at the next opening.
+            fork.disks.iter().for_each(|forked| self.drop_drafts(forked));
+            return Err(e);
+        }
+        Ok(fork)
+    }
+
+    fn check_fork(&self, wanted: &[ForkOf]) -> Result<()> {
+        let mut names = HashSet::new();
+        for of in wanted {
+            let row = self.disk(&of.disk)?;
+            let object = || format!("disk {}", row.name);
+            if of.children.is_empty() {
+                return Err(Error::invalid("a fork needs the name of a child").on(object()));
+            }
+            if row.sealed {
+                return Err(Error::invalid("it is sealed: there is nothing to fork")
+                    .on(object())
+                    .hint("create disks over it: `offshoot disk create NEW --parent NAME`"));
+            }
+            if row.parents.len() + 2 > SEGMENTS_MAX {
+                let reason =
+                    format!("it stands on {} segments, the most there may be", SEGMENTS_MAX);
+                return Err(Error::invalid(reason).on(object()));
+            }
+            for name in of.children.iter().chain([&of.disk]) {
+                check_name(name)?;
+                if !names.insert(name) {
+                    let reason = format!("the name {name} is given twice");
+                    return Err(Error::invalid(reason).on(object()));
+                }
+            }
+            of.children.iter().try_for_each(|name| self.check_name_free(name))?;
+        }
+        Ok(())
+    }
+
+    /// Writes the new segments of one disk as far as they can be known: all but the map.
+    fn write_drafts(&self, fork: &ForkRow, forked: &Forked) -> Result<()> {
+        let file = self.segment_file(forked.segment, Access::Read)?;
+        let sb = segment::read_superblock(file.as_ref())?.superblock;
+        sb.check_writable_features()?;
+        let draft = Superblock {
+            state: State::Sealed,
+            seal: Seal::Pending,
+            root: NodePtr::Hole,
+            successor: forked.successor,
+            ..sb
+        };
+        let sealed = Sealed { superblock: draft, file };
+        self.write_over(&sealed, &successor(&sealed.superblock, forked.successor))?;
+        forked.children.iter().try_for_each(|made| {
+            self.write_over(&sealed, &child(&sealed.superblock, made, fork.created))
+        })
+    }
+
+    /// Writes a new segment over a frozen one.
+    fn write_over(&self, frozen: &Sealed, new: &NewSegment) -> Result<()> {
+        let sb = &frozen.superblock;
+        let bytes_max = (SEGMENTS_MAX * ROW_BYTES) as u64;
+        let table = segment::read_array(frozen.file.as_ref(), sb.table, bytes_max)?;
+        // A disk that goes on was not created over itself.
+        let disk = if new.disk == sb.disk { sb.parent_disk } else { sb.disk };
+        let parent = Parent { disk, sealed: frozen, table: SegmentTable::decode(&table)? };
+        new.write(self.store.as_ref(), Some(&parent))
+    }
+
+    fn drop_drafts(&self, forked: &Forked) {
+        let children = forked.children.iter().map(|child| child.segment);
+        for segment in children.chain([forked.successor]) {
+            // Not there, or to be removed at the next opening.
+            let _ = self.store.remove(&new_name(segment));
+        }
+    }
+
+    /// Steps 4 and 5, from whatever there is of step 3. Returns whether the children exist.
+    ///
+    /// # Errors
+    /// `NoSpace`, or what the host reports; to be done again then.
+    pub(super) fn settle_fork(&self, fork: &ForkRow) -> Result<bool> {
+        let frozen = fork.disks.iter().map(|forked| {
+            let file = self.segment_file(forked.segment, Access::Read)?;
+            let superblock = segment::read_superblock(file.as_ref())?.superblock;
+            Ok(Some(superblock).filter(|sb| sb.successor == forked.successor))
+        });
+        let frozen = frozen.collect::<Result<Vec<_>>>()?;
+        let whole = frozen.iter().all(Option::is_some);
+        let mut changes = vec![Change::RemoveFork(fork.fork)];
+        let mut made = Vec::new();
+        for (forked, frozen) in fork.disks.iter().zip(&frozen) {
+            let Some(sb) = frozen else { continue };
+            self.complete(sb, forked.successor)?;
+            made.push(forked.successor);
+            changes.push(Change::PutFrozen(FrozenRow { segment: sb.segment, disk: sb.disk }));
+            for new in forked.children.iter().filter(|_| whole) {
+                self.complete(sb, new.segment)?;
+                made.push(new.segment);
+            }
+        }
+        self.store.sync_names()?;
+        for segment in made {
+            changes.push(Change::Put(self.row_of(segment)?));
+        }
+        fork.disks.iter().for_each(|forked| self.drop_drafts(forked));
+        self.catalogue.apply(&changes)?;
+        let mut cached = self.sealed.lock();
+        fork.disks.iter().for_each(|forked| _ = cached.remove(&forked.segment));
+        Ok(whole)
+    }
+
+    /// Gives a new segment the frozen map, and its final name.
+    pub(super) fn complete(&self, frozen: &Superblock, new: Uuid) -> Result<()> {
+        let (draft, name) = (new_name(new), file_name(new));
+        if self.store.names()?.contains(&name) {
+            return Ok(());
+        }
+        let file = self.store.open(&draft, Access::Write)?;
+        // A flip, and not just new copies: a cut in the middle must leave a draft that can be read.
+        let draft_sb = segment::settle(file.as_ref())?;
+        let sb = Superblock {
+            generation: draft_sb.generation.next(),
+            root: frozen.root,
+            virtual_size: frozen.virtual_size,
+            ..draft_sb
+        };
+        segment::flip(file.as_ref(), &sb)?;
+        file.sync()?;
+        self.store.rename(&draft, &name)
+    }
+
+    /// Removes frozen segments that no disk stands on any more.
+    pub(super) fn drop_frozen(&self) -> Result<()> {
+        let needed: HashSet<Uuid> = self.disks().into_iter().flat_map(|row| row.parents).collect();
+        for row in self.catalogue.frozen() {
+            if needed.contains(&row.segment) || self.stranger_over(row.segment)?.is_some() {
+                continue;
+            }
+            match self.store.rename(&file_name(row.segment), &deleted_name(row.segment)) {
+                Err(e) if e.kind() == Kind::NotFound => {}
+                renamed => renamed.context("remove", || format!("segment {}", row.segment))?,
+            }
+            self.sealed.lock().remove(&row.segment);
+            // The deletion is decided, durably, before the catalogue forgets the segment.
+            self.store.sync_names()?;
+            self.catalogue.apply(&[Change::RemoveFrozen(row.segment)])?;
+            match self.store.remove(&deleted_name(row.segment)) {
+                Err(e) if e.kind() == Kind::NotFound => {}
+                removed => removed?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Number of frozen segments.
+    #[must_use]
+    pub fn frozen(&self) -> usize {
+        self.catalogue.frozen().len()
+    }
+
+    /// A frozen segment that has no sums yet, for people.
+    #[must_use]
+    pub fn next_to_sum(&self) -> Option<String> {
+        let pending = |segment| {
+            let file = self.segment_file(segment, Access::Read)?;
+            Ok::<_, Error>(
+                segment::read_superblock(file.as_ref())?.superblock.seal == Seal::Pending,
+            )
+        };
+        let mut rows = self.catalogue.frozen().into_iter();
+        let row = rows.find(|row| pending(row.segment).unwrap_or(false))?;
+        Some(format!("segment {}", row.segment))
+    }
+
+    /// Makes the sums of frozen segments that have none yet. `progress` gets the bytes done and in
+    /// all of one segment after the other; returns how many were summed.
+    ///
+    /// # Errors
+    /// As [`Disk::finish_seal`].
+    pub fn sum_frozen(&self, progress: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<usize> {
+        let mut summed = 0;
+        for row in self.catalogue.frozen() {
+            let file = self.segment_file(row.segment, Access::Read)?;
+            if segment::read_superblock(file.as_ref())?.superblock.seal != Seal::Pending {
+                continue;
+            }
+            let file = self.segment_file(row.segment, Access::Write)?;
+            Disk::finish_seal(file, self, &self.disk_options(), progress)?;
+            self.sealed.lock().remove(&row.segment);
+            summed += 1;
+        }
+        Ok(summed)
+    }
+
+    /// Settles the forks that a crash left.
+    pub(super) fn settle_forks(&self) -> Vec<String> {
+        let settle = |fork: ForkRow| {
+            let names: Vec<&str> = fork.disks.iter().map(|d| d.name.as_str()).collect();
+            let of = names.join(", ");
+            match self.settle_fork(&fork) {
+                Ok(true) => format!("finished a fork of disk {of}"),
+                Ok(false) => format!("gave up a fork of disk {of}, which was not finished"),
+                Err(e) => format!("a fork of disk {of} could not be settled: {e}"),
+            }
+        };
+        self.catalogue.forks().into_iter().map(settle).collect()
+    }
+
+    /// New segments of forks that are not settled.
+    pub(super) fn unsettled(&self) -> HashSet<Uuid> {
+        let forks = self.catalogue.forks();
+        let disks = forks.iter().flat_map(|fork| &fork.disks);
+        let segments =
+            disks.flat_map(|d| d.children.iter().map(|child| child.segment).chain([d.successor]));
+        segments.collect()
+    }
+}
