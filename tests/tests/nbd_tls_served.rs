@@ -122,6 +122,71 @@ fn a_confined_daemon_serves_under_tls_and_again_after_a_kill() {
     assert_eq!(attach(&daemon, &address, &files(&renewed, false)).status, 201);
 }
 
+/// Story: a key that was gone when the daemon started again took the whole disk out of service, and
+/// the guest on the disk's vhost-user socket with it.
+#[test]
+fn an_export_whose_key_is_gone_fails_alone_and_is_mended_by_attaching_it_anew() {
+    let authority = Authority::new();
+    let bench = TestStore::new();
+    let daemon = bench.daemon();
+    disk(&daemon);
+    let address = format!("127.0.0.1:{}", free_port());
+    let (vhost, nbd) = (bench.path("vhost"), bench.path("nbd"));
+    let tls = files(&authority, false);
+    // In the middle: neither the one before it nor the one after it goes with it.
+    let one = json!({"export": {"kind": "nbd", "socket": nbd}});
+    daemon.json("POST", "/v1/disks/vm/attach", &one);
+    assert_eq!(attach(&daemon, &address, &tls).status, 201);
+    let two = json!({"export": {"kind": "vhost-user", "socket": vhost}});
+    daemon.json("POST", "/v1/disks/vm/attach", &two);
+    daemon.kill();
+    let (key, aside) = (authority.path("server-key.pem"), bench.path("aside"));
+    fs::rename(&key, &aside).unwrap();
+
+    let daemon = bench.daemon();
+
+    let state = |daemon: &Daemon| -> Vec<Value> {
+        let all = exports(daemon);
+        all.as_array().unwrap().iter().map(|e| e["state"].clone()).collect()
+    };
+    assert_eq!(state(&daemon), ["listening", "failed", "listening"]);
+    let failed = exports(&daemon)[1].clone();
+    assert_eq!(failed["socket"], json!(address));
+    assert!(failed["error"].as_str().unwrap().contains("server-key.pem"), "{failed}");
+    let health = daemon.json("GET", "/v1/health", &Value::Null);
+    assert_eq!((&health["failed"], &health["served"]), (&json!(["vm"]), &json!(1)));
+    let events = String::from_utf8(daemon.ask("GET", "/v1/events", b"").body).unwrap();
+    assert!(events.contains("\"failed\"") && events.contains(&address), "{events}");
+    assert!(vhost_blk::client::Client::connect(&vhost, Default::default()).is_ok());
+    assert_eq!(Client::connect(&nbd).greeted().go("vm").0, SIZE);
+    assert!(TcpStream::connect(&address).is_err(), "nobody listens there");
+    let refused = attach(&daemon, &address, &tls);
+    assert_eq!((refused.status, state(&daemon)[1].as_str()), (404, Some("failed")), "{refused:?}");
+    // It is remembered all the same, in whatever way the daemon ends.
+    assert!(daemon.terminate().success());
+    let daemon = bench.daemon();
+    assert_eq!(state(&daemon), ["listening", "failed", "listening"]);
+
+    fs::rename(&aside, &key).unwrap();
+    let mended = attach(&daemon, &address, &tls);
+
+    assert_eq!(mended.status, 201, "{mended:?}");
+    assert_eq!(state(&daemon), ["listening"; 3]);
+    assert_eq!(client(&address, &authority).go("vm").0, SIZE);
+    assert_eq!(daemon.json("GET", "/v1/health", &Value::Null)["failed"], json!([]));
+    assert_eq!(attach(&daemon, &address, &tls).status, 409, "it is served now");
+    daemon.kill();
+    let daemon = bench.daemon();
+    assert_eq!(state(&daemon), ["listening"; 3]);
+    // One that failed can be forgotten, too, and the others stay.
+    daemon.kill();
+    fs::rename(&key, &aside).unwrap();
+    let daemon = bench.daemon();
+    daemon.json("POST", "/v1/disks/vm/detach", &json!({"socket": address}));
+    assert_eq!(state(&daemon), ["listening"; 2]);
+    assert!(vhost.exists() && nbd.exists());
+}
+
 #[test]
 fn tools_work_on_an_export_of_a_confined_daemon() {
     let test = "nbd_tls_served::tools_work_on_an_export_of_a_confined_daemon";

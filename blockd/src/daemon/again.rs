@@ -59,12 +59,12 @@ impl Daemon {
     ) {
         let outcome = opened.and_then(|served| match served {
             Some(served) => self.open_doors(name, served, &attachment, handed),
-            None => Ok(()),
+            None => Ok(0),
         });
         let object = format!("disk {name}");
         match outcome {
-            Ok(()) => {
-                let detail = format!("again, on {} sockets", attachment.exports.len());
+            Ok(sockets) => {
+                let detail = format!("again, on {sockets} sockets");
                 self.events.add(EventKind::Attached, object, detail);
             }
             Err(e) => {
@@ -86,30 +86,33 @@ impl Daemon {
         self.take_into_service(name, &widest(attachment, first), kept).map(Some)
     }
 
-    /// Serves a disk on its sockets: those of a predecessor as far as there are any.
+    /// Serves a disk on its sockets: those of a predecessor as far as there are any. Gives back how
+    /// many are served: one that cannot be is told of, and takes no other with it.
     fn open_doors(
         &self,
         name: &str,
         mut served: Served,
         attachment: &Attachment,
         handed: Vec<HandedDoor>,
-    ) -> Result<()> {
+    ) -> Result<usize> {
         let dir = self.dir()?;
         let handed = handed.into_iter().chain(std::iter::repeat_with(HandedDoor::default));
         for (spec, handed) in attachment.exports.iter().zip(handed) {
-            match Door::take_over(&dir, &served.volume, spec.clone(), handed) {
-                Ok(door) => served.doors.push(door),
-                Err(e) => {
-                    let Served { doors, volume, .. } = served;
-                    doors.into_iter().for_each(Door::close);
-                    // The failure that is told is the first one.
-                    let _ = volume.close();
-                    return Err(e);
-                }
-            }
+            let door = Door::take_over(&dir, &served.volume, spec.clone(), handed);
+            self.tell_of_failure(name, &door);
+            served.doors.push(door);
         }
+        let sockets = served.doors.iter().filter(|door| door.failure().is_none()).count();
         self.table().served.insert(name.to_owned(), served);
-        Ok(())
+        Ok(sockets)
+    }
+
+    /// Tells of a door that nobody serves.
+    pub(super) fn tell_of_failure(&self, name: &str, door: &Door) {
+        if let Some(why) = door.failure() {
+            let detail = format!("{}: {why}", door.spec().socket);
+            self.events.add(EventKind::Failed, format!("disk {name}"), detail);
+        }
     }
 
     /// Takes all disks out of service in order; what is remembered stays, so that the next daemon

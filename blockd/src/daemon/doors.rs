@@ -1,4 +1,7 @@
 //! The sockets on which disks are served: vhost-user for virtual machines, NBD for tools.
+//!
+//! A socket that was served and cannot be served any more (its certificate is gone, its address is
+//! taken) fails alone: it is listed with the reason, it is remembered, and it can be attached anew.
 
 use std::fs;
 use std::io;
@@ -34,6 +37,8 @@ enum Server {
         /// The same socket once more, to go on with.
         listener: OwnedFd,
     },
+    /// Nobody serves it, for this reason.
+    Failed(String),
 }
 
 /// A socket that one daemon hands to the next.
@@ -135,30 +140,23 @@ impl Door {
         spec: ExportSpec,
     ) -> Result<Door> {
         let listener = listen(spec.place()?)?;
-        match serve(dir, volume, &spec, listener) {
-            Ok(server) => Ok(Door { spec, server }),
-            Err(e) => {
-                remove_socket(&spec.socket);
-                Err(e)
-            }
-        }
+        Door::serve_on(dir, volume, spec, listener)
     }
 
     /// Serves on a socket of a predecessor, and its front ends first of all. One that cannot be
-    /// served is cut off, and may connect again.
-    ///
-    /// # Errors
-    /// As [`Door::open`].
+    /// served is cut off, and may connect again. When the socket itself cannot be served, the door
+    /// is a failed one.
     pub(super) fn take_over(
         dir: &Arc<StoreDir>,
         volume: &Arc<Volume>,
         spec: ExportSpec,
         handed: HandedDoor,
-    ) -> Result<Door> {
-        let door = match handed.listener {
-            Some(listener) => Door { server: serve(dir, volume, &spec, listener)?, spec },
-            None => Door::open(dir, volume, spec)?,
+    ) -> Door {
+        let opened = match handed.listener {
+            Some(listener) => Door::serve_on(dir, volume, spec.clone(), listener),
+            None => Door::open(dir, volume, spec.clone()),
         };
+        let door = opened.unwrap_or_else(|e| Door { spec, server: Server::Failed(e.to_string()) });
         if let Server::Vhost(server) = &door.server {
             for session in handed.sessions {
                 if let Err(error) = server.adopt(session) {
@@ -167,7 +165,22 @@ impl Door {
                 }
             }
         }
-        Ok(door)
+        door
+    }
+
+    fn serve_on(
+        dir: &Arc<StoreDir>,
+        volume: &Arc<Volume>,
+        spec: ExportSpec,
+        listener: OwnedFd,
+    ) -> Result<Door> {
+        match serve(dir, volume, &spec, listener) {
+            Ok(server) => Ok(Door { spec, server }),
+            Err(e) => {
+                remove_socket(&spec.socket);
+                Err(e)
+            }
+        }
     }
 
     /// Stops serving NBD clients, who hold the store; the socket stays, and clients that come wait.
@@ -181,15 +194,16 @@ impl Door {
         }
     }
 
-    /// Goes on after [`Door::pause_nbd`].
-    ///
-    /// # Errors
-    /// What the host reports.
-    pub(super) fn resume_nbd(&mut self, dir: &Arc<StoreDir>, volume: &Arc<Volume>) -> Result<()> {
+    /// Goes on after [`Door::pause_nbd`]. When that cannot be, the door is a failed one.
+    pub(super) fn resume_nbd(&mut self, dir: &Arc<StoreDir>, volume: &Arc<Volume>) {
         if let Server::Nbd { server: None, listener } = &self.server {
-            self.server = serve(dir, volume, &self.spec, listener.try_clone()?)?;
+            let listener = listener.try_clone().map_err(Error::from);
+            let resumed = listener.and_then(|l| serve(dir, volume, &self.spec, l));
+            self.server = resumed.unwrap_or_else(|e| {
+                remove_socket(&self.spec.socket);
+                Server::Failed(e.to_string())
+            });
         }
-        Ok(())
     }
 
     /// Stops serving, for a successor: the socket stays, and so do front ends of vhost-user.
@@ -203,6 +217,7 @@ impl Door {
             Server::Nbd { listener, .. } => {
                 HandedDoor { listener: Some(listener), sessions: Vec::new() }
             }
+            Server::Failed(_) => HandedDoor::default(),
         }
     }
 
@@ -213,8 +228,18 @@ impl Door {
         match self.server {
             Server::Vhost(server) => drop(server.stop()),
             Server::Nbd { listener, .. } => drop(listener),
+            // What is at its path, if anything, is somebody else's.
+            Server::Failed(_) => return,
         }
         remove_socket(&self.spec.socket);
+    }
+
+    /// Why nobody serves it, if nobody does.
+    pub(super) fn failure(&self) -> Option<&str> {
+        match &self.server {
+            Server::Failed(why) => Some(why),
+            Server::Vhost(_) | Server::Nbd { .. } => None,
+        }
     }
 
     /// What it serves.
@@ -240,6 +265,10 @@ impl Door {
             Server::Nbd { server, .. } => {
                 let clients = |server: &NbdServer| server.status().connections.len();
                 (server.as_ref().map_or(0, clients), Vec::new(), 0)
+            }
+            Server::Failed(why) => {
+                let failed = described(disk, &self.spec, ExportState::Failed);
+                return Export { error: Some(why.clone()), ..failed };
             }
         };
         let state = match connected {

@@ -6,7 +6,7 @@
 //! - Attaching and detaching come one at a time. What is remembered (`attachments.rs`) is written
 //!   before a socket is made and after it is gone.
 //! - A disk that cannot be served again when the daemon starts is listed with the reason, and keeps
-//!   no other from being served.
+//!   no other from being served. Neither does a socket that cannot, of the same disk or another.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -192,7 +192,11 @@ impl Daemon {
             // Remembered before there is a socket: see `attachments.rs`.
             let mut remembered = self.table().attachments();
             match remembered.iter_mut().find(|a| a.disk == disk) {
-                Some(known) => known.exports.push(request.export.clone()),
+                Some(known) => {
+                    // The same socket once more is one that failed, and is attached anew.
+                    known.exports.retain(|e| e.socket != request.export.socket);
+                    known.exports.push(request.export.clone());
+                }
                 None => {
                     let exports = vec![request.export.clone()];
                     remembered.push(Attachment { disk, limits, exports });
@@ -209,8 +213,13 @@ impl Daemon {
 
     fn check_attachable(&self, name: &str, request: &AttachDisk) -> Result<()> {
         let table = self.table();
-        let sockets = table.served.values().flat_map(|s| s.doors.iter().map(Door::spec));
-        if sockets.into_iter().any(|spec| spec.socket == request.export.socket) {
+        // A socket of this disk that failed is mended by attaching it anew.
+        let counts = |of: &str, door: &&Door| of != name || door.failure().is_none();
+        let taken = |(of, served): (&String, &Served)| {
+            let mut doors = served.doors.iter().filter(|door| counts(of, door));
+            doors.any(|door| door.spec().socket == request.export.socket)
+        };
+        if table.served.iter().any(taken) {
             return Err(Error::new(Kind::Exists, "a disk is served there already")
                 .on(format!("socket {}", request.export.socket)));
         }
@@ -279,6 +288,7 @@ impl Daemon {
         let served = table.served(name)?;
         let door = Door::open(&dir, &served.volume, request.export.clone())?;
         let export = door.export(name);
+        served.doors.retain(|failed| failed.spec().socket != request.export.socket);
         served.doors.push(door);
         if let Some(limits) = request.limits {
             served.limits = limits;

@@ -231,10 +231,12 @@ impl Daemon {
 
     fn resume_nbd(&self) {
         let Ok(dir) = self.dir() else { return };
-        for served in self.table().served.values_mut() {
+        for (name, served) in &mut self.table().served {
             for door in &mut served.doors {
-                if let Err(error) = door.resume_nbd(&dir, &served.volume) {
-                    tracing::error!(socket = %door.spec().socket, %error, "not served any more");
+                let served_before = door.failure().is_none();
+                door.resume_nbd(&dir, &served.volume);
+                if served_before {
+                    self.tell_of_failure(name, door);
                 }
             }
         }
