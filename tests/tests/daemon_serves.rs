@@ -375,6 +375,34 @@ fn clients_whose_number_the_daemon_cannot_see_are_served() {
     assert_eq!((&export["connected"], &export["peers"]), (&json!(1), &json!([])), "{export}");
 }
 
+/// Story: what a finished session of a front end kept open stayed so until the next one came.
+#[test]
+fn descriptors_go_with_the_client_they_were_for() {
+    let bench = TestStore::new();
+    let daemon = bench.daemon();
+    create(&daemon, "a", MIB);
+    let (vhost, nbd) = (bench.path("vhost"), bench.path("nbd"));
+    assert_eq!(attach(&daemon, "a", json!({"kind": "vhost-user", "socket": vhost})).status, 201);
+    assert_eq!(attach(&daemon, "a", json!({"kind": "nbd", "socket": nbd})).status, 201);
+    let held = || fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count();
+    // The connection of the last question may take a moment to go.
+    until("nobody is connected", || get(&daemon, "/v1/health")["connected"] == 0);
+    std::thread::sleep(Duration::from_millis(100));
+    let before = held();
+
+    for _ in 0..50 {
+        let (mut front_end, mut queues) = Client::connect(&vhost, Options::default()).unwrap();
+        let span = Span { offset: queues[0].data().0, len: 512 };
+        assert_eq!(queues[0].run(Op::Read, 0, &[span], 20_000).unwrap().status, 0);
+        assert_eq!(front_end.disk_size().unwrap(), MIB);
+        let mut client = nbd::Client::connect(&nbd).greeted();
+        client.go("a");
+        assert!(held() > before);
+    }
+
+    until("all is given back", || held() == before);
+}
+
 /// Writes on until the host is full and a request is held; gives back its first sector.
 fn write_until_held(daemon: &Daemon, queue: &mut ClientQueue, mut sector: u64) -> u64 {
     let held = || !get(daemon, "/v1/stats")[0]["stats"]["held"].is_null();

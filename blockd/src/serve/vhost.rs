@@ -99,10 +99,25 @@ struct Owner {
     queues: usize,
 }
 
-/// A connected front end.
+impl Shared {
+    /// Gives back what a front end that is gone has kept open. Its thread, which is the caller, is
+    /// still waited for by who stops the server.
+    fn end_session(&self, id: u64) {
+        // Begun under the same lock that it was entered under: it is there, or the server stops.
+        let mut sessions = self.sessions.lock();
+        if let Some(front) = sessions.iter_mut().find(|front| front.id == id) {
+            front.handle = None;
+        }
+    }
+}
+
+/// A connected front end, or one that is gone and whose thread is about to end.
 struct Front {
+    id: u64,
     peer: Option<u32>,
-    handle: SessionHandle,
+    /// None from the end of its session on: what it keeps open is given back at once, and not when
+    /// the next front end comes, which may be never.
+    handle: Option<SessionHandle>,
     thread: JoinHandle<Option<Session>>,
 }
 
@@ -150,7 +165,7 @@ impl VhostServer {
     #[must_use]
     pub fn status(&self) -> VhostStatus {
         let sessions = self.shared.sessions.lock();
-        let live = || sessions.iter().filter(|front| !front.thread.is_finished());
+        let live = || sessions.iter().filter(|front| front.handle.is_some());
         VhostStatus {
             connected: live().count(),
             peers: live().filter_map(|front| front.peer).collect(),
@@ -166,8 +181,8 @@ impl VhostServer {
 
     /// Tells the guests that the disk has another size now.
     pub fn config_changed(&self) {
-        for front in self.shared.sessions.lock().iter() {
-            if let Err(error) = front.handle.config_changed() {
+        for handle in self.shared.sessions.lock().iter().filter_map(|f| f.handle.as_ref()) {
+            if let Err(error) = handle.config_changed() {
                 tracing::debug!(%error, "a front end was not told of the new size");
             }
         }
@@ -209,7 +224,7 @@ impl VhostServer {
         self.shared.wake.signal();
         let listener = self.acceptor.take().and_then(|thread| thread.join().ok());
         let fronts = std::mem::take(&mut *self.shared.sessions.lock());
-        fronts.iter().for_each(|front| front.handle.stop());
+        fronts.iter().filter_map(|f| f.handle.as_ref()).for_each(SessionHandle::stop);
         let sessions = fronts.into_iter().filter_map(|front| front.thread.join().ok().flatten());
         (listener, sessions.collect())
     }
@@ -271,19 +286,21 @@ fn run_session(
     handle: SessionHandle,
     peer: Option<u32>,
 ) -> Result<()> {
-    let name = format!("vhost {}", shared.volume.name());
+    let (name, id) = (format!("vhost {}", shared.volume.name()), device.id);
     let mut sessions = shared.sessions.lock();
     let thread = std::thread::Builder::new().name(name).spawn(move || {
         device.shared.volume.tell(VolumeEvent::Connected(peer));
         let outcome = session.run(&mut device);
         device.join_workers();
-        let stopped = matches!(outcome, Ok(End::Stopped));
+        // Dropped here unless it goes to a successor.
+        let session = matches!(outcome, Ok(End::Stopped)).then_some(session);
+        device.shared.end_session(device.id);
         let why = outcome.err().map(|e| e.to_string());
         device.shared.volume.tell(VolumeEvent::Disconnected(why));
-        stopped.then_some(session)
+        session
     });
     let thread = thread.map_err(|e| Error::from(e).tried("start a thread"))?;
-    sessions.push(Front { peer, handle, thread });
+    sessions.push(Front { id, peer, handle: Some(handle), thread });
     Ok(())
 }
 
