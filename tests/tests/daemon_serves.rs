@@ -467,3 +467,51 @@ fn held_requests_are_told_of_and_outlive_the_daemon() {
         assert_eq!(pattern::look(&bytes[from..from + 512], at), Found::Tag(2), "sector {at}");
     }
 }
+
+/// Story: a guest that resets its queue while a write is held makes it go on and be held again, as
+/// often as it likes; each time was logged and told. What is told in the end is how it is.
+#[test]
+fn a_guest_that_drops_and_repeats_a_held_write_is_told_of_within_bounds() {
+    const RESETS: usize = 300;
+    let test =
+        "daemon_serves::a_guest_that_drops_and_repeats_a_held_write_is_told_of_within_bounds";
+    let Some(mount) = Mount::ext4(test, 128 << 20) else { return };
+    let bench = TestStore::at(mount.path().join("store"));
+    let daemon = bench.daemon();
+    create(&daemon, "a", 256 * MIB);
+    let socket = bench.path("a.sock");
+    attach(&daemon, "a", json!({"kind": "vhost-user", "socket": socket}));
+    let options = Options { data_size: 2 << 20, ..Options::default() };
+    let (mut client, mut queues) = Client::connect(&socket, options).unwrap();
+    let full = mount.fill(0);
+    write_until_held(&daemon, &mut queues[0], 0);
+    let lines_before = daemon.log().lines().count();
+    let start = Instant::now();
+
+    for _ in 0..RESETS {
+        let base = client.stop_queue(0).unwrap();
+        assert_eq!(get(&daemon, "/v1/health")["held"], json!([]));
+        client.start_queue(0, base).unwrap();
+        until("it is held again", || get(&daemon, "/v1/health")["held"] == json!(["a"]));
+    }
+
+    let told = || -> Vec<String> {
+        let of_holding = |(kind, _): &(String, String)| kind == "held" || kind == "resumed";
+        events(&daemon).into_iter().filter(of_holding).map(|(kind, _)| kind).collect()
+    };
+    until("it is told that it is held", || told().last().is_some_and(|kind| kind == "held"));
+    // A hundred at once, and one a second; each with its end.
+    let most = 2 * (100 + usize::try_from(start.elapsed().as_secs()).unwrap() + 1);
+    assert!(most < 2 * RESETS, "the test is too slow to tell: {:?}", start.elapsed());
+    assert!(told().len() <= most, "{} events", told().len());
+    assert!(told().chunks(2).all(|pair| pair[0] == "held"), "{:?}", told());
+    let lines = daemon.log().lines().count() - lines_before;
+    // The event and a line of the volume's own.
+    assert!(lines <= 2 * most + 10, "{lines} lines");
+    assert!(events(&daemon).iter().any(|(kind, _)| kind == "skipped"), "{:?}", events(&daemon));
+    drop(full);
+    assert_eq!(daemon.ask("POST", "/v1/disks/a/resume", b"").status, 204);
+    assert!(queues[0].wait(20_000), "it goes on");
+    assert_eq!(queues[0].poll().unwrap().status, 0);
+    until("that is told, too", || told().last().is_some_and(|kind| kind == "resumed"));
+}

@@ -12,7 +12,7 @@ use std::time::Instant;
 use format::{Error, Kind, Result};
 use parking_lot::Mutex;
 
-use super::budget::Budget;
+use super::budget::{Budget, HeldNews, HeldTold};
 use super::cache_mode::{self, CacheMode};
 use super::hold::{self, Change, Hold};
 use super::limits::{Limits, Throttle};
@@ -111,6 +111,7 @@ pub struct Volume {
     cache_mode: CacheMode,
     observer: Option<Arc<dyn Observer>>,
     budget: Budget,
+    held_told: HeldTold,
     failure_told: std::sync::atomic::AtomicBool,
 }
 
@@ -160,6 +161,7 @@ impl Volume {
             cache_mode,
             observer: options.observer.clone(),
             budget: Budget::default(),
+            held_told: HeldTold::default(),
             failure_told: std::sync::atomic::AtomicBool::new(false),
         }))
     }
@@ -277,27 +279,51 @@ impl Volume {
         if event.is_of_clients() {
             match self.budget.take(Instant::now()) {
                 None => return,
-                Some(0) => {}
-                Some(skipped) => observer.event(&self.name, VolumeEvent::Skipped(skipped)),
+                Some(skipped) => self.tell_skipped(skipped),
             }
         }
         observer.event(&self.name, event);
     }
 
+    fn tell_skipped(&self, count: u64) {
+        if count > 0 {
+            self.tell(VolumeEvent::Skipped(count));
+        }
+    }
+
     /// A request is held from now on.
     pub(super) fn begin_hold(&self, error: &Error) {
         if self.hold.begin(error) == Change::First {
-            tracing::warn!(disk = %self.name, %error, "requests are held until the host has space");
-            self.tell(VolumeEvent::Held(error.to_string()));
+            self.tell_held(false);
         }
+    }
+
+    /// A held request was tried again in vain.
+    pub(super) fn still_held(&self) {
+        self.tell_held(true);
     }
 
     /// A held request is not held any more.
     pub(super) fn end_hold(&self) {
         if self.hold.end() == Change::Last {
-            tracing::info!(disk = %self.name, "held requests go on");
-            self.tell(VolumeEvent::Resumed);
+            self.tell_held(false);
         }
+    }
+
+    fn tell_held(&self, again: bool) {
+        let within = (&self.budget, Instant::now());
+        self.held_told.follow(&self.hold, within, again, &mut |news| match news {
+            HeldNews::Began(info, skipped) => {
+                self.tell_skipped(skipped);
+                let (disk, error) = (&self.name, &info.reason);
+                tracing::warn!(%disk, %error, "requests are held until the host has space");
+                self.tell(VolumeEvent::Held(info.reason));
+            }
+            HeldNews::Ended => {
+                tracing::info!(disk = %self.name, "held requests go on");
+                self.tell(VolumeEvent::Resumed);
+            }
+        });
     }
 
     /// A request failed and is answered so. Logged and told once if the whole disk failed.
@@ -377,8 +403,9 @@ impl Volume {
             let seen = self.hold.resumes();
             match f(&self.disk) {
                 Err(e) if hold::is_held(&e) => {
-                    if !std::mem::replace(&mut held, true) {
-                        self.begin_hold(&e);
+                    match std::mem::replace(&mut held, true) {
+                        false => self.begin_hold(&e),
+                        true => self.still_held(),
                     }
                     if !self.hold.wait(seen) {
                         break Err(e);

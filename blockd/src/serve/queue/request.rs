@@ -68,8 +68,9 @@ impl Worker {
         slot.error = None;
         if hold::is_held(error) {
             slot.phase = Phase::Held;
-            if !std::mem::replace(&mut slot.held, true) {
-                volume.begin_hold(error);
+            match std::mem::replace(&mut slot.held, true) {
+                false => volume.begin_hold(error),
+                true => volume.still_held(),
             }
             if self.held.is_empty() {
                 self.retry_at = Some(self.now + hold::RETRY);
