@@ -317,12 +317,32 @@ fn disk_outlives_a_killed_virtual_machine() {
 fn guest_migrates_while_it_reads_and_writes() {
     let Some(image) = image("guest_migrates_while_it_reads_and_writes") else { return };
     for packed in [false, true] {
-        migrate(image, packed);
+        migrate(image, packed, |_, _| {});
     }
 }
 
-fn migrate(image: &Image, packed: bool) {
-    let served = Served::new(128, 2);
+/// A daemon that is killed while a guest migrates: source and destination find the next one, the
+/// source tells it of the dirty log again, what the dead one had in work is done, and what either
+/// of them wrote into the guest's memory is there at the destination.
+#[test]
+fn guest_migrates_although_the_daemon_is_killed() {
+    let Some(image) = image("guest_migrates_although_the_daemon_is_killed") else { return };
+    for packed in [false, true] {
+        migrate(image, packed, |served, source| {
+            source.run("dd if=/mnt/a of=/dev/null bs=1M count=8");
+            served.wait_for("write", served.count("write") + 20);
+            served.kill();
+            served.revive();
+            served.wait_connected(2);
+            served.wait_for("write", 20);
+        });
+    }
+}
+
+/// Migrates a guest under load. `meanwhile` is called with the source when all of its memory was
+/// copied once, before it reads what the destination must know.
+fn migrate(image: &Image, packed: bool, meanwhile: impl Fn(&mut Served, &mut Guest)) {
+    let mut served = Served::new(128, 2);
     let options = GuestOptions::with(vec![GuestDisk { packed, ..served.disk() }]);
     let through = served.place("migration");
     let mut source = Guest::boot(image, &options);
@@ -341,6 +361,7 @@ fn migrate(image: &Image, packed: bool) {
     );
     source.start_migration(&through, MIGRATION);
     served.wait_connected(2);
+    meanwhile(&mut served, &mut source);
     source.run("cat /mnt/a > /dev/null");
     let before: u32 = source.run("cat /run/rounds").trim().parse().unwrap();
     let mut guest = source.finish_migration(target, MIGRATION);
