@@ -12,8 +12,7 @@ use super::holds::Hold;
 use super::jobs::Running;
 use crate::api::types::{
     ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk as Summary, DiskDetails,
-    ForkDisks, ForkedDisks, JobKind, MapRange, Moved, RemovedDisk, RenameDisk, RepairDisk,
-    Repaired, ResizeDisk, Scrubbed,
+    MapRange, Moved, RemovedDisk, RenameDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed,
 };
 use crate::disk::Disk;
 use crate::serve::Volume;
@@ -34,15 +33,15 @@ pub struct Noted<T> {
 pub(super) enum Opened {
     /// Opened for this request.
     Own { disk: Box<Disk>, _hold: Hold },
-    /// In service: read beside its front ends.
-    Served { volume: Arc<Volume>, _hold: Hold },
+    /// In service: read beside its front ends. No fork replaces it while it is held.
+    Served { disk: Arc<Disk>, _volume: Arc<Volume>, _hold: Hold },
 }
 
 impl Opened {
     pub(super) fn disk(&self) -> &Disk {
         match self {
             Opened::Own { disk, .. } => disk,
-            Opened::Served { volume, .. } => volume.disk(),
+            Opened::Served { disk, .. } => disk,
         }
     }
 
@@ -89,8 +88,10 @@ impl Daemon {
         if access == Access::Read
             && let Some((volume, hold)) = self.served_volume(name).context("open", object(name))?
         {
-            let notes = verbs::warnings(name, volume.disk());
-            return Ok(Noted { value: Opened::Served { volume, _hold: hold }, notes });
+            let disk = volume.disk();
+            let notes = verbs::warnings(name, &disk);
+            let value = Opened::Served { disk, _volume: volume, _hold: hold };
+            return Ok(Noted { value, notes });
         }
         let hold = self.hold(name, access).context("open", object(name))?;
         let options = disk_options(&*self.dir()?, accept_lost_tail);
@@ -128,48 +129,6 @@ impl Daemon {
         let _parent = parent.transpose().context("create", object(&new.name))?;
         let _hold = self.hold(&new.name, Access::Write).context("create", object(&new.name))?;
         verbs::create(&*self.dir()?, new)
-    }
-
-    /// Forks disks.
-    ///
-    /// # Errors
-    /// As [`verbs::fork`].
-    pub fn fork(self: &Arc<Self>, request: &ForkDisks) -> Result<ForkedDisks> {
-        let forked = {
-            let names = request.disks.iter().flat_map(|d| d.children.iter().chain([&d.disk]));
-            let mut names: Vec<&String> = names.collect();
-            // What is named twice is refused below.
-            names.sort_unstable();
-            names.dedup();
-            let held = names.into_iter().map(|name| self.hold(name, Access::Write));
-            let held = held.collect::<Result<Vec<_>>>();
-            let _held = held.context("fork", || verbs::named(request))?;
-            verbs::fork(&*self.dir()?, request)?
-        };
-        self.sum_frozen();
-        Ok(forked)
-    }
-
-    /// Has the sums of frozen segments made that have none yet, as a job that nobody waits for.
-    pub fn sum_frozen(self: &Arc<Self>) {
-        use crate::pump::Watch as _;
-        let daemon = Arc::clone(self);
-        let work = move || {
-            let _one = daemon.summing.lock();
-            let Ok(dir) = daemon.dir() else { return };
-            let Some(object) = dir.next_to_sum() else { return };
-            let job = daemon.jobs.start(JobKind::Seal, &object, None);
-            let summed = dir.sum_frozen(&mut |done, total| {
-                job.set(done, total);
-                job.check()
-            });
-            job.finish(&summed.map(serde_json::Value::from));
-        };
-        let thread = std::thread::Builder::new().name("sums".into()).spawn(work);
-        if let Err(error) = thread {
-            // The next fork, or the next start, tries again.
-            tracing::warn!(%error, "no thread for the sums of frozen segments");
-        }
     }
 
     /// Removes a disk.
@@ -210,7 +169,7 @@ impl Daemon {
     pub fn resize(&self, name: &str, request: &ResizeDisk) -> Result<Summary> {
         let served = self.served_volume(name).context("resize", object(name))?;
         if let Some((volume, _hold)) = served {
-            let resized = verbs::resize_open(&*self.dir()?, name, volume.disk(), request);
+            let resized = verbs::resize_open(&*self.dir()?, name, &volume.disk(), request);
             self.tell_of_size(name);
             return resized;
         }

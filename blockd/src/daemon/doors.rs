@@ -69,7 +69,7 @@ impl Exports for OneDisk {
             return Err(Error::new(Kind::NotFound, "this socket serves another disk")
                 .on(format!("export {name}")));
         }
-        let ancestors = StoreAncestors::of(&self.dir, self.volume.disk());
+        let ancestors = StoreAncestors::of(&self.dir, &self.volume.disk());
         let export = VolumeExport::new(Arc::clone(&self.volume));
         let export = export.with_ancestors(Box::new(ancestors));
         Ok(Arc::new(if self.read_only { export.read_only() } else { export }))

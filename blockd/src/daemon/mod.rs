@@ -18,6 +18,7 @@ mod attachments;
 mod disks;
 mod doors;
 mod events;
+mod fork;
 mod handover;
 mod holds;
 mod jobs;

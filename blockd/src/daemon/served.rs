@@ -80,7 +80,7 @@ impl Service {
 }
 
 /// What a volume in service is called among holds.
-fn in_service(name: &str) -> String {
+pub(super) fn in_service(name: &str) -> String {
     format!("{name} (in service)")
 }
 

@@ -58,7 +58,20 @@ impl Disk {
         }
     }
 
-    fn flush_once(&self) -> Result<()> {
+    /// Does `work` while no flush is under way; those that come wait.
+    pub(super) fn alone_in_turn(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        let mut tickets = self.tickets.lock();
+        while tickets.running {
+            self.ticket_done.wait(&mut tickets);
+        }
+        tickets.running = true;
+        let outcome = MutexGuard::unlocked(&mut tickets, work);
+        tickets.running = false;
+        self.ticket_done.notify_all();
+        outcome
+    }
+
+    pub(super) fn flush_once(&self) -> Result<()> {
         self.check_alive()?;
         if !self.has_room() {
             // The checkpoint commits as well: it has the last pages of the ring for itself.

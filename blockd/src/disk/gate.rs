@@ -6,7 +6,7 @@
 //! `e - 1` have left, so two counters (by parity) are enough.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Keeps each queue's counters on cache lines of their own.
 #[repr(align(128))]
@@ -20,6 +20,8 @@ struct Lane {
 pub struct IoGate {
     epoch: AtomicU64,
     closed: AtomicBool,
+    /// Closed for good.
+    left: AtomicBool,
     lanes: Box<[Lane]>,
 }
 
@@ -43,6 +45,15 @@ const CLOSED_WAIT: Duration = Duration::from_micros(50);
 #[derive(Debug)]
 pub struct Closed<'a>(&'a IoGate);
 
+impl Closed<'_> {
+    /// Leaves the gate closed for good: who waits at it is sent away.
+    pub fn leave(self) {
+        // Release pairs with the Acquire load in `has_left`.
+        self.0.left.store(true, Ordering::Release);
+        std::mem::forget(self);
+    }
+}
+
 impl Drop for Closed<'_> {
     fn drop(&mut self) {
         // Release pairs with the SeqCst load in `enter`: what was done behind the closed gate
@@ -64,18 +75,33 @@ impl IoGate {
     #[must_use]
     pub fn new(lanes: usize) -> Self {
         let lanes = (0..lanes.max(1)).map(|_| Lane::default()).collect();
-        IoGate { epoch: AtomicU64::new(2), closed: AtomicBool::new(false), lanes }
+        IoGate {
+            epoch: AtomicU64::new(2),
+            closed: AtomicBool::new(false),
+            left: AtomicBool::new(false),
+            lanes,
+        }
     }
 
-    /// Enters on behalf of queue `lane`; waits while the gate is closed.
+    /// Enters on behalf of queue `lane`; waits while the gate is closed. `None` when it is closed
+    /// for good.
     #[must_use]
-    pub fn enter(&self, lane: usize) -> Inside<'_> {
+    pub fn enter(&self, lane: usize) -> Option<Inside<'_>> {
         loop {
             if let Some(pass) = self.try_enter(lane) {
-                return Inside(self.counter(&pass));
+                return Some(Inside(self.counter(&pass)));
+            }
+            if self.has_left() {
+                return None;
             }
             std::thread::sleep(CLOSED_WAIT);
         }
+    }
+
+    /// True when the gate is closed for good.
+    #[must_use]
+    pub fn has_left(&self) -> bool {
+        self.left.load(Ordering::Acquire) // pairs with the store in `Closed::leave`
     }
 
     /// Enters on behalf of queue `lane`, or says that the gate is closed.
@@ -110,15 +136,26 @@ impl IoGate {
     /// Closes the gate and waits until everyone inside has left. One caller at a time.
     #[must_use]
     pub fn close(&self) -> Closed<'_> {
+        self.close_within(Duration::MAX).expect("there is no hurry")
+    }
+
+    /// As [`IoGate::close`]; `None`, and the gate is open again, when somebody inside takes longer
+    /// than that to leave.
+    #[must_use]
+    pub fn close_within(&self, limit: Duration) -> Option<Closed<'_>> {
+        let since = Instant::now();
         // SeqCst with the pair in `enter`: either this sees the count, or that sees the closed
         // gate.
         self.closed.store(true, Ordering::SeqCst);
         let closed = Closed(self);
         let inside = |lane: &Lane| lane.inside.iter().any(|n| n.load(Ordering::SeqCst) != 0);
         while self.lanes.iter().any(inside) {
+            if since.elapsed() > limit {
+                return None;
+            }
             std::thread::sleep(CLOSED_WAIT);
         }
-        closed
+        Some(closed)
     }
 
     /// The present epoch: the tag for space that was just let go.
@@ -150,7 +187,7 @@ mod tests {
     #[test]
     fn a_closed_gate_waits_for_who_is_inside_and_holds_back_who_comes() {
         let gate = IoGate::new(1);
-        let old = gate.enter(0);
+        let old = gate.enter(0).unwrap();
         std::thread::scope(|s| {
             let closer = s.spawn(|| gate.close());
             std::thread::sleep(Duration::from_millis(20));
@@ -168,15 +205,31 @@ mod tests {
     }
 
     #[test]
+    fn a_gate_that_was_left_sends_everybody_away() {
+        let gate = IoGate::new(1);
+        let inside = gate.enter(0);
+        assert!(gate.close_within(Duration::from_millis(5)).is_none(), "somebody is inside");
+        drop((inside, gate.enter(0).expect("it is open again")));
+        std::thread::scope(|s| {
+            let closed = gate.close();
+            let late = s.spawn(|| gate.enter(0).is_none());
+
+            closed.leave();
+
+            assert!(late.join().unwrap() && gate.enter(0).is_none() && gate.has_left());
+        });
+    }
+
+    #[test]
     fn a_tag_passes_only_when_earlier_requests_have_left() {
         let gate = IoGate::new(2);
-        let old = gate.enter(1);
+        let old = gate.enter(1).unwrap();
         let tag = gate.epoch();
         for _ in 0..5 {
             gate.try_advance();
         }
         assert!(!gate.passed(tag));
-        let later = gate.enter(0);
+        let later = gate.enter(0).unwrap();
 
         drop(old);
         for _ in 0..2 {

@@ -60,7 +60,7 @@ impl Disk {
     /// reports.
     pub fn read(&self, lane: usize, offset: u64, buf: &mut [u8]) -> Result<()> {
         // Inside the gate first: a resize must not come between the check and the request.
-        let _inside = self.gate.enter(lane);
+        let _inside = self.inside(lane)?;
         // After a failed sync the host may show less than was written: reads would go back in time.
         self.check_alive()?;
         self.check_range(offset, buf.len() as u64)?;
@@ -98,7 +98,7 @@ impl Disk {
     /// `ReadOnly`, `Failed`, `Corrupt` in a damaged range, or what the host reports.
     pub fn write(&self, lane: usize, offset: u64, buf: &[u8]) -> Result<()> {
         self.check_writable()?;
-        let _inside = self.gate.enter(lane);
+        let _inside = self.inside(lane)?;
         self.check_range(offset, buf.len() as u64)?;
         self.write_unchecked(lane, offset, buf).map_err(|e| e.within("write", self.object()))
     }

@@ -7,12 +7,15 @@
 //! request to a thread that may wait.
 //!
 //! Contract, and the crash it defends against:
-//! - A [`Pass`] is held from before the plan is made until the last transfer has ended: else space
-//!   that a transfer still touches is given to another extent.
+//! - A [`Pass`] is held from before the plan is made until the last transfer has ended and the plan
+//!   is published or abandoned: else space that a transfer still touches is given to another
+//!   extent, and a disk is frozen before a write is recorded that its guest takes for complete.
 //! - [`Disk::publish_plan`] is called only after every transfer of the plan succeeded: a record
 //!   that a killed process leaves must not name a block whose data never arrived.
 //!
 //! Test: `tests/tests/vhost_user.rs` (`killed_under_load_…`), `tests/tests/hot_path.rs`, and below.
+
+use std::time::Duration;
 
 use format::entry::BlockState;
 use format::journal::Record;
@@ -21,7 +24,7 @@ use format::units::{ExtentId, GuestBlock, GuestExtent, index};
 use format::{Context, Error, Kind, Result};
 
 use super::claims::{Claim, mask};
-use super::gate::Pass;
+use super::gate::{Closed, Inside, Pass};
 use super::{Disk, blocks_of};
 use crate::store::RawFile;
 
@@ -311,6 +314,34 @@ impl Disk {
     #[must_use]
     pub fn should_commit(&self) -> bool {
         self.tail.room() < self.tail.capacity() / 2
+    }
+
+    /// Lets no request in, and waits until those in work have ended, for as long as `limit`.
+    ///
+    /// # Errors
+    /// `Busy` when one takes longer; the disk goes on.
+    pub fn pause(&self, limit: Duration) -> Result<Closed<'_>> {
+        self.gate.close_within(limit).ok_or_else(|| {
+            Error::new(Kind::Busy, "requests in work did not end in time")
+                .on(self.object())
+                .hint("try again when the host is less busy")
+        })
+    }
+
+    /// True when the disk goes on elsewhere: requests must be made there.
+    #[must_use]
+    pub fn has_left(&self) -> bool {
+        self.gate.has_left()
+    }
+
+    pub(super) fn inside(&self, lane: usize) -> Result<Inside<'_>> {
+        let left = || Error::new(Kind::Failed, "it goes on in another segment").on(self.object());
+        self.gate.enter(lane).ok_or_else(left)
+    }
+
+    /// Ends this opening for a reason outside of the disk: what completed is in its tail.
+    pub fn give_up(&self, error: Error) {
+        self.fail(error);
     }
 
     /// Ends the claims of a plan that is not published: its write failed.

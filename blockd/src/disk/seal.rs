@@ -172,21 +172,30 @@ impl Disk {
         Ok(sealed)
     }
 
-    /// Makes the disk immutable for a fork: it goes on in the segment `successor`. Sums are made
-    /// later ([`Disk::finish_seal`]): they cost as much as the disk has data, and a fork does not.
+    /// Makes the disk immutable for a fork: it goes on in the segment `successor`. Nobody may have
+    /// a request in work ([`Disk::pause`]). Sums are made later ([`Disk::finish_seal`]): they cost
+    /// as much as the disk has data, and a fork does not.
     ///
     /// # Errors
-    /// As [`Disk::checkpoint`]; the disk is then as a crash would have left it.
-    pub fn freeze(self, successor: Uuid) -> Result<()> {
+    /// As [`Disk::checkpoint`]; whether the disk is frozen is then what its superblock says.
+    pub fn freeze(&self, successor: Uuid) -> Result<()> {
         self.check_writable()?;
         // A sealed map is never mended. Damage that nobody has met is met by who makes the sums.
         if let Some(problem) = self.problems.iter().find(|p| p.what.severity() > Severity::Minor) {
             return Err(problem.to_error().within("freeze", self.object()));
         }
-        let sealed = self.finish(|sb| {
-            sb.state = State::Sealed;
-            sb.seal = Seal::Pending;
-            sb.successor = successor;
+        // Nobody else syncs meanwhile: the host tells of a failure once, and it must come here.
+        let sealed = self.alone_in_turn(|| {
+            self.flush_once()?;
+            self.run_checkpoint(|sb| {
+                sb.attached = Attached::No;
+                sb.state = State::Sealed;
+                sb.seal = Seal::Pending;
+                sb.successor = successor;
+            })?;
+            self.reclaim();
+            self.release_spare();
+            self.sync()
         });
         sealed.map_err(|e| e.within("freeze", self.object()))?;
         self.tail.remove()

@@ -25,7 +25,7 @@ impl Disk {
     /// As [`Disk::write`].
     pub fn discard(&self, lane: usize, offset: u64, len: u64) -> Result<()> {
         self.check_writable()?;
-        let _inside = self.gate.enter(lane);
+        let _inside = self.inside(lane)?;
         self.check_range(offset, len)?;
         self.zero(lane, offset, len).map_err(|e| e.within("discard", self.object()))
     }
@@ -37,7 +37,7 @@ impl Disk {
     /// As [`Disk::write`].
     pub fn write_zeroes(&self, lane: usize, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.check_writable()?;
-        let _inside = self.gate.enter(lane);
+        let _inside = self.inside(lane)?;
         self.check_range(offset, len)?;
         let outcome = if unmap {
             self.zero(lane, offset, len)

@@ -179,7 +179,7 @@ impl Export for VolumeExport {
     }
 
     fn allocation(&self, offset: u64, len: u64, visit: &mut Visit<'_>) -> Result<()> {
-        allocation(self.volume.disk(), offset, len, visit)
+        allocation(&self.volume.disk(), offset, len, visit)
     }
 
     fn ancestors(&self) -> Vec<String> {
@@ -270,6 +270,6 @@ struct ChangedSince {
 
 impl BlockStatus for ChangedSince {
     fn extents(&self, offset: u64, len: u64, visit: &mut Visit<'_>) -> Result<()> {
-        changes(self.volume.disk(), &self.ancestor, (offset, len), visit)
+        changes(&self.volume.disk(), &self.ancestor, (offset, len), visit)
     }
 }

@@ -22,9 +22,9 @@ pub(super) struct CacheMode {
     write_back: Mutex<Option<bool>>,
 }
 
-/// Where the choice for a segment lies.
-pub(super) fn path_in(tail_dir: &Path, segment: Uuid) -> PathBuf {
-    tail_dir.join(format!("{segment}.write-through"))
+/// Where the choice for a disk lies.
+pub(super) fn path_in(tail_dir: &Path, disk: Uuid) -> PathBuf {
+    tail_dir.join(format!("{disk}.write-through"))
 }
 
 impl CacheMode {

@@ -16,6 +16,7 @@ pub mod volume;
 
 mod budget;
 mod cache_mode;
+mod current;
 mod hold;
 mod slow;
 

@@ -9,15 +9,16 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
-use format::{Error, Kind, Result};
+use format::{Error, Result};
 use parking_lot::{Condvar, Mutex};
 use vhost_blk::blk::Range;
 use vhost_blk::event::EventFd;
 
+use super::current::Current;
 use crate::disk::Disk;
 use crate::store::buf::AlignedBuf;
 
@@ -127,11 +128,11 @@ pub(super) struct SlowLane {
 }
 
 impl SlowLane {
-    /// Starts the threads. They hold the disk weakly: whoever waits for an errand holds it.
-    pub(super) fn start(disk: &Arc<Disk>, name: &str) -> Result<Self> {
+    /// Starts the threads. They hold the disk only while they do something with it.
+    pub(super) fn start(disk: &Arc<Current>, name: &str) -> Result<Self> {
         let mut lane = SlowLane { shared: Arc::default(), threads: Vec::new() };
         for i in 0..=THREADS {
-            let (shared, disk) = (Arc::clone(&lane.shared), Arc::downgrade(disk));
+            let (shared, disk) = (Arc::clone(&lane.shared), Arc::clone(disk));
             let kind = if i == 0 { "commit" } else { "slow" };
             let builder = std::thread::Builder::new().name(format!("{kind} {name}"));
             let thread = builder.spawn(move || match i {
@@ -182,7 +183,7 @@ impl Drop for SlowLane {
     }
 }
 
-fn commit_all(shared: &Shared, disk: &Weak<Disk>) {
+fn commit_all(shared: &Shared, disk: &Current) {
     let mut batch: Vec<Errand> = Vec::new();
     loop {
         let early = {
@@ -200,7 +201,7 @@ fn commit_all(shared: &Shared, disk: &Weak<Disk>) {
             std::mem::swap(&mut waiting.commits, &mut batch);
             early
         };
-        let outcome = with(disk, Disk::flush);
+        let outcome = disk.with(&mut Disk::flush);
         if early {
             // Asked for again from now on; a failure is met by whoever needs the room.
             shared.early.store(false, Ordering::Relaxed); // as in `commit_early`
@@ -213,7 +214,7 @@ fn commit_all(shared: &Shared, disk: &Weak<Disk>) {
     }
 }
 
-fn run_errands(shared: &Shared, disk: &Weak<Disk>) {
+fn run_errands(shared: &Shared, disk: &Current) {
     loop {
         let errand = {
             let mut waiting = shared.waiting.lock();
@@ -228,25 +229,15 @@ fn run_errands(shared: &Shared, disk: &Weak<Disk>) {
             }
         };
         let (lane, offset) = (errand.lane, errand.offset);
-        let mut read = None;
-        let result = with(disk, |disk| match errand.work {
-            Work::Read(mut buf) => {
-                let result = disk.read(lane, offset, &mut buf);
-                read = Some(buf);
-                result
-            }
-            Work::Write(buf) => disk.write(lane, offset, &buf),
+        let mut work = errand.work;
+        let result = disk.with(&mut |disk| match &mut work {
+            Work::Read(buf) => disk.read(lane, offset, buf),
+            Work::Write(buf) => disk.write(lane, offset, buf),
             Work::Discard(range) => disk.discard(lane, range.offset, range.len),
             Work::WriteZeroes(r) => disk.write_zeroes(lane, r.offset, r.len, r.unmap),
             Work::Flush => disk.flush(),
         });
+        let read = if let Work::Read(buf) = work { Some(buf) } else { None };
         errand.reply.put(Outcome { token: errand.token, result, read });
-    }
-}
-
-fn with(disk: &Weak<Disk>, f: impl FnOnce(&Disk) -> Result<()>) -> Result<()> {
-    match disk.upgrade() {
-        Some(disk) => f(&disk),
-        None => Err(Error::new(Kind::Failed, "the disk is closed")),
     }
 }

@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 
 use super::budget::{Budget, HeldNews, HeldTold};
 use super::cache_mode::{self, CacheMode};
+use super::current::Current;
 use super::hold::{self, Change, Hold};
 use super::limits::{Limits, Throttle};
 use super::slow::{Errand, Mailbox, SlowLane};
@@ -103,7 +104,7 @@ pub struct Volume {
     name: String,
     // Before the disk: its threads end first.
     slow: SlowLane,
-    disk: Arc<Disk>,
+    disk: Arc<Current>,
     throttle: Throttle,
     hold: Hold,
     lanes: Box<[LaneStats]>,
@@ -115,6 +116,11 @@ pub struct Volume {
     failure_told: std::sync::atomic::AtomicBool,
 }
 
+/// How to open a disk for clients that outlive the process.
+fn live_options(dir: &StoreDir, lanes: usize) -> Options {
+    Options { lanes, live: true, ..dir.disk_options() }
+}
+
 impl Volume {
     /// Opens a disk of a store and takes it into service. Completed writes survive the death of
     /// this process.
@@ -123,16 +129,14 @@ impl Volume {
     /// As [`StoreDir::open_disk`], or what the host reports.
     pub fn open(dir: &StoreDir, name: &str, options: &VolumeOptions) -> Result<Arc<Volume>> {
         let disk_options = Options {
-            lanes: options.lanes,
-            live: true,
             accept_lost_tail: options.accept_lost_tail,
             vouched: options.vouched,
-            ..dir.disk_options()
+            ..live_options(dir, options.lanes)
         };
         let access = if options.read_only { Access::Read } else { Access::Write };
         let disk = dir.open_disk(name, access, &disk_options)?;
         let tail_dir = &dir.identity().tail_dir;
-        let cache_mode = CacheMode::in_file(cache_mode::path_in(tail_dir, disk.segment()));
+        let cache_mode = CacheMode::in_file(cache_mode::path_in(tail_dir, dir.disk(name)?.disk));
         Volume::assemble(Arc::new(disk), name, options, cache_mode)
     }
 
@@ -150,6 +154,7 @@ impl Volume {
         options: &VolumeOptions,
         cache_mode: CacheMode,
     ) -> Result<Arc<Volume>> {
+        let disk = Current::new(disk);
         Ok(Arc::new(Volume {
             name: name.to_owned(),
             slow: SlowLane::start(&disk, name)?,
@@ -172,10 +177,31 @@ impl Volume {
         &self.name
     }
 
-    /// The disk.
+    /// The disk as it is now.
+    ///
+    /// # Panics
+    /// Never: it is there until the volume is closed.
     #[must_use]
-    pub fn disk(&self) -> &Disk {
-        &self.disk
+    pub fn disk(&self) -> Arc<Disk> {
+        self.disk.get().expect("there until closed")
+    }
+
+    /// How often a fork has replaced the disk.
+    pub(super) fn swaps(&self) -> u64 {
+        self.disk.swaps()
+    }
+
+    /// Goes on with the segment that the disk of this name has now: a fork has frozen the one
+    /// before, whose gate is closed.
+    ///
+    /// # Errors
+    /// As [`StoreDir::open_disk`]; nothing has changed then.
+    pub fn go_on(&self, dir: &StoreDir) -> Result<()> {
+        let disk =
+            dir.open_disk(&self.name, Access::Write, &live_options(dir, self.lanes.len()))?;
+        self.disk.replace(Arc::new(disk));
+        self.wake_workers();
+        Ok(())
     }
 
     /// Counters and state.
@@ -183,8 +209,9 @@ impl Volume {
     pub fn stats(&self) -> VolumeStats {
         let mut sums = stats::sum(&self.lanes);
         sums.held = self.hold.info();
-        sums.journal_pages = self.disk.journal_use();
-        sums.map_bytes = self.disk.map().memory_bytes() as u64;
+        let disk = self.disk();
+        sums.journal_pages = disk.journal_use();
+        sums.map_bytes = disk.map().memory_bytes() as u64;
         sums
     }
 
@@ -235,7 +262,7 @@ impl Volume {
         let volume = Arc::into_inner(self).ok_or_else(busy)?;
         let Volume { slow, disk, .. } = volume;
         drop(slow);
-        Arc::into_inner(disk).ok_or_else(busy)
+        disk.take().and_then(Arc::into_inner).ok_or_else(busy)
     }
 
     pub(super) fn lane(&self, lane: usize) -> &LaneStats {
@@ -401,7 +428,7 @@ impl Volume {
         let mut held = false;
         let outcome = loop {
             let seen = self.hold.resumes();
-            match f(&self.disk) {
+            match self.disk.with(f) {
                 Err(e) if hold::is_held(&e) => {
                     match std::mem::replace(&mut held, true) {
                         false => self.begin_hold(&e),

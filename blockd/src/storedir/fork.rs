@@ -14,7 +14,7 @@
 //! [`StoreDir::settle_fork`] does 4 and 5 from whatever a crash left of 3, and so also goes back: a
 //! fork that did not freeze all of its disks has no children, and those that it froze go on.
 //!
-//! Tests: `crash_points::fork`, `fork`.
+//! Tests: `crash_points::fork`, `fork`, `fork_under_load`.
 
 use std::collections::HashSet;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -83,20 +83,32 @@ impl StoreDir {
     /// host reports. There are no children then, and the disks are as before.
     pub fn fork(&self, wanted: &[ForkOf]) -> Result<Vec<DiskRow>> {
         let fork = self.begin_fork(wanted)?;
-        let frozen = fork.disks.iter().try_for_each(|forked| {
-            let disk = self.open_disk(&forked.name, Access::Write, &self.disk_options())?;
-            disk.freeze(forked.successor)
-        });
+        let frozen = fork.disks.iter().try_for_each(|forked| self.freeze(forked));
         // Also when a disk could not be frozen: those that were must go on.
-        let settled = self.settle_fork(&fork);
-        frozen?;
-        settled?;
+        if !self.settle_fork(&fork)? {
+            frozen?;
+            return Err(Error::new(Kind::Failed, "not all of the disks were frozen"));
+        }
+        self.children(&fork)
+    }
+
+    /// The disks that a fork has made.
+    ///
+    /// # Errors
+    /// `NotFound` when it made none.
+    pub(crate) fn children(&self, fork: &ForkRow) -> Result<Vec<DiskRow>> {
         let children = fork.disks.iter().flat_map(|forked| &forked.children);
         children.map(|child| self.disk(&child.name)).collect()
     }
 
-    /// Steps 1 and 2.
-    fn begin_fork(&self, wanted: &[ForkOf]) -> Result<ForkRow> {
+    /// Step 3 for a disk that nobody has open.
+    pub(crate) fn freeze(&self, forked: &Forked) -> Result<()> {
+        let disk = self.open_disk(&forked.name, Access::Write, &self.disk_options())?;
+        disk.freeze(forked.successor)
+    }
+
+    /// Steps 1 and 2. Whatever happens next, [`StoreDir::settle_fork`] must follow.
+    pub(crate) fn begin_fork(&self, wanted: &[ForkOf]) -> Result<ForkRow> {
         self.check_writable()?;
         self.check_fork(wanted)?;
         let disks = wanted.iter().map(|of| {
@@ -200,7 +212,7 @@ impl StoreDir {
     ///
     /// # Errors
     /// `NoSpace`, or what the host reports; to be done again then.
-    pub(super) fn settle_fork(&self, fork: &ForkRow) -> Result<bool> {
+    pub(crate) fn settle_fork(&self, fork: &ForkRow) -> Result<bool> {
         let frozen = fork.disks.iter().map(|forked| {
             let file = self.segment_file(forked.segment, Access::Read)?;
             let superblock = segment::read_superblock(file.as_ref())?.superblock;

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use format::superblock::{Attached, Mode, Seal, State, Superblock};
 use format::{Context as _, Error, Kind, Result};
@@ -162,18 +162,35 @@ pub fn create(dir: &StoreDir, new: &CreateDisk) -> Result<Summary> {
 /// As [`StoreDir::fork`].
 pub fn fork(dir: &StoreDir, request: &ForkDisks) -> Result<ForkedDisks> {
     let began = Instant::now();
-    let of = |d: &ForkDisk| ForkOf { disk: d.disk.clone(), children: d.children.clone() };
-    let wanted: Vec<ForkOf> = request.disks.iter().map(of).collect();
     let fork = || -> Result<Vec<DiskRow>> {
-        for of in &wanted {
+        for of in &request.disks {
             take_tail(dir, &of.disk, request.accept_lost_tail)?;
         }
-        dir.fork(&wanted)
+        dir.fork(&forks(request))
     };
     let children = fork().context("fork", || named(request))?;
+    forked(dir, &children, (began.elapsed(), None))
+}
+
+/// What is asked for, in the words of the store.
+#[must_use]
+pub fn forks(request: &ForkDisks) -> Vec<ForkOf> {
+    let of = |d: &ForkDisk| ForkOf { disk: d.disk.clone(), children: d.children.clone() };
+    request.disks.iter().map(of).collect()
+}
+
+/// What came of a fork: how long it took, and how long guests waited.
+///
+/// # Errors
+/// What the host reports.
+pub fn forked(
+    dir: &StoreDir,
+    children: &[DiskRow],
+    (took, pause): (Duration, Option<Duration>),
+) -> Result<ForkedDisks> {
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     let children = children.iter().map(|row| summary(dir, row)).collect::<Result<_>>()?;
-    let took_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-    Ok(ForkedDisks { children, took_us })
+    Ok(ForkedDisks { children, took_us: micros(took), pause_us: pause.map(micros) })
 }
 
 /// What is forked, for messages.
@@ -232,7 +249,7 @@ pub fn resize_open(
 }
 
 /// Opens and closes a disk whose tail is lost, so that what follows finds it in order.
-fn take_tail(dir: &StoreDir, name: &str, accept_lost_tail: bool) -> Result<()> {
+pub(crate) fn take_tail(dir: &StoreDir, name: &str, accept_lost_tail: bool) -> Result<()> {
     if !accept_lost_tail {
         return Ok(());
     }

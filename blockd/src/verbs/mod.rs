@@ -20,8 +20,10 @@ use crate::storedir::StoreDir;
 pub use bytes::{check_end, write_bytes, zero};
 pub use check::{check, repair, scrub, verify};
 pub use compare::{Contents, compare, content_ranges, disk_ranges};
+pub(crate) use disks::take_tail;
 pub use disks::{
-    create, details, df, fork, freed, list, named, resize, resize_open, seal, summary,
+    create, details, df, fork, forked, forks, freed, list, named, resize, resize_open, seal,
+    summary,
 };
 pub use map::walk as walk_map;
 

@@ -36,7 +36,9 @@ pub fn fork(s: &Session, args: Fork) -> Outcome {
         let parents: Vec<&str> = request.disks.iter().map(|d| d.disk.as_str()).collect();
         let children: Vec<&str> = forked.children.iter().map(|d| d.name.as_str()).collect();
         let took = Duration::from_micros(forked.took_us);
-        format!("forked {} into {} in {took:.1?}", parents.join(", "), children.join(", "))
+        let pause = forked.pause_us.map(Duration::from_micros);
+        let pause = pause.map_or(String::new(), |time| format!(", guests waited for {time:.1?}"));
+        format!("forked {} into {} in {took:.1?}{pause}", parents.join(", "), children.join(", "))
     })?;
     Ok(Verdict::Done)
 }

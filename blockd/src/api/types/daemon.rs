@@ -201,6 +201,8 @@ pub enum EventKind {
     JobFinished,
     /// The daemon took over from another one, with all that it served.
     Upgraded,
+    /// A disk was forked.
+    Forked,
 }
 
 impl EventKind {
@@ -222,6 +224,7 @@ impl EventKind {
             EventKind::JobStarted => "job-started",
             EventKind::JobFinished => "job-finished",
             EventKind::Upgraded => "upgraded",
+            EventKind::Forked => "forked",
         }
     }
 }

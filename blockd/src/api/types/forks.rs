@@ -33,4 +33,6 @@ pub struct ForkedDisks {
     pub children: Vec<Disk>,
     /// Microseconds that the whole fork took.
     pub took_us: u64,
+    /// Microseconds for which disks in service let no request in; null when none is in service.
+    pub pause_us: Option<u64>,
 }

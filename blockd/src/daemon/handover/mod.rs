@@ -167,7 +167,10 @@ impl HandedDisk {
 }
 
 /// Does something with each item on threads of its own, a few at a time; the results are in order.
-fn side_by_side<T: Send, R: Send>(items: Vec<T>, work: impl Fn(T) -> R + Sync) -> Vec<R> {
+pub(super) fn side_by_side<T: Send, R: Send>(
+    items: Vec<T>,
+    work: impl Fn(T) -> R + Sync,
+) -> Vec<R> {
     const THREADS_MAX: usize = 16;
     let threads = items.len().min(THREADS_MAX);
     let items = parking_lot::Mutex::new(items.into_iter().enumerate());

@@ -6,8 +6,9 @@
 //!
 //! Invariants:
 //! - Reads and overwrites neither allocate nor lock nor log (`tests/tests/hot_path.rs`).
-//! - A request is inside the gate of its disk from before it is planned until its last transfer
-//!   has ended, and nothing waits inside it for another request of the same queue.
+//! - A request is inside the gate of its disk from before it is planned until it is published, or
+//!   its sync has ended, and nothing waits inside it for another request of the same queue.
+//! - The disk is replaced between two rounds, when nothing is inside its gate.
 //! - A request is answered once, after its bytes were moved and, if it was a first write,
 //!   published; a write in write-through mode only when it is durable.
 //! - When the queue is stopped, what is in work is finished and answered, except for what is held:
@@ -33,6 +34,8 @@ use vhost_blk::session::{ActiveQueue, Control};
 use super::hold;
 use super::slow::{Mailbox, Outcome};
 use super::volume::Volume;
+use crate::disk::Disk;
+use crate::store::RawFile;
 use inline::Inline;
 use poll::Poller;
 use ring::{Bell, DataRing, Done};
@@ -87,6 +90,10 @@ struct FileTraits {
 }
 
 struct Worker {
+    /// The disk of the volume, as of `swaps`. Before the volume, which takes it back when all are
+    /// gone.
+    disk: Arc<Disk>,
+    swaps: u64,
     volume: Arc<Volume>,
     queue: ActiveQueue,
     limits: Limits,
@@ -115,6 +122,19 @@ struct Worker {
     inline: Inline,
 }
 
+/// The files of a disk by row, and their descriptors for a ring.
+fn files_of(disk: &Disk) -> Result<(Vec<Option<FileTraits>>, Vec<i32>)> {
+    let traits = |raw: RawFile<'_>| FileTraits {
+        fd: raw.fd.as_raw_fd(),
+        memory_align: raw.memory_align,
+        offset_align: raw.offset_align,
+    };
+    let files: Vec<_> = disk.raw_files()?.into_iter().map(|raw| raw.map(traits)).collect();
+    // A row without a file is never named by the map of an open disk; -1 keeps its place.
+    let fds = files.iter().map(|f| f.map_or(-1, |f| f.fd)).collect();
+    Ok((files, fds))
+}
+
 /// Runs the worker of a queue until the queue is stopped. `started` is told once whether it could
 /// begin.
 pub(super) fn work(setup: Setup, started: &SyncSender<Result<Arc<Mailbox>>>) {
@@ -134,16 +154,8 @@ pub(super) fn work(setup: Setup, started: &SyncSender<Result<Arc<Mailbox>>>) {
 impl Worker {
     fn new(setup: Setup) -> Result<Worker> {
         let Setup { volume, queue, limits, poll_us_max, serial, state } = setup;
-        let traits = |raw: Option<crate::store::RawFile<'_>>| {
-            raw.map(|raw| FileTraits {
-                fd: raw.fd.as_raw_fd(),
-                memory_align: raw.memory_align,
-                offset_align: raw.offset_align,
-            })
-        };
-        let files: Vec<_> = volume.disk().raw_files()?.into_iter().map(traits).collect();
-        // A row without a file is never named by the map of an open disk; -1 keeps its place.
-        let fds: Vec<i32> = files.iter().map(|f| f.map_or(-1, |f| f.fd)).collect();
+        let (swaps, disk) = (volume.swaps(), volume.disk());
+        let (files, fds) = files_of(&disk)?;
         let mut ring = DataRing::new(&fds)?;
         let mailbox = Mailbox::new()?;
         volume.register(&mailbox);
@@ -153,6 +165,8 @@ impl Worker {
         let resumes = volume.hold().resumes();
         Ok(Worker {
             lane: usize::from(queue.index()),
+            disk,
+            swaps,
             volume,
             queue,
             limits,
@@ -183,6 +197,12 @@ impl Worker {
             // starter's change.
             self.state.rounds.fetch_add(1, Ordering::Release);
             self.now = Instant::now();
+            if self.volume.swaps() != self.swaps
+                && let Err(error) = self.follow_swap()
+            {
+                self.give_up(&error);
+                return;
+            }
             let stopping = self.queue.control() == Control::Stop;
             let mut progress = self.reap();
             progress |= self.read_mail();
@@ -207,6 +227,16 @@ impl Worker {
                 self.idle(stopping);
             }
         }
+    }
+
+    /// Goes on with the disk that a fork has put in place of the one before, on which nothing is in
+    /// work any more.
+    fn follow_swap(&mut self) -> Result<()> {
+        // The count first: a swap in between is followed in the next round.
+        (self.swaps, self.disk) = (self.volume.swaps(), self.volume.disk());
+        let (files, fds) = files_of(&self.disk)?;
+        self.files = files;
+        self.ring.replace_files(&fds)
     }
 
     /// Nothing is left that will end by itself.
@@ -250,7 +280,7 @@ impl Worker {
     fn fetch(&mut self) -> bool {
         let mut any = false;
         // A resize shows at once.
-        self.limits.sectors = self.volume.disk().size() / vhost_blk::blk::SECTOR;
+        self.limits.sectors = self.disk.size() / vhost_blk::blk::SECTOR;
         while let Some(number) = self.free.pop() {
             let slot = &mut self.slots[number as usize];
             let Some(request) = self.queue.take(&self.limits, &mut slot.chain, &mut slot.list)

@@ -113,8 +113,8 @@ impl Worker {
     }
 
     fn begin_window(&mut self, number: u32, write: bool) -> Result<Next> {
-        let Worker { volume, slots, files, lane, .. } = self;
-        let (disk, lane) = (volume.disk(), *lane);
+        let Worker { disk, slots, files, lane, .. } = self;
+        let lane = *lane;
         let Some(pass) = disk.enter(lane) else {
             return Ok(Next::Later(GATE_WAIT));
         };
@@ -231,18 +231,20 @@ impl Worker {
 
     /// All transfers of a window have ended.
     fn window_moved(&mut self, number: u32) -> Result<Next> {
-        let (slot, disk) = (&mut self.slots[number as usize], self.volume.disk());
-        if let Some(pass) = slot.pass.take() {
-            disk.leave(pass);
-        }
+        let (slot, disk) = (&mut self.slots[number as usize], &self.disk);
         if let Some(error) = slot.error.take() {
             disk.abandon(&mut slot.plan);
+            slot.leave(disk);
             return Err(error);
         }
-        if !disk.publish_plan(&mut slot.plan)? {
+        let published = disk.publish_plan(&mut slot.plan);
+        if matches!(published, Ok(false)) {
             self.flush(number, Phase::Room);
             return Ok(Next::Wait);
         }
+        // Only now: a fork that finds nobody inside takes what is published for all there is.
+        slot.leave(disk);
+        published?;
         let bytes = slot.plan.bytes();
         if disk.should_commit() {
             self.volume.commit_early();
@@ -267,12 +269,17 @@ impl Worker {
     /// Makes everything durable that completed before, then goes on as `phase` says. One sync by
     /// the ring does when no record waits for the journal.
     fn flush(&mut self, number: u32, phase: Phase) {
-        self.slot(number).phase = phase;
-        let disk = self.volume.disk();
+        let (slot, disk) = (&mut self.slots[number as usize], &self.disk);
+        slot.phase = phase;
         let own = disk.map().own().get();
         let simple = phase == Phase::Durable && disk.is_writable() && disk.one_sync_suffices();
-        if simple && self.ring.sync(own, number).is_ok() {
-            return;
+        // Inside the gate, so that a fork waits for it: the host tells of a failure once.
+        if simple && let Some(pass) = disk.enter(self.lane) {
+            slot.pass = Some(pass);
+            if self.ring.sync(own, number).is_ok() {
+                return;
+            }
+            slot.leave(disk);
         }
         self.send(number, 0, Work::Flush);
     }
@@ -283,9 +290,10 @@ impl Worker {
             0 => Ok(Next::Done),
             errno => {
                 let error = Error::from(std::io::Error::from_raw_os_error(errno));
-                Err(self.volume.disk().sync_failed(error))
+                Err(self.disk.sync_failed(error))
             }
         };
+        self.slots[number as usize].leave(&self.disk);
         self.follow(number, next);
     }
 
@@ -347,11 +355,12 @@ impl Worker {
 
     fn returned(&mut self, outcome: Outcome) -> Result<Next> {
         let number = outcome.token;
-        let (slot, volume) = (&mut self.slots[number as usize], &self.volume);
+        let slot = &mut self.slots[number as usize];
         match slot.phase {
             Phase::Room => {
                 if let Err(e) = outcome.result {
-                    volume.disk().abandon(&mut slot.plan);
+                    self.disk.abandon(&mut slot.plan);
+                    slot.leave(&self.disk);
                     return Err(e);
                 }
                 self.window_moved(number)

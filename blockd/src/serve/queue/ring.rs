@@ -69,6 +69,16 @@ impl DataRing {
         Ok(DataRing { ring, unsubmitted: 0 })
     }
 
+    /// Knows these files by index from now on. What is in work keeps its file.
+    ///
+    /// # Errors
+    /// What the host reports.
+    pub(super) fn replace_files(&mut self, files: &[i32]) -> Result<()> {
+        let submitter = self.ring.submitter();
+        let replaced = submitter.unregister_files().and_then(|()| submitter.register_files(files));
+        replaced.map_err(|e| Error::from(e).tried("register files with a ring"))
+    }
+
     fn push(&mut self, entry: &squeue::Entry) -> Result<()> {
         loop {
             // SAFETY: what the entry refers to stays valid until its completion: buffers are guest

@@ -10,6 +10,7 @@ use format::{Error, Result};
 use vhost_blk::blk::{RangeList, Request};
 use vhost_blk::queue::{Chain, Segment};
 
+use crate::disk::Disk;
 use crate::disk::gate::Pass;
 use crate::disk::plan::{Place, Plan, TRANSFERS_MAX};
 use crate::serve::stats::OpKind;
@@ -241,6 +242,13 @@ impl Slot {
             segment.copy_from(&bytes[at..at + segment.len()]);
             at += segment.len();
         });
+    }
+
+    /// Leaves the gate of the disk, if it is inside.
+    pub(super) fn leave(&mut self, disk: &Disk) {
+        if let Some(pass) = self.pass.take() {
+            disk.leave(pass);
+        }
     }
 
     /// Remembers the first thing that went wrong.

@@ -1,0 +1,178 @@
+//! Forks of disks in service and of others, at one instant.
+//!
+//! The order is that of `storedir/fork.rs`. For a disk in service, freezing goes like this:
+//! 1. while its guests run: a checkpoint, so that little is left to be made durable;
+//! 2. its gate is closed and what is in work ends, on all disks of the fork: the instant. No guest
+//!    has an answer to a request that the children do not have, and none of a later one is in them;
+//! 3. it is frozen, the fork is settled, and the volume goes on with the successor;
+//! 4. the old gate sends everybody to the new one.
+//!
+//! A guest waits from 2 to 4, and sees a slow request. No request completes meanwhile, so a process
+//! that is killed then leaves nothing that the segments do not have: whoever opens the store
+//! settles the fork, and a front end that connects again finds its disk going on.
+//!
+//! Tests: `fork_under_load`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use format::{Context as _, Error, Kind, Result};
+
+use super::Daemon;
+use super::handover::side_by_side;
+use super::holds::Hold;
+use super::served::in_service;
+use crate::api::types::{EventKind, ForkDisks, ForkedDisks, JobKind};
+use crate::catalogue::{ForkRow, Forked};
+use crate::disk::Disk;
+use crate::disk::gate::Closed;
+use crate::serve::Volume;
+use crate::store::Access;
+use crate::storedir::StoreDir;
+use crate::verbs;
+
+/// How long requests in work may take to end.
+const DRAIN_MAX: Duration = Duration::from_secs(2);
+
+/// The volumes of the disks that are in service, by name.
+type Volumes = BTreeMap<String, Arc<Volume>>;
+
+/// A disk in service at the instant of its fork.
+struct Paused<'a> {
+    volume: &'a Volume,
+    disk: &'a Disk,
+    gate: Closed<'a>,
+}
+
+impl Paused<'_> {
+    /// Goes on: in the successor if the disk is frozen, else as before.
+    fn go_on(self, dir: &StoreDir) {
+        let Paused { volume, disk, gate } = self;
+        let outcome = is_frozen(dir, disk).and_then(|frozen| match frozen {
+            true => volume.go_on(dir).map(|()| true),
+            false => Ok(false),
+        });
+        match outcome {
+            Ok(true) => gate.leave(),
+            Ok(false) => {}
+            // Its requests fail from now on, by name; attaching it again mends that.
+            Err(e) => disk.give_up(e),
+        }
+    }
+}
+
+fn is_frozen(dir: &StoreDir, disk: &Disk) -> Result<bool> {
+    let file = dir.segment_file(disk.segment(), Access::Read)?;
+    Ok(!crate::segment::read_superblock(file.as_ref())?.superblock.successor.is_nil())
+}
+
+impl Daemon {
+    /// Forks disks.
+    ///
+    /// # Errors
+    /// As [`verbs::fork`]; `Busy` when somebody reads one of them beside its front ends, or when
+    /// requests in work do not end in time; `ReadOnly` for a disk that is served for reading only.
+    pub fn fork(self: &Arc<Self>, request: &ForkDisks) -> Result<ForkedDisks> {
+        let began = Instant::now();
+        let fork = || -> Result<ForkedDisks> {
+            let _changing = self.service.changing.lock();
+            let (volumes, _holds) = self.hold_for_fork(request)?;
+            let dir = self.dir()?;
+            for of in request.disks.iter().filter(|of| !volumes.contains_key(&of.disk)) {
+                verbs::take_tail(&dir, &of.disk, request.accept_lost_tail)?;
+            }
+            let row = dir.begin_fork(&verbs::forks(request))?;
+            let pause = fork_all(&dir, &row, &volumes)?;
+            let pause = Some(pause).filter(|_| !volumes.is_empty());
+            verbs::forked(&dir, &dir.children(&row)?, (began.elapsed(), pause))
+        };
+        let forked = fork().context("fork", || verbs::named(request))?;
+        for of in &request.disks {
+            let detail = format!("into {}", of.children.join(", "));
+            self.events.add(EventKind::Forked, format!("disk {}", of.disk), detail);
+        }
+        self.sum_frozen();
+        Ok(forked)
+    }
+
+    /// Holds all names; nobody reads a disk in service besides, or changes its size.
+    fn hold_for_fork(&self, request: &ForkDisks) -> Result<(Volumes, Vec<Hold>)> {
+        let mut names: Vec<(&String, bool)> = request
+            .disks
+            .iter()
+            .flat_map(|of| of.children.iter().map(|c| (c, false)).chain([(&of.disk, true)]))
+            .collect();
+        // What is named twice is refused by the store.
+        names.sort_unstable();
+        names.dedup_by_key(|(name, _)| *name);
+        let (mut volumes, mut holds) = (Volumes::new(), Vec::new());
+        for (name, is_parent) in names {
+            let served = self.table().served.get(name).map(|s| Arc::clone(&s.volume));
+            match served.filter(|_| is_parent) {
+                Some(volume) if !volume.disk().is_writable() => {
+                    return Err(Error::new(Kind::ReadOnly, "it is served for reading only")
+                        .on(format!("disk {name}")));
+                }
+                Some(volume) => {
+                    holds.push(self.holds.take(&in_service(name), Access::Write)?);
+                    volumes.insert(name.clone(), volume);
+                }
+                None => holds.push(self.hold(name, Access::Write)?),
+            }
+        }
+        Ok((volumes, holds))
+    }
+
+    /// Has the sums of frozen segments made that have none yet, as a job that nobody waits for.
+    pub fn sum_frozen(self: &Arc<Self>) {
+        use crate::pump::Watch as _;
+        let daemon = Arc::clone(self);
+        let work = move || {
+            let _one = daemon.summing.lock();
+            let Ok(dir) = daemon.dir() else { return };
+            let Some(object) = dir.next_to_sum() else { return };
+            let job = daemon.jobs.start(JobKind::Seal, &object, None);
+            let summed = dir.sum_frozen(&mut |done, total| {
+                job.set(done, total);
+                job.check()
+            });
+            job.finish(&summed.map(serde_json::Value::from));
+        };
+        let thread = std::thread::Builder::new().name("sums".into()).spawn(work);
+        if let Err(error) = thread {
+            // The next fork, or the next start, tries again.
+            tracing::warn!(%error, "no thread for the sums of frozen segments");
+        }
+    }
+}
+
+/// Freezes all disks and lets them go on. Returns how long those in service let nobody in.
+fn fork_all(dir: &StoreDir, fork: &ForkRow, volumes: &Volumes) -> Result<Duration> {
+    let disks: Vec<(&Arc<Volume>, Arc<Disk>)> =
+        volumes.values().map(|volume| (volume, volume.disk())).collect();
+    let prepared = side_by_side(disks.iter().collect(), |(_, disk)| disk.prepare_hand_on());
+    let began = Instant::now();
+    let mut paused = Vec::new();
+    let frozen = prepared.into_iter().collect::<Result<()>>().and_then(|()| {
+        for (volume, disk) in &disks {
+            paused.push(Paused { volume, disk, gate: disk.pause(DRAIN_MAX)? });
+        }
+        let freeze = |forked: &Forked| match paused.iter().find(|p| p.volume.name() == forked.name)
+        {
+            Some(paused) => paused.disk.freeze(forked.successor),
+            None => dir.freeze(forked),
+        };
+        side_by_side(fork.disks.iter().collect(), freeze).into_iter().collect::<Result<()>>()
+    });
+    // Also when a disk could not be frozen: those that were must go on.
+    let settled = dir.settle_fork(fork);
+    paused.into_iter().for_each(|paused| paused.go_on(dir));
+    let pause = began.elapsed();
+    // What is durable counts: there are children when all disks are frozen.
+    if !settled? {
+        frozen?;
+        return Err(Error::new(Kind::Failed, "not all of the disks were frozen"));
+    }
+    Ok(pause)
+}
