@@ -14,7 +14,7 @@ use std::cell::Cell;
 use std::io::{self, IoSlice};
 use std::net::Shutdown;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -40,6 +40,10 @@ const QUICK_BYTES_MAX: u64 = 64 << 10;
 /// And how long such requests may take on average.
 const QUICK_NANOS_MAX: u64 = 50_000;
 
+/// A client that sent nothing while so many slow requests in a row were served is taken to wait for
+/// each of its replies.
+const ALONE_MIN: u32 = 32;
+
 /// The peer does not follow the protocol.
 fn violation() -> io::Error {
     io::ErrorKind::InvalidData.into()
@@ -56,9 +60,9 @@ pub fn serve(place: Place, tls: Option<&TlsConfig>, refusal: Option<&str>) {
         let options = place.options();
         let buffers = Buffers::new(options.bytes_max);
         let lead = Lead::new(Input::new(), options.threads_max);
-        let recent = AtomicU64::new(0);
+        let (recent, alone) = (AtomicU64::new(0), AtomicU32::new(0));
         let pending = Mutex::default();
-        Arc::new(Session { agreed, lead, pending, buffers, recent, place }).work();
+        Arc::new(Session { agreed, lead, pending, buffers, recent, alone, place }).work();
     }
 }
 
@@ -183,6 +187,8 @@ struct Session {
     buffers: Buffers,
     /// Nanoseconds that small reads and writes took of late, on average.
     recent: AtomicU64,
+    /// Slow requests in a row during which the client sent nothing.
+    alone: AtomicU32,
     // Last: without it, the server may be taken to be done with the export.
     place: Place,
 }
@@ -222,15 +228,20 @@ impl Session {
             };
             let small = small(&work);
             // Relaxed: a hint.
-            if !small || self.recent.load(Ordering::Relaxed) > QUICK_NANOS_MAX {
+            let quick = small && self.recent.load(Ordering::Relaxed) <= QUICK_NANOS_MAX;
+            if !quick {
                 self.flush_pending()?;
-                let then = self.lead.hand_over(input);
+            }
+            if !quick && !self.is_alone(&work) {
+                let (number, then) = self.lead.hand_over(input);
                 self.follow(then);
-                return self.execute(Work { more: false, ..work }, small);
+                let to = ReplyTo { session: self, more: false, slow: Some(number) };
+                return self.execute(work, small, &to);
             }
             let (number, then) = self.lead.park(input);
             self.follow(then);
-            let outcome = self.execute(work, small);
+            let to = ReplyTo { session: self, more: work.more, slow: (!quick).then_some(number) };
+            let outcome = self.execute(work, small, &to);
             match self.lead.take_back(number) {
                 Some(back) => input = back,
                 None => {
@@ -240,6 +251,23 @@ impl Session {
             }
             outcome?;
         }
+    }
+
+    /// Whether nobody waits while this thread serves a slow request itself: the client, as far as
+    /// is known, waits for the reply. If not, what it sends meanwhile waits for a tick or two.
+    fn is_alone(&self, work: &Work<'_>) -> bool {
+        // Relaxed: a hint.
+        !work.more && self.alone.load(Ordering::Relaxed) >= ALONE_MIN
+    }
+
+    /// Takes note of whether the client sent something while a slow request was served, before it
+    /// gets the reply; `number` is that of the request's hand-over.
+    fn note_company(&self, number: u64) {
+        let company = self.lead.number() != number || self.stream().has_input();
+        // Relaxed: a hint; a lost update does no harm.
+        let alone = self.alone.load(Ordering::Relaxed);
+        let alone = if company { 0 } else { alone.saturating_add(1) };
+        self.alone.store(alone, Ordering::Relaxed);
     }
 
     fn follow(self: &Arc<Self>, then: Then) {
@@ -343,8 +371,8 @@ impl Session {
         }
     }
 
-    fn execute(&self, work: Work<'_>, small: bool) -> io::Result<()> {
-        let Work { request, command, payload, more } = work;
+    fn execute(&self, work: Work<'_>, small: bool, to: &ReplyTo<'_>) -> io::Result<()> {
+        let Work { request, command, payload, .. } = work;
         let executor = Executor {
             export: self.agreed.export.as_ref(),
             limits: &self.agreed.limits,
@@ -352,11 +380,10 @@ impl Session {
             buffers: &self.buffers,
             spent: Cell::default(),
         };
-        let to = ReplyTo { session: self, more };
         let counted = self.place.connection().counters.begin();
         let served = match command {
-            Ok(command) => executor.run(&request, &command, payload, &to)?,
-            Err(errno) => executor.fail(&request, errno.into(), &to)?,
+            Ok(command) => executor.run(&request, &command, payload, to)?,
+            Err(errno) => executor.fail(&request, errno.into(), to)?,
         };
         counted.end(&request, served);
         if small {
@@ -402,10 +429,15 @@ impl Drop for Session {
 struct ReplyTo<'a> {
     session: &'a Session,
     more: bool,
+    /// The number of the hand-over or the parking under a slow request.
+    slow: Option<u64>,
 }
 
 impl Replies for ReplyTo<'_> {
     fn send(&self, head: &[u8], data: &[u8]) -> io::Result<()> {
+        if let Some(number) = self.slow {
+            self.session.note_company(number);
+        }
         let mut pending = self.session.pending.lock();
         if self.more && pending.len() + head.len() + data.len() <= PENDING_MAX {
             pending.extend(head);

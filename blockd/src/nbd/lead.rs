@@ -2,8 +2,9 @@
 //!
 //! The threads of a connection take turns: the one that *leads* holds the input, reads a request,
 //! and then either hands the lead to another thread before it serves the request, or, when requests
-//! are quick, *parks* the input, serves the request at once, and goes on reading. The first lets a
-//! slow request overlap with others; the second costs no switch between threads.
+//! are quick or the client waits for each reply, *parks* the input, serves the request at once, and
+//! goes on reading. The first lets a slow request overlap with others; the second costs no switch
+//! between threads.
 //!
 //! Invariants:
 //! - The input is in one place: with the thread that leads, or here.
@@ -103,12 +104,18 @@ impl<T> Lead<T> {
         input
     }
 
-    /// Puts the input where another thread may take it at once.
-    pub fn hand_over(&self, input: T) -> Then {
+    /// Puts the input where another thread may take it at once. The number is for
+    /// [`Lead::number`].
+    pub fn hand_over(&self, input: T) -> (u64, Then) {
         let mut state = self.state.lock();
         state.input = Some(input);
         state.number += 1;
-        self.call(&mut state)
+        (state.number, self.call(&mut state))
+    }
+
+    /// Moves on with each request that is read.
+    pub fn number(&self) -> u64 {
+        self.state.lock().number
     }
 
     /// Puts the input where another thread may take it later. The number is for
@@ -219,7 +226,7 @@ mod tests {
     fn threads_are_bounded() {
         let lead = Lead::new((), 3);
         lead.take().unwrap();
-        let spawned = (0..10).filter(|_| lead.hand_over(()) == Then::Spawn).count();
+        let spawned = (0..10).filter(|_| lead.hand_over(()).1 == Then::Spawn).count();
 
         assert_eq!(spawned, 2);
     }

@@ -160,6 +160,13 @@ impl Stream {
         Ok(())
     }
 
+    /// Whether the client has sent something that nobody has received yet.
+    pub fn has_input(&self) -> bool {
+        let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+    }
+
     /// Sending fails when the peer takes nothing for so long; `None` waits for ever.
     ///
     /// # Errors

@@ -41,6 +41,10 @@ struct Memory {
     released: Condvar,
     waiting: AtomicU64,
     flushes: AtomicU64,
+    /// How long a flush takes, in microseconds.
+    flush_us: AtomicU64,
+    /// Threads that flushed, one after the other.
+    flushed_by: Mutex<Vec<thread::ThreadId>>,
     fail: Mutex<Option<Kind>>,
     read_only: bool,
 }
@@ -109,6 +113,8 @@ impl Export for Memory {
 
     fn flush(&self) -> Result<()> {
         self.flushes.fetch_add(1, Ordering::SeqCst);
+        self.flushed_by.lock().unwrap().push(thread::current().id());
+        thread::sleep(Duration::from_micros(self.flush_us.load(Ordering::SeqCst)));
         self.outcome()
     }
 

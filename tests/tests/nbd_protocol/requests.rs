@@ -12,6 +12,7 @@ use blockd::nbd::wire::{Style, chunk, command as c, option};
 use blockd::nbd::{Export, Listener, NbdServer, ServerOptions, VolumeExport};
 use format::Kind;
 use offshoot_tests::nbd::{Client, Disks, Named, PATIENCE, in_service, request};
+use offshoot_tests::until;
 
 use super::{
     EINVAL, EIO, ENOSPC, ENOTSUP, EOVERFLOW, EPERM, ESHUTDOWN, MIB, Memory, SIZE, STYLES,
@@ -224,6 +225,53 @@ fn a_client_that_reads_its_replies_late_is_served() {
         done.sort_unstable();
         assert_eq!(done, (0..9).collect::<Vec<u64>>());
     }
+}
+
+/// Story: each flush of a client that waits for its reply woke another thread to read what the
+/// client had not sent, and so did the write after it: 20 µs for the two.
+#[test]
+fn a_client_that_waits_for_each_reply_is_served_by_one_thread() {
+    let memory = Memory::new();
+    let served = serve(Arc::clone(&memory) as Arc<dyn Export>);
+    let mut client = served.transmitting("memory", Style::Simple);
+    let mut flush = |times: usize| {
+        for cookie in 0..times as u64 {
+            client.request((c::FLUSH, 0), cookie, (0, 0), &[]);
+            assert_eq!(client.simple(0), (cookie, 0, Vec::new()));
+        }
+        memory.flushed_by.lock().unwrap().split_off(0)
+    };
+    flush(100);
+
+    let threads = flush(400);
+
+    // On a busy machine a flush may take long enough for another thread to take over.
+    let changes = threads.windows(2).filter(|pair| pair[0] != pair[1]).count();
+    assert!(changes < 100, "another thread {changes} times of {}", threads.len());
+}
+
+/// A client that waited for each of its replies, and then does not: a slow flush holds nobody up.
+#[test]
+fn what_comes_during_a_slow_flush_is_served_meanwhile() {
+    let memory = Memory::new();
+    let served = serve(Arc::clone(&memory) as Arc<dyn Export>);
+    let mut client = served.transmitting("memory", Style::Simple);
+    for cookie in 0..100 {
+        client.request((c::FLUSH, 0), cookie, (0, 0), &[]);
+        assert_eq!(client.simple(0), (cookie, 0, Vec::new()));
+    }
+    memory.flush_us.store(2_000_000, Ordering::SeqCst);
+
+    client.request((c::FLUSH, 0), 1000, (0, 0), &[]);
+    // Not together: the server must not know of the second when it begins with the first.
+    until("the flush is under way", || memory.flushes.load(Ordering::SeqCst) == 101);
+    let begun = Instant::now();
+    client.request((c::READ, 0), 1001, (0, 512), &[]);
+    let first = client.simple(512);
+
+    assert_eq!((first.0, first.1), (1001, 0), "the read overtakes the flush");
+    assert!(begun.elapsed() < Duration::from_secs(1), "after {:?}", begun.elapsed());
+    assert_eq!(client.simple(0), (1000, 0, Vec::new()));
 }
 
 /// Clients that die in the middle of a message, and of a write.
