@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use blockd::nbd::wire::{command, option, reply};
-use offshoot_tests::daemon::{Daemon, Reply};
+use offshoot_tests::daemon::{Daemon, Reply, ask, program};
 use offshoot_tests::mount::{have, run};
 use offshoot_tests::nbd::{Client, PATIENCE};
 use offshoot_tests::skip;
@@ -185,6 +185,34 @@ fn an_export_whose_key_is_gone_fails_alone_and_is_mended_by_attaching_it_anew() 
     daemon.json("POST", "/v1/disks/vm/detach", &json!({"socket": address}));
     assert_eq!(state(&daemon), ["listening"; 2]);
     assert!(vhost.exists() && nbd.exists());
+}
+
+/// A key that is gone when a daemon is upgraded costs that export, and no guest its connection.
+#[test]
+fn an_upgrade_without_the_key_of_an_export_goes_on_with_the_others() {
+    let authority = Authority::new();
+    let bench = TestStore::new();
+    let mut daemon = bench.daemon();
+    disk(&daemon);
+    let address = format!("127.0.0.1:{}", free_port());
+    let vhost = bench.path("vhost");
+    assert_eq!(attach(&daemon, &address, &files(&authority, false)).status, 201);
+    let other = json!({"export": {"kind": "vhost-user", "socket": vhost}});
+    daemon.json("POST", "/v1/disks/vm/attach", &other);
+    let (mut guest, _queues) =
+        vhost_blk::client::Client::connect(&vhost, Default::default()).unwrap();
+    fs::remove_file(authority.path("server-key.pem")).unwrap();
+
+    let blockd = program("blockd");
+    bench.done(&["daemon", "upgrade", "--program", blockd.to_str().unwrap()]);
+
+    assert!(daemon.wait().success());
+    let exports = ask(&bench.api(), "GET", "/v1/exports", b"").unwrap().json();
+    let state = |i: usize| exports[i]["state"].as_str().unwrap().to_owned();
+    assert_eq!((state(0), state(1)), ("failed".into(), "connected".into()), "{exports}");
+    assert!(exports[0]["error"].as_str().unwrap().contains("server-key.pem"), "{exports}");
+    assert_eq!(guest.disk_size().unwrap(), SIZE, "over the same connection");
+    assert!(TcpStream::connect(&address).is_err(), "nobody listens there");
 }
 
 #[test]
