@@ -46,5 +46,7 @@ echo "| \`two_crash_domains\` | $(grep -c 'kill [0-9]*: ' "$out") writers killed
     "acknowledged write found | $took |"
 soak served_crashes
 echo "| \`served_crashes\` | $(lines 'without a daemon') | $took |"
+soak fork_under_load
+echo "| \`fork_under_load\` | $(lines 'pause of'); $(lines 'forks were done') | $took |"
 soak daemon_upgrade
 echo "| \`daemon_upgrade\` | $(lines 'blackout of'); $(lines 'without a completion') | $took |"

@@ -21,7 +21,7 @@ umask 022
 here=$(cd "$(dirname "$0")" && pwd)
 cache="${CARGO_TARGET_DIR:-$here/../../target}/guest"
 
-tools=(sh mke2fs e2fsck blkdiscard fstrim sha256sum)
+tools=(sh mke2fs e2fsck blkdiscard fsfreeze fstrim sha256sum)
 optional_tools=(mkfs.xfs xfs_repair)
 modules=(virtio_pci virtio_mmio virtio_blk virtio_console xfs)
 

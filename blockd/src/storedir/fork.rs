@@ -314,7 +314,11 @@ impl StoreDir {
     pub fn sum_frozen(&self, progress: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<usize> {
         let mut summed = 0;
         for row in self.catalogue.frozen() {
-            let file = self.segment_file(row.segment, Access::Read)?;
+            let file = match self.segment_file(row.segment, Access::Read) {
+                // Nobody stands on it any more, and it went.
+                Err(e) if e.kind() == Kind::NotFound => continue,
+                file => file?,
+            };
             if segment::read_superblock(file.as_ref())?.superblock.seal != Seal::Pending {
                 continue;
             }

@@ -5,6 +5,7 @@
 //! can stop in the middle of requests, and has nothing of a store behind it.
 
 mod backend;
+mod forked;
 mod served;
 
 use std::fs;
@@ -12,7 +13,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use backend::{Backend, Setup};
-use offshoot_tests::guest::{Guest, GuestDisk, GuestOptions, Image, RUN};
+use offshoot_tests::guest::{Accel, Guest, GuestDisk, GuestOptions, Image, RUN};
 use offshoot_tests::mount::Mount;
 use offshoot_tests::rng::{Rng, seed, soak};
 use offshoot_tests::skip;
@@ -186,9 +187,26 @@ fn guest_sees_a_resize_at_once() {
     assert_eq!(served.mistakes(), 0);
 }
 
+/// Story: about one run in eight on an emulated processor ended with the guest's init killed, in
+/// the middle of an instruction. QEMU keeps translations of guest code by their place in memory, and
+/// drops them when the processor or a device of its own writes there; when another process does,
+/// like any vhost-user device that reads a program from a disk, an old translation may run. With
+/// the processor's own virtualisation there are no translations. So, emulated, that very end is
+/// tried again.
 #[test]
 fn system_boots_from_the_disk_and_again_after_a_change() {
     let Some(image) = image("system_boots_from_the_disk_and_again_after_a_change") else { return };
+    for _ in 0..4 {
+        let Err(failure) = std::panic::catch_unwind(|| boot_from_disk(image)) else { return };
+        let said = failure.downcast_ref::<String>().map_or("", String::as_str);
+        if Accel::best() == Accel::Kvm || !said.contains("Attempted to kill init") {
+            std::panic::resume_unwind(failure);
+        }
+    }
+    panic!("no run of four came to its end");
+}
+
+fn boot_from_disk(image: &Image) {
     let backend = Backend::with(Setup::plain(512), |file| image.make_disk(file).unwrap());
     let with_disk = GuestOptions::with(vec![backend.disk()]);
     let options = GuestOptions { root_on_disk: true, ..with_disk };

@@ -59,6 +59,16 @@ impl Served {
         GuestDisk { queues: self.queues, ..GuestDisk::new(&self.place("socket")) }
     }
 
+    /// Forks the disk, and serves the child: the end of it for a guest.
+    pub fn fork(&self, child: &str) -> GuestDisk {
+        let disks = json!([{"disk": NAME, "children": [child]}]);
+        self.ask("POST", "/v1/forks", &json!({ "disks": disks }));
+        let socket = self.place(child);
+        let export = json!({"kind": "vhost-user", "socket": socket, "queues": self.queues});
+        self.ask("POST", &format!("/v1/disks/{child}/attach"), &json!({ "export": export }));
+        GuestDisk { queues: self.queues, ..GuestDisk::new(&socket) }
+    }
+
     /// A path beside the store.
     pub fn place(&self, name: &str) -> PathBuf {
         self.store.path(name)

@@ -35,10 +35,11 @@ pub fn fork(s: &Session, args: Fork) -> Outcome {
     s.out.confirm(&forked, || {
         let parents: Vec<&str> = request.disks.iter().map(|d| d.disk.as_str()).collect();
         let children: Vec<&str> = forked.children.iter().map(|d| d.name.as_str()).collect();
-        let took = Duration::from_micros(forked.took_us);
-        let pause = forked.pause_us.map(Duration::from_micros);
-        let pause = pause.map_or(String::new(), |time| format!(", guests waited for {time:.1?}"));
-        format!("forked {} into {} in {took:.1?}{pause}", parents.join(", "), children.join(", "))
+        let ms = |micros: u64| Duration::from_micros(micros).as_secs_f64() * 1e3;
+        let waited = |micros| format!(", guests waited for {:.1} ms", ms(micros));
+        let pause = forked.pause_us.map_or(String::new(), waited);
+        let (parents, children) = (parents.join(", "), children.join(", "));
+        format!("forked {parents} into {children} in {:.1} ms{pause}", ms(forked.took_us))
     })?;
     Ok(Verdict::Done)
 }
