@@ -87,7 +87,7 @@ fn plain(line: &str) -> String {
             if word.ends_with(':') { "<path>:" } else { "<path>" }
         } else if i > 0 && words[i - 1] == "process" {
             "<process>"
-        } else if words.get(i + 1) == Some(&"ms") {
+        } else if words.get(i + 1).is_some_and(|w| w.trim_end_matches(',') == "ms") {
             "<time>"
         } else if word.parse::<f64>().is_ok() && unit(words.get(i + 1)) {
             "<size>"

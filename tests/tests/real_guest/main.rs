@@ -188,11 +188,11 @@ fn guest_sees_a_resize_at_once() {
 }
 
 /// Story: about one run in eight on an emulated processor ended with the guest's init killed, in
-/// the middle of an instruction. QEMU keeps translations of guest code by their place in memory, and
-/// drops them when the processor or a device of its own writes there; when another process does,
-/// like any vhost-user device that reads a program from a disk, an old translation may run. With
-/// the processor's own virtualisation there are no translations. So, emulated, that very end is
-/// tried again.
+/// the middle of an instruction. QEMU keeps translations of guest code by their place in memory,
+/// and drops them when the processor or a device of its own writes there; when another process
+/// does, like any vhost-user device that reads a program from a disk, an old translation may run.
+/// With the processor's own virtualisation there are no translations. So, emulated, that very end
+/// is tried again.
 #[test]
 fn system_boots_from_the_disk_and_again_after_a_change() {
     let Some(image) = image("system_boots_from_the_disk_and_again_after_a_change") else { return };
