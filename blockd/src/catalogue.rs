@@ -65,6 +65,9 @@ pub struct FrozenRow {
     pub segment: Uuid,
     /// The disk whose own segment it was.
     pub disk: Uuid,
+    /// Its sums are being made: after a crash some copies of its superblock may be behind.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub summing: bool,
 }
 
 /// One disk that is forked.

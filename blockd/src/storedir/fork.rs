@@ -183,7 +183,10 @@ impl StoreDir {
             ..sb
         };
         let sealed = Sealed { superblock: draft, file };
-        self.write_over(&sealed, &successor(&sealed.superblock, forked.successor))?;
+        // By its row: the label of the segment may be behind.
+        let name = forked.name.clone();
+        let next = NewSegment { name, ..successor(&sealed.superblock, forked.successor) };
+        self.write_over(&sealed, &next)?;
         forked.children.iter().try_for_each(|made| {
             self.write_over(&sealed, &child(&sealed.superblock, made, fork.created))
         })
@@ -226,7 +229,8 @@ impl StoreDir {
             let Some(sb) = frozen else { continue };
             self.complete(sb, forked.successor)?;
             made.push(forked.successor);
-            changes.push(Change::PutFrozen(FrozenRow { segment: sb.segment, disk: sb.disk }));
+            let row = FrozenRow { segment: sb.segment, disk: sb.disk, summing: false };
+            changes.push(Change::PutFrozen(row));
             for new in forked.children.iter().filter(|_| whole) {
                 self.complete(sb, new.segment)?;
                 made.push(new.segment);
@@ -322,12 +326,28 @@ impl StoreDir {
             if segment::read_superblock(file.as_ref())?.superblock.seal != Seal::Pending {
                 continue;
             }
+            // Marked first: nobody opens a frozen segment for writing again, which would settle its
+            // superblock after a crash.
+            self.catalogue
+                .apply(&[Change::PutFrozen(FrozenRow { summing: true, ..row.clone() })])?;
             let file = self.segment_file(row.segment, Access::Write)?;
             Disk::finish_seal(file, self, &self.disk_options(), progress)?;
+            self.catalogue
+                .apply(&[Change::PutFrozen(FrozenRow { summing: false, ..row.clone() })])?;
             self.sealed.lock().remove(&row.segment);
             summed += 1;
         }
         Ok(summed)
+    }
+
+    /// Settles the superblock of a frozen segment whose sums were being made at a crash.
+    pub(super) fn settle_frozen(&self, row: &FrozenRow) -> Result<()> {
+        self.segment_file(row.segment, Access::Read)?.set_read_only(false)?;
+        let file = self.segment_file(row.segment, Access::Write)?;
+        if segment::settle(file.as_ref())?.seal == Seal::Done {
+            file.set_read_only(true)?;
+        }
+        self.catalogue.apply(&[Change::PutFrozen(FrozenRow { summing: false, ..row.clone() })])
     }
 
     /// Settles the forks that a crash left.

@@ -305,6 +305,17 @@ impl StoreDir {
                 _ => {}
             }
         }
+        for row in self.catalogue.frozen().iter().filter(|r| r.summing && self.writable) {
+            // The mark stays where that fails, for the next opening to try again.
+            if let Err(e) = self.settle_frozen(row) {
+                self.notes.push(format!("segment {} could not be settled: {e}", row.segment));
+            }
+        }
+        if self.writable
+            && let Err(e) = self.drop_frozen()
+        {
+            self.notes.push(format!("segments that nobody needs any more are still there: {e}"));
+        }
         Ok(())
     }
 
@@ -327,9 +338,13 @@ impl StoreDir {
 
     fn adopt(&mut self, id: Uuid) -> Result<()> {
         match self.row_of(id) {
-            Ok(row) if self.is_frozen(id)? => self
-                .catalogue
-                .apply(&[Change::PutFrozen(FrozenRow { segment: id, disk: row.disk })]),
+            Ok(row) if self.is_frozen(id)? => {
+                self.catalogue.apply(&[Change::PutFrozen(FrozenRow {
+                    segment: id,
+                    disk: row.disk,
+                    summing: false,
+                })])
+            }
             Ok(row) if self.catalogue.get(&row.name).is_none() => {
                 self.notes.push(format!("took in disk {}, which was just finished", row.name));
                 self.catalogue.apply(&[Change::Put(row)])

@@ -98,7 +98,8 @@ impl StoreDir {
             if self.store.names()?.contains(&new_name(sb.successor)) {
                 self.complete(&sb, sb.successor)?;
             }
-            frozen.push(FrozenRow { segment: id, disk: sb.disk });
+            // Marked: a crash may have come while its sums were made.
+            frozen.push(FrozenRow { segment: id, disk: sb.disk, summing: true });
         }
         self.store.sync_names()?;
         Ok(frozen)

@@ -1,8 +1,9 @@
 //! Forks of disks that nobody has open: after any crash the children are all there or none is, with
 //! what the parents held, and the parents go on.
 
+use blockd::check::{CheckOptions, check};
 use blockd::store::Access;
-use blockd::store::sim::{Bounds, CrashWalk, Op, drop_syncs};
+use blockd::store::sim::{Bounds, CrashWalk, Op, SimStore, drop_syncs};
 use blockd::storedir::{ForkOf, StoreDir};
 use offshoot_tests::crash::no_panic;
 use offshoot_tests::inspect::Wrong;
@@ -75,6 +76,23 @@ fn and_sums_of_what_was_frozen() {
     recorder.step(|dir| assert_eq!(dir.sum_frozen(&mut |_, _| Ok(())).unwrap(), 0));
     recorder.step(|dir| change(dir, "one", 6, SECTORS - BLOCK, BLOCK));
     recorder.visit("fork: sums");
+}
+
+/// Story: a daemon was killed while it flipped a frozen segment to its sums. Two copies of the
+/// superblock stayed behind for good, since nobody opens a frozen segment for writing, and every
+/// check of every disk that stood on it complained.
+#[test]
+fn frozen_superblocks_are_settled_at_the_next_opening() {
+    let mut recorder = two_disks();
+    recorder.step(|dir| fork(dir, &[("data", &["one"])]));
+    let mut recorder = Recorder::over(recorder.store.live_image());
+    recorder.step(|dir| assert_eq!(dir.sum_frozen(&mut |_, _| Ok(())).unwrap(), 1));
+    recorder.each(&mut |state, image| {
+        let dir = open(&SimStore::from_image(image)).unwrap();
+        let file = dir.segment_file(dir.disk("one").unwrap().segment, Access::Read).unwrap();
+        let report = check(&file, &dir, None, &CheckOptions::default()).unwrap();
+        assert!(report.problems.is_empty(), "{state}: {:?}", report.problems);
+    });
 }
 
 /// Negative control: new segments whose names are not durable before a disk is frozen are lost in a

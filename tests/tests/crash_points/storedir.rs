@@ -97,7 +97,7 @@ impl Recorder {
     }
 
     /// Every image that a power cut may leave, with what it is.
-    fn each(&self, visit: &mut dyn FnMut(&CrashState<'_>, Image)) -> CrashStats {
+    pub(super) fn each(&self, visit: &mut dyn FnMut(&CrashState<'_>, Image)) -> CrashStats {
         let bounds = if soak() {
             Bounds { exhaustive: 10, random: 64, ..Bounds::default() }
         } else {
@@ -162,6 +162,10 @@ pub(super) fn recovered(image: Image, print: u128) -> Result<World, Violation> {
     if segments != world.len() + frozen {
         let text = format!("{segments} segments, {} disks, {frozen} frozen", world.len());
         return Err(Violation::new(Wrong::Missing, text));
+    }
+    if world.is_empty() && frozen > 0 {
+        let text = format!("{frozen} frozen segments on which nobody stands");
+        return Err(Violation::new(Wrong::Garbage, text));
     }
     if print.is_multiple_of(16) {
         let fails = |e| Violation::new(Wrong::GoesOn, e);
