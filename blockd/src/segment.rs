@@ -8,8 +8,9 @@
 
 use std::sync::Arc;
 
-use format::limits::{PAGE, SUPERBLOCK_COPIES, SUPERBLOCK_OFFSETS};
+use format::limits::{PAGE, SEGMENTS_MAX, SUPERBLOCK_COPIES, SUPERBLOCK_OFFSETS};
 use format::superblock::{Chosen, State, Superblock, choose};
+use format::table::{ROW_BYTES, SegmentTable};
 use format::units::PageNo;
 use format::{Context, Error, Kind, Result, array};
 use uuid::Uuid;
@@ -176,6 +177,14 @@ pub fn check_sealed(sb: &Superblock, want: Uuid, digest: Option<[u8; 32]>) -> Re
 pub fn read_array(file: &dyn File, at: array::ArrayRef, bytes_max: u64) -> Result<Vec<u8>> {
     check_array(file, at, bytes_max)?;
     array::read_all(at, &mut |page, buf| read_pages(file, page, buf))
+}
+
+/// The segment table of a segment, as it is there.
+///
+/// # Errors
+/// As [`read_array`], or `Corrupt` for what is no table.
+pub fn read_table(file: &dyn File, sb: &Superblock) -> Result<SegmentTable> {
+    SegmentTable::decode(&read_array(file, sb.table, (SEGMENTS_MAX * ROW_BYTES) as u64)?)
 }
 
 /// The checksums of an array of a segment, with the same refusals as [`read_array`].

@@ -9,7 +9,6 @@ use blockd::disk::{Disk, Options, Vouched};
 use blockd::segment::{self, Sealed, Segments, file_name, new_name};
 use blockd::store::sim::{Image, Op, SimStore};
 use blockd::store::{Access, Store};
-use format::table::{ROW_BYTES, SegmentTable};
 use format::units::OwnerEpoch;
 use format::{Error, Kind, Result, limits};
 use uuid::Uuid;
@@ -64,11 +63,7 @@ pub fn create(store: &dyn Store, segment: Uuid, sectors: u64, parent: Option<Uui
         None => new.write(store, None)?,
         Some(id) => {
             let sealed = ByName(store).sealed(id)?;
-            let at = sealed.superblock.table;
-            let bytes_max = (limits::SEGMENTS_MAX * ROW_BYTES) as u64;
-            let bytes = segment::read_array(sealed.file.as_ref(), at, bytes_max)?;
-            let table = SegmentTable::decode(&bytes)?;
-            new.write(store, Some(&Parent { disk: id, sealed: &sealed, table }))?;
+            new.write(store, Some(&Parent { disk: id, sealed: &sealed }))?;
         }
     }
     store.rename(&new_name(segment), &file_name(segment))?;

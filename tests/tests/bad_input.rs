@@ -108,12 +108,7 @@ fn metadata_pages(sample: &Sample) -> Vec<u64> {
 
 #[test]
 fn every_flipped_bit_of_metadata_is_noticed_or_harmless() {
-    let sealed = {
-        let mut script = busy(Script::empty(BUSY_SECTORS));
-        script.open().unwrap();
-        script.seal().unwrap();
-        Sample::of(&script)
-    };
+    let sealed = support::sealed();
     let mut tried = 0;
     for (name, sample) in [("killed", killed()), ("closed", closed()), ("sealed", sealed)] {
         let mut older = sample.contents.clone();

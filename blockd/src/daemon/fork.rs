@@ -49,7 +49,7 @@ impl Paused<'_> {
     /// Goes on: in the successor if the disk is frozen, else as before.
     fn go_on(self, dir: &StoreDir) {
         let Paused { volume, disk, gate } = self;
-        let outcome = is_frozen(dir, disk).and_then(|frozen| match frozen {
+        let outcome = dir.is_frozen(disk.segment()).and_then(|frozen| match frozen {
             true => volume.go_on(dir).map(|()| true),
             false => Ok(false),
         });
@@ -60,11 +60,6 @@ impl Paused<'_> {
             Err(e) => disk.give_up(e),
         }
     }
-}
-
-fn is_frozen(dir: &StoreDir, disk: &Disk) -> Result<bool> {
-    let file = dir.segment_file(disk.segment(), Access::Read)?;
-    Ok(!crate::segment::read_superblock(file.as_ref())?.superblock.successor.is_nil())
 }
 
 impl Daemon {

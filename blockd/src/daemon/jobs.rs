@@ -8,7 +8,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use format::{Error, Kind, Result};
 use parking_lot::Mutex;
@@ -17,17 +16,13 @@ use tokio::sync::watch;
 
 use super::events::Events;
 use crate::api::types::{EventKind, Failure, Job, JobKind, JobState};
+use crate::clock::now;
 use crate::pump::Watch;
 
 /// Ended jobs that are kept.
 const KEPT: usize = 256;
 /// Stands for a total that is not known.
 const UNKNOWN: u64 = u64::MAX;
-
-/// Seconds since 1970.
-pub fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
-}
 
 #[derive(Debug)]
 struct End {

@@ -39,6 +39,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
 use crate::api::types::{EventKind, ExportState, Health, Version};
+use crate::clock;
 use crate::store::Access;
 use crate::store::file::CacheMode;
 use crate::storedir::{Identity, OpenOptions, StoreDir, boot_id};
@@ -91,7 +92,7 @@ impl Daemon {
             dir: RwLock::new(Some(Arc::new(dir))),
             cache,
             path: path.to_owned(),
-            started: jobs::now(),
+            started: clock::now(),
             holds: Arc::default(),
             jobs: Jobs::new(Arc::clone(&events)),
             events,

@@ -47,8 +47,6 @@ pub struct Parent<'a> {
     pub disk: Uuid,
     /// Its segment.
     pub sealed: &'a Sealed,
-    /// Its segment table.
-    pub table: SegmentTable,
 }
 
 impl NewSegment {
@@ -84,7 +82,7 @@ impl NewSegment {
                 if sb.state != State::Sealed {
                     return Err(Error::invalid("its parent is not sealed"));
                 }
-                let mut table = p.table.clone();
+                let mut table = segment::read_table(p.sealed.file.as_ref(), sb)?;
                 if sb.seal == Seal::Done {
                     table.set_digest(sb.segment, sb.digest);
                 }

@@ -20,11 +20,11 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use format::journal::Record;
-use format::limits::{BLOCK, EXTENT, LEAF_SPAN, PAGE, SEGMENTS_MAX};
+use format::limits::{BLOCK, EXTENT, LEAF_SPAN, PAGE};
 use format::node::PageRef;
 use format::space::SpaceMap;
 use format::superblock::{Chosen, JournalHead, Superblock, choose};
-use format::table::{ROW_BYTES, SegmentTable};
+use format::table::SegmentTable;
 use format::tree::Tree;
 use format::units::{ExtentId, GuestBlock, GuestExtent, LeafNo, Seq};
 use format::{Context, Error, Kind, Result};
@@ -236,9 +236,7 @@ pub fn load_table(file: &dyn File, sb: &Superblock) -> Result<SegmentTable> {
     if sb.table.page.extent() < sb.data_start() {
         return Err(Error::corrupt("the segment table lies before the data area"));
     }
-    let bytes = segment::read_array(file, sb.table, (SEGMENTS_MAX * ROW_BYTES) as u64)
-        .context("read", || "the segment table".into())?;
-    let table = SegmentTable::decode(&bytes)?;
+    let table = segment::read_table(file, sb).context("read", || "the segment table".into())?;
     let own = table.row(sb.own_index)?;
     if own.segment != sb.segment {
         return Err(Error::corrupt("the segment table does not name its own segment"));

@@ -242,6 +242,11 @@ impl Disk {
     /// The last checkpoint of an opening, with further changes to its superblock.
     pub(super) fn finish(&self, change: impl FnOnce(&mut Superblock)) -> Result<()> {
         self.flush()?;
+        self.finish_flushed(change)
+    }
+
+    /// As [`Disk::finish`], after the flush.
+    pub(super) fn finish_flushed(&self, change: impl FnOnce(&mut Superblock)) -> Result<()> {
         // The head of a checkpoint is the cursor before it; a clean disk needs head and cursor
         // equal, which they are after the flush, since nobody writes any more.
         self.run_checkpoint(|sb| {

@@ -187,15 +187,11 @@ impl Disk {
         // Nobody else syncs meanwhile: the host tells of a failure once, and it must come here.
         let sealed = self.alone_in_turn(|| {
             self.flush_once()?;
-            self.run_checkpoint(|sb| {
-                sb.attached = Attached::No;
+            self.finish_flushed(|sb| {
                 sb.state = State::Sealed;
                 sb.seal = Seal::Pending;
                 sb.successor = successor;
-            })?;
-            self.reclaim();
-            self.release_spare();
-            self.sync()
+            })
         });
         sealed.map_err(|e| e.within("freeze", self.object()))?;
         self.tail.remove()

@@ -6,12 +6,14 @@
 //! is space ([`Hold::resume`]).
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use format::{Error, Kind};
 use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+
+use crate::clock;
 
 /// Time between two tries.
 pub(super) const RETRY: Duration = Duration::from_secs(1);
@@ -59,8 +61,7 @@ impl Hold {
             info.requests += 1;
             return Change::None;
         }
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let info = HeldInfo { requests: 1, since_s: now.as_secs(), reason: error.to_string() };
+        let info = HeldInfo { requests: 1, since_s: clock::now(), reason: error.to_string() };
         *state = Some(info);
         Change::First
     }

@@ -17,18 +17,17 @@
 //! Tests: `crash_points::fork`, `fork`, `fork_under_load`.
 
 use std::collections::HashSet;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use format::limits::SEGMENTS_MAX;
 use format::node::NodePtr;
 use format::superblock::{Seal, State, Superblock, check_name};
-use format::table::{ROW_BYTES, SegmentTable};
 use format::units::OwnerEpoch;
 use format::{Context, Error, Kind, Result};
 use uuid::Uuid;
 
 use super::StoreDir;
 use crate::catalogue::{Change, Child, DiskRow, ForkRow, Forked, FrozenRow};
+use crate::clock;
 use crate::disk::Disk;
 use crate::disk::create::{NewSegment, Parent};
 use crate::segment::{self, Sealed, deleted_name, file_name, new_name};
@@ -41,11 +40,6 @@ pub struct ForkOf {
     pub disk: String,
     /// Its children.
     pub children: Vec<String>,
-}
-
-/// Seconds since 1970.
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
 /// The segment in which a frozen disk goes on.
@@ -126,7 +120,7 @@ impl StoreDir {
             })
         });
         let disks = disks.collect::<Result<Vec<_>>>()?;
-        let fork = ForkRow { fork: Uuid::new_v4(), created: now(), disks };
+        let fork = ForkRow { fork: Uuid::new_v4(), created: clock::now(), disks };
         let begun = fork.disks.iter().try_for_each(|forked| self.write_drafts(&fork, forked));
         let begun = begun.and_then(|()| {
             self.store.sync_names()?;
@@ -195,12 +189,9 @@ impl StoreDir {
     /// Writes a new segment over a frozen one.
     fn write_over(&self, frozen: &Sealed, new: &NewSegment) -> Result<()> {
         let sb = &frozen.superblock;
-        let bytes_max = (SEGMENTS_MAX * ROW_BYTES) as u64;
-        let table = segment::read_array(frozen.file.as_ref(), sb.table, bytes_max)?;
         // A disk that goes on was not created over itself.
         let disk = if new.disk == sb.disk { sb.parent_disk } else { sb.disk };
-        let parent = Parent { disk, sealed: frozen, table: SegmentTable::decode(&table)? };
-        new.write(self.store.as_ref(), Some(&parent))
+        new.write(self.store.as_ref(), Some(&Parent { disk, sealed: frozen }))
     }
 
     fn drop_drafts(&self, forked: &Forked) {
@@ -250,10 +241,13 @@ impl StoreDir {
     /// Gives a new segment the frozen map, and its final name.
     pub(super) fn complete(&self, frozen: &Superblock, new: Uuid) -> Result<()> {
         let (draft, name) = (new_name(new), file_name(new));
-        if self.store.names()?.contains(&name) {
-            return Ok(());
-        }
-        let file = self.store.open(&draft, Access::Write)?;
+        let file = match self.store.open(&draft, Access::Write) {
+            // It has its name already.
+            Err(e) if e.kind() == Kind::NotFound => {
+                return self.store.open(&name, Access::Read).map(drop);
+            }
+            file => file?,
+        };
         // A flip, and not just new copies: a cut in the middle must leave a draft that can be read.
         let draft_sb = segment::settle(file.as_ref())?;
         let sb = Superblock {
@@ -299,15 +293,19 @@ impl StoreDir {
     /// A frozen segment that has no sums yet, for people.
     #[must_use]
     pub fn next_to_sum(&self) -> Option<String> {
-        let pending = |segment| {
-            let file = self.segment_file(segment, Access::Read)?;
-            Ok::<_, Error>(
-                segment::read_superblock(file.as_ref())?.superblock.seal == Seal::Pending,
-            )
-        };
         let mut rows = self.catalogue.frozen().into_iter();
-        let row = rows.find(|row| pending(row.segment).unwrap_or(false))?;
+        let row = rows.find(|row| self.has_no_sums(row).unwrap_or(false))?;
         Some(format!("segment {}", row.segment))
+    }
+
+    /// Whether the sums of a frozen segment are still to be made.
+    fn has_no_sums(&self, row: &FrozenRow) -> Result<bool> {
+        let file = match self.segment_file(row.segment, Access::Read) {
+            // Nobody stands on it any more, and it went.
+            Err(e) if e.kind() == Kind::NotFound => return Ok(false),
+            file => file?,
+        };
+        Ok(segment::read_superblock(file.as_ref())?.superblock.seal == Seal::Pending)
     }
 
     /// Makes the sums of frozen segments that have none yet. `progress` gets the bytes done and in
@@ -318,12 +316,7 @@ impl StoreDir {
     pub fn sum_frozen(&self, progress: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<usize> {
         let mut summed = 0;
         for row in self.catalogue.frozen() {
-            let file = match self.segment_file(row.segment, Access::Read) {
-                // Nobody stands on it any more, and it went.
-                Err(e) if e.kind() == Kind::NotFound => continue,
-                file => file?,
-            };
-            if segment::read_superblock(file.as_ref())?.superblock.seal != Seal::Pending {
+            if !self.has_no_sums(&row)? {
                 continue;
             }
             // Marked first: nobody opens a frozen segment for writing again, which would settle its

@@ -22,8 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use format::superblock::State;
-use format::table::{ROW_BYTES, SegmentTable};
-use format::{Context, Error, Kind, Result, limits};
+use format::{Context, Error, Kind, Result};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -363,7 +362,7 @@ impl StoreDir {
     }
 
     /// Whether a fork has sealed the segment: it is no disk's own any more.
-    fn is_frozen(&self, id: Uuid) -> Result<bool> {
+    pub(crate) fn is_frozen(&self, id: Uuid) -> Result<bool> {
         let file = self.store.open(&file_name(id), Access::Read)?;
         Ok(!segment::read_superblock(file.as_ref())?.superblock.successor.is_nil())
     }
@@ -375,9 +374,7 @@ impl StoreDir {
         if sb.segment != id {
             return Err(Error::corrupt(format!("its file holds segment {}", sb.segment)));
         }
-        let bytes_max = (limits::SEGMENTS_MAX * ROW_BYTES) as u64;
-        let table =
-            SegmentTable::decode(&segment::read_array(file.as_ref(), sb.table, bytes_max)?)?;
+        let table = segment::read_table(file.as_ref(), &sb)?;
         let parents = table.iter().map(|(_, row)| row.segment).filter(|s| *s != id).collect();
         Ok(DiskRow {
             name: sb.name,

@@ -6,17 +6,15 @@
 //! a segment (size, sealed or not, name) changes between two transactions: the first marks the row,
 //! so that after a crash in between the next opening looks at the segment.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use format::limits::{BLOCK, EXTENT, JOURNAL_EXTENTS_DEFAULT};
 use format::superblock::{Seal, check_name};
-use format::table::{ROW_BYTES, SegmentTable};
 use format::units::OwnerEpoch;
-use format::{Context, Error, Kind, Result, limits};
+use format::{Context, Error, Kind, Result};
 use uuid::Uuid;
 
 use super::StoreDir;
 use crate::catalogue::{Change, DiskRow};
+use crate::clock;
 use crate::disk::create::{NewSegment, Parent};
 use crate::disk::load::{load, older};
 use crate::disk::{Disk, Options, left_tail};
@@ -60,17 +58,8 @@ impl StoreDir {
         check_name(&new.name)?;
         self.check_name_free(&new.name)?;
         let parent = new.parent.as_ref().map(|name| self.parent(name)).transpose()?;
-        let (parent_row, sealed) = parent.unzip();
-        let parent = match (&parent_row, &sealed) {
-            (Some(row), Some(sealed)) => {
-                let bytes_max = (limits::SEGMENTS_MAX * ROW_BYTES) as u64;
-                let at = sealed.superblock.table;
-                let table = segment::read_array(sealed.file.as_ref(), at, bytes_max)?;
-                Some(Parent { disk: row.disk, sealed, table: SegmentTable::decode(&table)? })
-            }
-            _ => None,
-        };
-        let inherited = sealed.as_ref().map_or(0, |s| s.superblock.virtual_size);
+        let parent = parent.as_ref().map(|(row, sealed)| Parent { disk: row.disk, sealed });
+        let inherited = parent.as_ref().map_or(0, |p| p.sealed.superblock.virtual_size);
         let size = if new.virtual_size == 0 { inherited } else { new.virtual_size };
         let journal = match new.journal_bytes {
             0 => JOURNAL_EXTENTS_DEFAULT,
@@ -84,7 +73,7 @@ impl StoreDir {
             name: new.name.clone(),
             virtual_size: size,
             journal_extents: journal,
-            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            created: clock::now(),
             owner_epoch: OwnerEpoch(1),
         };
         let uneven = !inherited.is_multiple_of(BLOCK);

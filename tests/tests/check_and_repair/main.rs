@@ -46,12 +46,7 @@ fn blocks_of_leaf(leaf: u64) -> std::ops::Range<u64> {
 
 #[test]
 fn healthy_disks_are_clean_and_their_numbers_add_up() {
-    let sealed = {
-        let mut script = busy(Script::empty(BUSY_SECTORS));
-        script.open().unwrap();
-        script.seal().unwrap();
-        Sample::of(&script)
-    };
+    let sealed = support::sealed();
     let child = {
         let mut script = busy(Script::empty(BUSY_SECTORS));
         script.open().unwrap();

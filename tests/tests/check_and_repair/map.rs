@@ -8,9 +8,9 @@ use blockd::disk::problem::What;
 use format::Kind;
 use format::limits::{BLOCK, EXTENT, LEAF_SPAN};
 use offshoot_tests::pattern::{SECTOR, bytes};
-use offshoot_tests::sim::{LEAF, Script};
+use offshoot_tests::sim::LEAF;
 
-use super::support::{BUSY_SECTORS, Sample, busy, closed, discard, put};
+use super::support::{BUSY_SECTORS, Sample, closed, discard, put, sealed};
 use super::{DROP, blocks_of_leaf, kinds};
 
 #[test]
@@ -74,12 +74,7 @@ fn a_damaged_inner_page_costs_what_lies_under_it() {
 
 #[test]
 fn damaged_vectors_cost_the_mixed_extents() {
-    let mut sample = {
-        let mut script = busy(Script::empty(BUSY_SECTORS));
-        script.open().unwrap();
-        script.seal().unwrap();
-        Sample::of(&script)
-    };
+    let mut sample = sealed();
     let run = sample.leaf_at(0).vectors.expect("leaf 0 has mixed extents");
     sample.flip(run.page.file_offset() + 200, 5);
 

@@ -11,7 +11,7 @@ use format::entry::BlockState;
 use format::limits::{BLOCK, EXTENT};
 use offshoot_tests::sim::{ByName, Script};
 
-use super::support::{BUSY_SECTORS, Sample, busy};
+use super::support::{BUSY_SECTORS, Sample, busy, sealed};
 use super::{DROP, kinds};
 
 #[test]
@@ -72,10 +72,7 @@ fn scrub_names_bad_blocks_by_where_the_disk_shows_them() {
 
 #[test]
 fn damaged_sums_are_a_problem_of_the_sums() {
-    let mut script = busy(Script::empty(BUSY_SECTORS));
-    script.open().unwrap();
-    script.seal().unwrap();
-    let mut sample = Sample::of(&script);
+    let mut sample = sealed();
     let sums = sample.superblock().sums;
     sample.flip(sums.page.file_offset() + 10, 0);
 
@@ -83,7 +80,7 @@ fn damaged_sums_are_a_problem_of_the_sums() {
 
     assert_eq!(kinds(&report.problems), BTreeSet::from([What::Digest]));
     assert!(sample.lost_blocks().is_empty());
-    let mut wrong = Sample::of(&script);
+    let mut wrong = sealed();
     wrong.edit_superblock(|sb| sb.digest[3] ^= 1);
     let report = wrong.check_with(CheckOptions { data: true }).unwrap();
     assert_eq!(kinds(&report.problems), BTreeSet::from([What::Digest]));
@@ -91,10 +88,7 @@ fn damaged_sums_are_a_problem_of_the_sums() {
 
 #[test]
 fn a_sealed_segment_is_mended_around_its_map_only() {
-    let mut script = busy(Script::empty(BUSY_SECTORS));
-    script.open().unwrap();
-    script.seal().unwrap();
-    let mut sample = Sample::of(&script);
+    let mut sample = sealed();
     let leaf = sample.leaf_at(1).page.file_offset();
     sample.flip(leaf, 0);
 

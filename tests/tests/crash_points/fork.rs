@@ -35,6 +35,13 @@ fn two_disks() -> Recorder {
     Recorder::over(recorder.store.live_image())
 }
 
+/// The same with a child of the first.
+fn forked() -> Recorder {
+    let mut recorder = two_disks();
+    recorder.step(|dir| fork(dir, &[("data", &["one"])]));
+    Recorder::over(recorder.store.live_image())
+}
+
 #[test]
 fn of_one_disk() {
     let mut recorder = two_disks();
@@ -55,9 +62,7 @@ fn of_two_disks_at_one_instant() {
 /// Frozen segments go with the last disk that stands on them.
 #[test]
 fn and_deletion_in_any_order() {
-    let mut recorder = two_disks();
-    recorder.step(|dir| fork(dir, &[("data", &["one"])]));
-    let mut recorder = Recorder::over(recorder.store.live_image());
+    let mut recorder = forked();
     recorder.step(|dir| dir.remove("data").unwrap());
     recorder.step(|dir| fork(dir, &[("one", &["two"])]));
     recorder.step(|dir| dir.remove("one").unwrap());
@@ -69,9 +74,7 @@ fn and_deletion_in_any_order() {
 /// Sums of frozen segments are made at any time.
 #[test]
 fn and_sums_of_what_was_frozen() {
-    let mut recorder = two_disks();
-    recorder.step(|dir| fork(dir, &[("data", &["one"])]));
-    let mut recorder = Recorder::over(recorder.store.live_image());
+    let mut recorder = forked();
     recorder.step(|dir| assert_eq!(dir.sum_frozen(&mut |_, _| Ok(())).unwrap(), 1));
     recorder.step(|dir| assert_eq!(dir.sum_frozen(&mut |_, _| Ok(())).unwrap(), 0));
     recorder.step(|dir| change(dir, "one", 6, SECTORS - BLOCK, BLOCK));
@@ -83,9 +86,7 @@ fn and_sums_of_what_was_frozen() {
 /// check of every disk that stood on it complained.
 #[test]
 fn frozen_superblocks_are_settled_at_the_next_opening() {
-    let mut recorder = two_disks();
-    recorder.step(|dir| fork(dir, &[("data", &["one"])]));
-    let mut recorder = Recorder::over(recorder.store.live_image());
+    let mut recorder = forked();
     recorder.step(|dir| assert_eq!(dir.sum_frozen(&mut |_, _| Ok(())).unwrap(), 1));
     recorder.each(&mut |state, image| {
         let dir = open(&SimStore::from_image(image)).unwrap();

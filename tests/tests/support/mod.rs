@@ -332,6 +332,14 @@ pub fn killed() -> Sample {
     Sample::of(&busy(Script::empty(BUSY_SECTORS)))
 }
 
+/// [`busy`], sealed.
+pub fn sealed() -> Sample {
+    let mut script = busy(Script::empty(BUSY_SECTORS));
+    script.open().expect("it opens");
+    script.seal().expect("it is sealed");
+    Sample::of(&script)
+}
+
 /// [`busy`], closed in order.
 pub fn closed() -> Sample {
     let mut script = busy(Script::empty(BUSY_SECTORS));

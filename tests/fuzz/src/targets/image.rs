@@ -23,7 +23,6 @@ use format::entry::BlockState;
 use format::limits::{BLOCK, EXTENT, HEADER_EXTENTS, PAGE, SUPERBLOCK_COPIES, SUPERBLOCK_OFFSETS};
 use format::node::{NodePtr, PageRef, VectorRef, decode_inner, encode_inner};
 use format::superblock::{Attached, Superblock};
-use format::table::{Row, SegmentTable};
 use format::units::{ExtentId, GuestBlock, OwnerEpoch, PageNo, SegmentIdx, crc};
 use format::{Error, Kind, Result};
 use uuid::Uuid;
@@ -399,10 +398,7 @@ fn fresh() -> SimStore {
 fn child() -> SimStore {
     let store = SimStore::from_image(parent().clone());
     let sealed = InStore(store.clone()).sealed(PARENT).expect("the parent");
-    let own = Row { segment: PARENT, digest: None, base: ExtentId(0) };
-    let mut table = SegmentTable::default();
-    table.push(own).expect("a row");
-    create(&store, DISK, Some(&Parent { disk: PARENT, sealed: &sealed, table }));
+    create(&store, DISK, Some(&Parent { disk: PARENT, sealed: &sealed }));
     store
 }
 
