@@ -253,11 +253,14 @@ impl Disk {
     /// # Errors
     /// What the host reports.
     pub fn facts(&self) -> Result<Facts> {
+        // One after the other: a lock that is taken inside of the expression below is held to its
+        // end, and `core` comes after the lock of the journal.
         let superblock = self.checkpoint.lock().superblock.clone();
+        let extents_used = self.core.lock().space.used_count();
         Ok(Facts {
             superblock,
             table: self.table.clone(),
-            extents_used: self.core.lock().space.used_count(),
+            extents_used,
             allocated: self.file.allocated()?,
             map_bytes: self.map.memory_bytes(),
             journal_pages: self.journal_use(),

@@ -472,4 +472,22 @@ mod tests {
             worker.join().unwrap();
         });
     }
+
+    /// Story: whoever asked for the facts of a disk held `core` while it waited for the lock of the
+    /// journal. A commit held that and waited for `core`: `disk show` under load stopped the daemon.
+    #[test]
+    fn facts_are_gathered_one_lock_at_a_time() {
+        let disk = disk();
+        std::thread::scope(|s| {
+            let commit = disk.commit.lock();
+            let asked = s.spawn(|| disk.facts().unwrap());
+            for _ in 0..20 {
+                std::thread::sleep(Duration::from_millis(2));
+                let core = disk.core.try_lock_for(Duration::from_secs(5));
+                assert!(core.is_some(), "it is held by who waits for the journal");
+            }
+            drop(commit);
+            asked.join().unwrap();
+        });
+    }
 }
