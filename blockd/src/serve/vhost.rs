@@ -319,6 +319,10 @@ struct FrontDevice {
 }
 
 impl FrontDevice {
+    fn reads_only(&self) -> bool {
+        self.shared.options.read_only || !self.shared.volume.disk().is_writable()
+    }
+
     fn new(shared: &Arc<Shared>, id: u64) -> Self {
         FrontDevice { shared: Arc::clone(shared), id, workers: Vec::new() }
     }
@@ -393,7 +397,7 @@ impl Device for FrontDevice {
     fn capabilities(&self) -> Capabilities {
         let (volume, options) = (&self.shared.volume, &self.shared.options);
         let disk = volume.disk();
-        let read_only = options.read_only || !disk.is_writable();
+        let read_only = self.reads_only();
         let ranges = RangeLimits {
             sectors_max: RANGE_BYTES_MAX / SECTOR,
             ranges_max: 16,
@@ -446,6 +450,11 @@ impl Device for FrontDevice {
     }
 
     fn write_cache_changed(&mut self, write_back: bool) -> Result<()> {
+        if self.reads_only() {
+            // It has nothing that could be lost. Another front end's choice is not its business,
+            // and a store that nobody writes to has no folder to remember anything in.
+            return Ok(());
+        }
         if !write_back {
             // What a worker began under the old mode completes before its next round, or is
             // flushed by the worker itself, which has seen the new mode then.
@@ -456,7 +465,7 @@ impl Device for FrontDevice {
     }
 
     fn remembered_write_cache(&self) -> Option<bool> {
-        self.shared.volume.cache_mode().remembered()
+        if self.reads_only() { None } else { self.shared.volume.cache_mode().remembered() }
     }
 
     fn queue_failed(&mut self, index: u16, error: &Error) {
