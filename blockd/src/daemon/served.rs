@@ -20,7 +20,9 @@ use super::Daemon;
 use super::attachments::{Attachment, AttachmentsFile};
 use super::doors::{Door, Teller, described};
 use super::holds::Hold;
-use crate::api::types::{AttachDisk, DetachDisk, DiskStats, EventKind, Export, ExportState};
+use crate::api::types::{
+    AttachDisk, DetachDisk, DiskStats, EventKind, Export, ExportKind, ExportSpec, ExportState,
+};
 use crate::disk::Vouched;
 use crate::serve::{Limits, Volume, VolumeOptions};
 use crate::store::Access;
@@ -92,6 +94,24 @@ impl Served {
 
     fn exports(&self, name: &str) -> Vec<Export> {
         self.doors.iter().map(|door| door.export(name)).collect()
+    }
+
+    /// A front end lets others wait for it, but only at its own socket: two machines at two sockets
+    /// would both write.
+    fn check_one_writer(&self, export: &ExportSpec) -> Result<()> {
+        let writes = |spec: &ExportSpec| spec.kind == ExportKind::VhostUser && !spec.read_only;
+        let other = |door: &&Door| door.failure().is_none() && door.spec().socket != export.socket;
+        match self.doors.iter().filter(other).map(Door::spec).find(|spec| writes(spec)) {
+            Some(other) if writes(export) => {
+                let reason = format!(
+                    "a machine writes to it at {}: a disk that several write to is not supported",
+                    other.socket
+                );
+                Err(Error::new(Kind::Unsupported, reason)
+                    .hint("fork it for the other machine, or attach it with --readonly"))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn sockets(&self) -> String {
@@ -233,7 +253,8 @@ impl Daemon {
                 Err(Error::new(Kind::ReadOnly, "it is served for reading only")
                     .hint("detach it first, or attach it with --readonly"))
             }
-            _ => Ok(()),
+            Some(served) => served.check_one_writer(&request.export),
+            None => Ok(()),
         }
     }
 
