@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use format::superblock::Mode;
 use format::units::index;
 use format::{Error, Kind, Result};
 use parking_lot::Mutex;
@@ -49,6 +50,9 @@ pub struct DiskRow {
     pub parents: Vec<Uuid>,
     /// Seconds since 1970 at creation.
     pub created: u64,
+    /// Its persistence mode.
+    #[serde(default = "persistent", skip_serializing_if = "is_persistent", with = "mode_by_name")]
+    pub mode: Mode,
     /// The label in the segment is behind: a rename is not finished.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub relabel: bool,
@@ -56,6 +60,31 @@ pub struct DiskRow {
     /// behind.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub changing: bool,
+}
+
+fn persistent() -> Mode {
+    Mode::Persistent
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // as serde calls it
+fn is_persistent(mode: &Mode) -> bool {
+    *mode == Mode::Persistent
+}
+
+/// A mode in a row, by the name that people see.
+mod mode_by_name {
+    use format::superblock::Mode;
+    use serde::de::Error as _;
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    #[allow(clippy::trivially_copy_pass_by_ref)] // as serde calls it
+    pub fn serialize<S: Serializer>(mode: &Mode, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(mode.name())
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Mode, D::Error> {
+        Mode::named(&String::deserialize(from)?).map_err(D::Error::custom)
+    }
 }
 
 /// A segment that a fork sealed: no disk's own, but disks stand on it.
@@ -421,6 +450,7 @@ mod tests {
             parent_disk: None,
             parents: vec![],
             created: 0,
+            mode: Mode::Persistent,
             relabel: false,
             changing: false,
         }

@@ -7,6 +7,7 @@ use blockd::disk::{Disk, Options};
 use blockd::segment::{Sealed, Segments, file_name, new_name};
 use blockd::store::sim::SimStore;
 use blockd::store::{Access, Store};
+use format::superblock::Mode;
 use format::units::OwnerEpoch;
 use format::{Error, Kind, Result};
 use uuid::Uuid;
@@ -32,6 +33,8 @@ fn written_data_survives_reopen_and_seal() {
         journal_extents: 1,
         created: 0,
         owner_epoch: OwnerEpoch(1),
+        mode: Mode::Persistent,
+        base: Uuid::nil(),
     };
     new.write(&store, None).unwrap();
     store.rename(&new_name(id), &file_name(id)).unwrap();

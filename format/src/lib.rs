@@ -11,6 +11,7 @@ pub mod entry;
 pub mod error;
 pub mod journal;
 pub mod limits;
+pub mod mode;
 pub mod node;
 pub mod space;
 pub mod superblock;

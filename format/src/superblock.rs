@@ -177,6 +177,8 @@ pub struct Superblock {
     pub name: String,
     /// The segment in which the disk goes on since a fork sealed this one; nil for none.
     pub successor: Uuid,
+    /// The segment that an undo goes back to; nil when the mode is `persistent`.
+    pub base: Uuid,
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -217,7 +219,8 @@ struct Raw {
     created: U64,
     name: [u8; NAME_MAX],
     successor: [u8; 16],
-    reserved: [u8; PAGE - 472 - 4],
+    base: [u8; 16],
+    reserved: [u8; PAGE - 488 - 4],
     crc: U32,
 }
 
@@ -284,6 +287,7 @@ impl Superblock {
         raw.created = self.created.into();
         raw.name[..self.name.len()].copy_from_slice(self.name.as_bytes());
         raw.successor = self.successor.into_bytes();
+        raw.base = self.base.into_bytes();
         raw.crc = crc(&raw.as_bytes()[..PAGE - 4]).into();
         raw.as_bytes().try_into().expect("a superblock is a page")
     }
@@ -330,6 +334,7 @@ impl Superblock {
             created: raw.created.get(),
             name: raw.name()?,
             successor: Uuid::from_bytes(raw.successor),
+            base: Uuid::from_bytes(raw.base),
         };
         sb.check_ranges()?;
         Ok(sb)
@@ -359,6 +364,10 @@ impl Superblock {
         {
             return Err(Error::corrupt("a segment that is no frozen one has a successor"));
         }
+        let strange = self.mode == Mode::Persistent || self.base == self.segment;
+        if strange && !self.base.is_nil() {
+            return Err(Error::corrupt("persistence mode and base contradict each other"));
+        }
         Ok(())
     }
 
@@ -384,12 +393,11 @@ impl Superblock {
     ///
     /// # Errors
     /// `Unsupported` when an unknown feature allows reading only, or when the disk has a
-    /// persistence mode other than `persistent`: to write to it as if it had not would break its
-    /// promise.
+    /// persistence mode without a base: nothing says what it would go back to.
     pub fn check_writable_features(&self) -> Result<()> {
         let hint = "open it read-only, or use a newer version";
-        if self.mode != Mode::Persistent {
-            let reason = format!("this version cannot write to a disk of mode {:?}", self.mode);
+        if self.mode != Mode::Persistent && self.base.is_nil() {
+            let reason = format!("its mode is {}, and it has no base", self.mode.name());
             return Err(Error::new(Kind::Unsupported, reason).hint(hint));
         }
         let unknown = self.features.read_only_compat & !KNOWN_FEATURES.read_only_compat;
@@ -507,6 +515,7 @@ pub(crate) mod tests {
             created: 1_700_000_000,
             name: "vm1".into(),
             successor: Uuid::nil(),
+            base: Uuid::nil(),
         }
     }
 

@@ -9,6 +9,7 @@ use blockd::disk::{Disk, Options, Vouched};
 use blockd::segment::{self, Sealed, Segments, file_name, new_name};
 use blockd::store::sim::{Image, Op, SimStore};
 use blockd::store::{Access, Store};
+use format::superblock::Mode;
 use format::units::OwnerEpoch;
 use format::{Error, Kind, Result, limits};
 use uuid::Uuid;
@@ -50,6 +51,8 @@ pub fn new_segment(segment: Uuid, sectors: u64) -> NewSegment {
         journal_extents: 1,
         created: 0,
         owner_epoch: OwnerEpoch(1),
+        mode: Mode::Persistent,
+        base: Uuid::nil(),
     }
 }
 

@@ -1,9 +1,9 @@
 //! A store of a test's own, what works on it, and nothing left of it.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use blockd::storedir::{IDENTITY_FILE, Identity, StoreDir};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -153,6 +153,64 @@ impl TestStore {
         let output = self.offshoot(args);
         assert!(output.status.success(), "{args:?}: {output:?}\n{}", self.log());
         output.stdout
+    }
+
+    /// As [`TestStore::done`], for what says what it did as JSON.
+    ///
+    /// # Panics
+    /// When it fails.
+    #[must_use]
+    pub fn json(&self, args: &[&str]) -> Value {
+        let args: Vec<&str> = args.iter().copied().chain(["--json"]).collect();
+        serde_json::from_slice(&self.done(&args)).expect("JSON")
+    }
+
+    /// Runs the command line for what must fail with this exit code; gives back what it said.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[must_use]
+    pub fn refused(&self, args: &[&str], code: i32) -> String {
+        let output = self.offshoot(args);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
+        said
+    }
+
+    /// Writes bytes to a disk.
+    ///
+    /// # Panics
+    /// When that fails.
+    pub fn write(&self, disk: &str, offset: u64, bytes: &[u8]) {
+        let mut command = Command::new(program("offshoot"));
+        command.env_remove("OFFSHOOT_API").arg("--store").arg(self.store());
+        command.args(["disk", "write", disk, "--offset", &offset.to_string()]);
+        command.stdin(Stdio::piped()).stdout(Stdio::null());
+        let mut child = command.spawn().expect("the command line starts");
+        child.stdin.take().expect("a pipe").write_all(bytes).expect("it takes the bytes");
+        assert!(child.wait().expect("a child").success(), "{}", self.log());
+    }
+
+    /// All that a disk holds.
+    ///
+    /// # Panics
+    /// When it cannot be read.
+    #[must_use]
+    pub fn read(&self, disk: &str) -> Vec<u8> {
+        self.done(&["disk", "read", disk])
+    }
+
+    /// Number of segments in it.
+    ///
+    /// # Panics
+    /// When its folder cannot be read.
+    #[must_use]
+    pub fn segments(&self) -> usize {
+        let names = fs::read_dir(self.store()).expect("a folder");
+        let is_segment = |f: &io::Result<fs::DirEntry>| {
+            f.as_ref().is_ok_and(|f| f.path().extension().is_some_and(|e| e == "seg"))
+        };
+        names.filter(is_segment).count()
     }
 }
 

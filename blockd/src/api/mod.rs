@@ -13,6 +13,7 @@ mod content;
 mod daemon;
 mod disks;
 mod exports;
+mod modes;
 mod openapi;
 mod reply;
 mod server;
@@ -55,6 +56,9 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/disks/{name}/rename", post(disks::rename))
         .route("/v1/disks/{name}/resize", post(disks::resize))
         .route("/v1/disks/{name}/seal", post(disks::seal))
+        .route("/v1/disks/{name}/mode", post(modes::set))
+        .route("/v1/disks/{name}/commit", post(modes::commit))
+        .route("/v1/disks/{name}/undo", post(modes::undo))
         .route("/v1/disks/{name}/check", post(disks::check))
         .route("/v1/disks/{name}/repair", post(disks::repair))
         .route("/v1/disks/{name}/scrub", post(disks::scrub))

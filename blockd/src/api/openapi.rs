@@ -7,7 +7,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
 use utoipa::OpenApi;
 
-use super::{content, daemon, disks, exports, sessions};
+use super::{content, daemon, disks, exports, modes, sessions};
 
 /// All paths.
 #[derive(OpenApi)]
@@ -39,6 +39,9 @@ use super::{content, daemon, disks, exports, sessions};
         disks::rename,
         disks::resize,
         disks::seal,
+        modes::set,
+        modes::commit,
+        modes::undo,
         disks::check,
         disks::repair,
         disks::scrub,

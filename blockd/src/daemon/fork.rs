@@ -36,7 +36,7 @@ use crate::verbs;
 const DRAIN_MAX: Duration = Duration::from_secs(2);
 
 /// The volumes of the disks that are in service, by name.
-type Volumes = BTreeMap<String, Arc<Volume>>;
+pub(super) type Volumes = BTreeMap<String, Arc<Volume>>;
 
 /// A disk in service at the instant of its fork.
 struct Paused<'a> {
@@ -92,7 +92,7 @@ impl Daemon {
     }
 
     /// Holds all names; nobody reads a disk in service besides, or changes its size.
-    fn hold_for_fork(&self, request: &ForkDisks) -> Result<(Volumes, Vec<Hold>)> {
+    pub(super) fn hold_for_fork(&self, request: &ForkDisks) -> Result<(Volumes, Vec<Hold>)> {
         let mut names: Vec<(&String, bool)> = request
             .disks
             .iter()
@@ -143,7 +143,7 @@ impl Daemon {
 }
 
 /// Freezes all disks and lets them go on. Returns how long those in service let nobody in.
-fn fork_all(dir: &StoreDir, fork: &ForkRow, volumes: &Volumes) -> Result<Duration> {
+pub(super) fn fork_all(dir: &StoreDir, fork: &ForkRow, volumes: &Volumes) -> Result<Duration> {
     let disks: Vec<(&Arc<Volume>, Arc<Disk>)> =
         volumes.values().map(|volume| (volume, volume.disk())).collect();
     let prepared = side_by_side(disks.iter().collect(), |(_, disk)| disk.prepare_hand_on());

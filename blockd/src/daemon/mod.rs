@@ -23,6 +23,7 @@ mod handover;
 mod holds;
 mod jobs;
 mod metrics;
+mod modes;
 pub mod sandbox;
 mod served;
 mod sessions;

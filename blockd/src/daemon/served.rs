@@ -358,23 +358,36 @@ impl Daemon {
             let reason = format!("{who} is connected to {}", busy.socket);
             return Err(Error::new(Kind::InUse, reason).hint("stop it first, or say --force"));
         }
-        if self.table().failed.remove(name).is_some() {
+        let drops = self.is_nonpersistent(name)?;
+        if self.table().failed.contains_key(name) {
+            match if drops { self.drop_delta(name, None) } else { Ok(()) } {
+                Err(error) if request.force => {
+                    tracing::warn!(disk = %name, %error, "detached with what was written to it");
+                }
+                outcome => outcome?,
+            }
+            self.table().failed.remove(name);
             self.remember();
             return Ok(ending);
         }
         // Whoever reads the disk besides keeps it in service; asked before anything is ended.
         let _alone = self.holds.take(&in_service(name), Access::Write)?;
-        let (doors, last) = {
+        let (doors, last, attachment) = {
             let mut table = self.table();
             let served = table.served(name)?;
+            let attachment = served.attachment();
             let sockets: Vec<_> = ending.iter().map(|e| &e.socket).collect();
             let doors: Vec<Door> =
                 served.doors.extract_if(.., |d| sockets.contains(&&d.spec().socket)).collect();
             let last = served.doors.is_empty();
-            (doors, if last { table.served.remove(name) } else { None })
+            (doors, if last { table.served.remove(name) } else { None }, attachment)
         };
         doors.into_iter().for_each(Door::close);
-        let closed = last.map_or(Ok(()), take_out_of_service);
+        let closed = match last {
+            Some(served) if drops => self.power_off(name, served, attachment),
+            Some(served) => take_out_of_service(served),
+            None => Ok(()),
+        };
         // Forgotten after the sockets are gone: see `attachments.rs`.
         self.remember();
         closed.map(|()| ending)
@@ -420,8 +433,15 @@ impl Daemon {
 
 /// Closes a disk whose sockets are gone.
 pub(super) fn take_out_of_service(served: Served) -> Result<()> {
-    let Served { volume, hold: _hold, doors, .. } = served;
+    let (_hold, closed) = close(served);
+    closed
+}
+
+/// As [`take_out_of_service`]; gives back the hold of its name if that is for writing.
+pub(super) fn close(served: Served) -> (Option<Hold>, Result<()>) {
+    let Served { volume, hold, doors, read_only, .. } = served;
     drop(doors);
     volume.give_up_held();
-    volume.close()
+    let closed = volume.close();
+    ((!read_only).then_some(hold), closed)
 }

@@ -38,6 +38,10 @@ pub struct NewSegment {
     pub created: u64,
     /// Ownership epoch of the volume.
     pub owner_epoch: OwnerEpoch,
+    /// Persistence mode of its disk.
+    pub mode: Mode,
+    /// What an undo goes back to; nil for mode `persistent`.
+    pub base: Uuid,
 }
 
 /// A sealed segment to stand on. Its sums may be pending: the row of the new segment then has no
@@ -101,7 +105,7 @@ impl NewSegment {
             owner_epoch: self.owner_epoch,
             virtual_size: self.virtual_size,
             state: State::Active,
-            mode: Mode::Persistent,
+            mode: self.mode,
             seal: Seal::None,
             own_index,
             journal_extents: self.journal_extents,
@@ -117,6 +121,7 @@ impl NewSegment {
             created: self.created,
             name: self.name.clone(),
             successor: Uuid::nil(),
+            base: self.base,
         };
         let content = table.encode();
         let mut space = SpaceMap::new(sb.data_start());

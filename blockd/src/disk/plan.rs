@@ -397,6 +397,7 @@ mod tests {
     use std::sync::Arc;
     use std::time::{Duration, Instant};
 
+    use format::superblock::Mode;
     use format::units::OwnerEpoch;
     use uuid::Uuid;
 
@@ -427,6 +428,8 @@ mod tests {
             journal_extents: 16,
             created: 0,
             owner_epoch: OwnerEpoch(1),
+            mode: Mode::Persistent,
+            base: Uuid::nil(),
         };
         new.write(&store, None).unwrap();
         let file = store.open(&new_name(segment), Access::Write).unwrap();

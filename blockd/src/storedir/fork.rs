@@ -20,7 +20,7 @@ use std::collections::HashSet;
 
 use format::limits::SEGMENTS_MAX;
 use format::node::NodePtr;
-use format::superblock::{Seal, State, Superblock, check_name};
+use format::superblock::{Mode, Seal, State, Superblock, check_name};
 use format::units::OwnerEpoch;
 use format::{Context, Error, Kind, Result};
 use uuid::Uuid;
@@ -43,7 +43,7 @@ pub struct ForkOf {
 }
 
 /// The segment in which a frozen disk goes on.
-fn successor(frozen: &Superblock, segment: Uuid) -> NewSegment {
+pub(super) fn successor(frozen: &Superblock, segment: Uuid) -> NewSegment {
     NewSegment {
         store: frozen.store,
         segment,
@@ -53,10 +53,12 @@ fn successor(frozen: &Superblock, segment: Uuid) -> NewSegment {
         journal_extents: frozen.journal_extents,
         created: frozen.created,
         owner_epoch: frozen.owner_epoch,
+        mode: frozen.mode,
+        base: frozen.base,
     }
 }
 
-/// The segment of a child of a frozen disk.
+/// The segment of a child of a frozen disk: what is pending there is for good here.
 fn child(frozen: &Superblock, child: &Child, created: u64) -> NewSegment {
     NewSegment {
         segment: child.segment,
@@ -64,8 +66,19 @@ fn child(frozen: &Superblock, child: &Child, created: u64) -> NewSegment {
         name: child.name.clone(),
         created,
         owner_epoch: OwnerEpoch(1),
+        mode: Mode::Persistent,
+        base: Uuid::nil(),
         ..successor(frozen, child.segment)
     }
+}
+
+/// Whether there may be one more segment below a disk.
+pub(super) fn check_room(row: &DiskRow) -> Result<()> {
+    if row.parents.len() + 2 <= SEGMENTS_MAX {
+        return Ok(());
+    }
+    let reason = format!("it stands on {SEGMENTS_MAX} segments, the most there may be");
+    Err(Error::invalid(reason).on(format!("disk {}", row.name)))
 }
 
 impl StoreDir {
@@ -121,7 +134,16 @@ impl StoreDir {
         });
         let disks = disks.collect::<Result<Vec<_>>>()?;
         let fork = ForkRow { fork: Uuid::new_v4(), created: clock::now(), disks };
-        let begun = fork.disks.iter().try_for_each(|forked| self.write_drafts(&fork, forked));
+        self.begin(fork, &|fork, forked| self.write_drafts(fork, forked))
+    }
+
+    /// Writes the new segments by `write`, and tells the catalogue.
+    pub(super) fn begin(
+        &self,
+        fork: ForkRow,
+        write: &dyn Fn(&ForkRow, &Forked) -> Result<()>,
+    ) -> Result<ForkRow> {
+        let begun = fork.disks.iter().try_for_each(|forked| write(&fork, forked));
         let begun = begun.and_then(|()| {
             self.store.sync_names()?;
             self.catalogue.apply(&[Change::PutFork(fork.clone())])
@@ -147,11 +169,7 @@ impl StoreDir {
                     .on(object())
                     .hint("create disks over it: `offshoot disk create NEW --parent NAME`"));
             }
-            if row.parents.len() + 2 > SEGMENTS_MAX {
-                let reason =
-                    format!("it stands on {} segments, the most there may be", SEGMENTS_MAX);
-                return Err(Error::invalid(reason).on(object()));
-            }
+            check_room(&row)?;
             for name in of.children.iter().chain([&of.disk]) {
                 check_name(name)?;
                 if !names.insert(name) {
@@ -166,17 +184,7 @@ impl StoreDir {
 
     /// Writes the new segments of one disk as far as they can be known: all but the map.
     fn write_drafts(&self, fork: &ForkRow, forked: &Forked) -> Result<()> {
-        let file = self.segment_file(forked.segment, Access::Read)?;
-        let sb = segment::read_superblock(file.as_ref())?.superblock;
-        sb.check_writable_features()?;
-        let draft = Superblock {
-            state: State::Sealed,
-            seal: Seal::Pending,
-            root: NodePtr::Hole,
-            successor: forked.successor,
-            ..sb
-        };
-        let sealed = Sealed { superblock: draft, file };
+        let sealed = self.as_frozen(forked)?;
         // By its row: the label of the segment may be behind.
         let name = forked.name.clone();
         let next = NewSegment { name, ..successor(&sealed.superblock, forked.successor) };
@@ -186,8 +194,23 @@ impl StoreDir {
         })
     }
 
+    /// The own segment of a disk as it will be when it is frozen, as far as that can be known.
+    pub(super) fn as_frozen(&self, forked: &Forked) -> Result<Sealed> {
+        let file = self.segment_file(forked.segment, Access::Read)?;
+        let sb = segment::read_superblock(file.as_ref())?.superblock;
+        sb.check_writable_features()?;
+        let superblock = Superblock {
+            state: State::Sealed,
+            seal: Seal::Pending,
+            root: NodePtr::Hole,
+            successor: forked.successor,
+            ..sb
+        };
+        Ok(Sealed { superblock, file })
+    }
+
     /// Writes a new segment over a frozen one.
-    fn write_over(&self, frozen: &Sealed, new: &NewSegment) -> Result<()> {
+    pub(super) fn write_over(&self, frozen: &Sealed, new: &NewSegment) -> Result<()> {
         let sb = &frozen.superblock;
         // A disk that goes on was not created over itself.
         let disk = if new.disk == sb.disk { sb.parent_disk } else { sb.disk };
@@ -250,6 +273,11 @@ impl StoreDir {
         };
         // A flip, and not just new copies: a cut in the middle must leave a draft that can be read.
         let draft_sb = segment::settle(file.as_ref())?;
+        let table = segment::read_table(file.as_ref(), &draft_sb)?;
+        if table.iter().all(|(_, row)| row.segment != frozen.segment) {
+            // An undo: it stands on what the frozen one stood on, and is whole.
+            return self.store.rename(&draft, &name);
+        }
         let sb = Superblock {
             generation: draft_sb.generation.next(),
             root: frozen.root,
@@ -263,7 +291,7 @@ impl StoreDir {
 
     /// Removes frozen segments that no disk stands on any more.
     pub(super) fn drop_frozen(&self) -> Result<()> {
-        let needed: HashSet<Uuid> = self.disks().into_iter().flat_map(|row| row.parents).collect();
+        let needed = self.needed();
         for row in self.catalogue.frozen() {
             if needed.contains(&row.segment) || self.stranger_over(row.segment)?.is_some() {
                 continue;
@@ -284,6 +312,11 @@ impl StoreDir {
         Ok(())
     }
 
+    /// Segments on which disks stand.
+    fn needed(&self) -> HashSet<Uuid> {
+        self.disks().into_iter().flat_map(|row| row.parents).collect()
+    }
+
     /// Number of frozen segments.
     #[must_use]
     pub fn frozen(&self) -> usize {
@@ -293,8 +326,9 @@ impl StoreDir {
     /// A frozen segment that has no sums yet, for people.
     #[must_use]
     pub fn next_to_sum(&self) -> Option<String> {
-        let mut rows = self.catalogue.frozen().into_iter();
-        let row = rows.find(|row| self.has_no_sums(row).unwrap_or(false))?;
+        let (needed, mut rows) = (self.needed(), self.catalogue.frozen().into_iter());
+        let row = rows
+            .find(|row| needed.contains(&row.segment) && self.has_no_sums(row).unwrap_or(false))?;
         Some(format!("segment {}", row.segment))
     }
 
@@ -316,7 +350,8 @@ impl StoreDir {
     pub fn sum_frozen(&self, progress: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<usize> {
         let mut summed = 0;
         for row in self.catalogue.frozen() {
-            if !self.has_no_sums(&row)? {
+            // One that nobody needs is about to go: an undo leaves such.
+            if !self.needed().contains(&row.segment) || !self.has_no_sums(&row)? {
                 continue;
             }
             // Marked first: nobody opens a frozen segment for writing again, which would settle its

@@ -14,6 +14,7 @@
 
 mod fork;
 mod import;
+mod modes;
 mod rebuild;
 mod verbs;
 
@@ -35,6 +36,7 @@ use crate::store::{Access, File, Store};
 
 pub use fork::ForkOf;
 pub use import::Import;
+pub use modes::Keep;
 pub use rebuild::Rebuilt;
 pub use verbs::NewDisk;
 
@@ -385,6 +387,7 @@ impl StoreDir {
             parent_disk: Some(sb.parent_disk).filter(|d| !d.is_nil()),
             parents,
             created: sb.created,
+            mode: sb.mode,
             relabel: false,
             changing: false,
         })

@@ -7,12 +7,13 @@
 //! so that after a crash in between the next opening looks at the segment.
 
 use format::limits::{BLOCK, EXTENT, JOURNAL_EXTENTS_DEFAULT};
-use format::superblock::{Seal, check_name};
+use format::superblock::{Mode, Seal, check_name};
 use format::units::OwnerEpoch;
 use format::{Context, Error, Kind, Result};
 use uuid::Uuid;
 
 use super::StoreDir;
+use super::modes::check_persistent;
 use crate::catalogue::{Change, DiskRow};
 use crate::clock;
 use crate::disk::create::{NewSegment, Parent};
@@ -75,6 +76,8 @@ impl StoreDir {
             journal_extents: journal,
             created: clock::now(),
             owner_epoch: OwnerEpoch(1),
+            mode: Mode::Persistent,
+            base: Uuid::nil(),
         };
         let uneven = !inherited.is_multiple_of(BLOCK);
         if size > inherited && uneven && parent.is_some() {
@@ -231,6 +234,7 @@ impl StoreDir {
         if sb.seal == Seal::Done && row.sealed {
             return Err(Error::invalid("it is sealed already").on(format!("disk {name}")));
         }
+        check_persistent(&sb, name)?;
         self.changing(&row, || match sb.seal {
             Seal::Done => Ok(()),
             Seal::Pending => {

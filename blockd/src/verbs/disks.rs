@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use format::superblock::{Attached, Mode, Seal, State, Superblock};
+use format::superblock::{Attached, Seal, State, Superblock};
 use format::{Context as _, Error, Kind, Result};
 use uuid::Uuid;
 
@@ -66,6 +66,7 @@ fn summarise(dir: &StoreDir, row: &DiskRow, names: &Names) -> Result<Summary> {
         parent: parent.map(|id| names.get(&id).cloned().unwrap_or_else(|| id.to_string())),
         depth: row.parents.len() as u64,
         created: row.created,
+        mode: row.mode.name().into(),
     })
 }
 
@@ -99,7 +100,7 @@ pub fn details(dir: &StoreDir, name: &str, disk: &Disk) -> Result<DiskDetails> {
     });
     let problems = disk.problems.iter().map(|p| format!("{}: {}", p.object, p.detail));
     Ok(DiskDetails {
-        mode: mode_name(sb.mode).into(),
+        base: Some(sb.base).filter(|base| !base.is_nil()),
         attached: attached_name(sb.attached).into(),
         digest: (sb.seal == Seal::Done).then(|| hex(&sb.digest)),
         segments: segments.collect(),
@@ -122,15 +123,6 @@ pub fn details(dir: &StoreDir, name: &str, disk: &Disk) -> Result<DiskDetails> {
         exports: Vec::new(),
         disk: summary(dir, &row)?,
     })
-}
-
-fn mode_name(mode: Mode) -> &'static str {
-    match mode {
-        Mode::Persistent => "persistent",
-        Mode::NonPersistent => "nonpersistent",
-        Mode::Undoable => "undoable",
-        Mode::Append => "append",
-    }
 }
 
 fn attached_name(attached: Attached) -> &'static str {

@@ -9,6 +9,7 @@ mod check;
 mod compare;
 mod disks;
 mod map;
+mod modes;
 
 use format::{Context as _, Result};
 
@@ -26,6 +27,7 @@ pub use disks::{
     summary,
 };
 pub use map::walk as walk_map;
+pub use modes::{commit, mode, set_mode, undo};
 
 /// Notes about one disk that are passed on; a disk can have thousands of problems.
 const NOTES_MAX: usize = 30;

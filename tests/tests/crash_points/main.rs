@@ -11,6 +11,7 @@
 //! - `kill`: the process dies, the host lives, the tail is there.
 //! - `reopen`: the process dies, another one goes on, and then the power is cut.
 //! - `storedir`: the same for the disks of a store: create, import, rename, seal, resize, delete.
+//! - `fork`, `undo`: the same for forks, and for persistence modes.
 //!
 //! `OFFSHOOT_SOAK=1` visits several hundred thousand states instead of tens of thousands.
 
@@ -22,6 +23,7 @@ mod orders;
 mod reopen;
 mod scenarios;
 mod storedir;
+mod undo;
 
 use blockd::store::sim::Bounds;
 use offshoot_tests::crash::{Plan, Recording};

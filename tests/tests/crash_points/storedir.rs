@@ -32,12 +32,13 @@ pub(super) const SECTORS: u64 = 32 * EXTENT;
 pub(super) struct Seen {
     sectors: u64,
     pub(super) sealed: bool,
+    mode: Mode,
     contents: Contents,
 }
 
 pub(super) type World = BTreeMap<String, Seen>;
 
-fn options() -> OpenOptions {
+pub(super) fn options() -> OpenOptions {
     OpenOptions { access: Access::Write, cache: CacheMode::Auto, boot: Uuid::from_u128(5) }
 }
 
@@ -52,14 +53,18 @@ pub(super) fn new_disk(name: &str, parent: Option<&str>) -> NewDisk {
 }
 
 /// The disks of an open store, with what they hold.
-fn look(dir: &StoreDir) -> Result<World, Violation> {
+pub(super) fn look(dir: &StoreDir) -> Result<World, Violation> {
     let error = |e| Violation::new(Wrong::Error, e);
     let mut world = World::new();
     for row in dir.disks() {
         let disk = dir.open_disk(&row.name, Access::Read, &dir.disk_options()).map_err(error)?;
         let sectors = disk.size() / SECTOR as u64;
-        let sealed = disk.facts().map_err(error)?.superblock.state == State::Sealed;
-        world.insert(row.name, Seen { sectors, sealed, contents: contents(&disk)? });
+        let sb = disk.facts().map_err(error)?.superblock;
+        if sb.mode != row.mode {
+            return Err(Violation::new(Wrong::Value, "the catalogue tells another mode"));
+        }
+        let (sealed, contents) = (sb.state == State::Sealed, contents(&disk)?);
+        world.insert(row.name, Seen { sectors, sealed, mode: row.mode, contents });
     }
     Ok(world)
 }
@@ -137,8 +142,10 @@ impl Recorder {
 fn differences(found: &World, allowed: &[&World]) -> String {
     let short = |world: &World| -> Vec<String> {
         let disk = |(name, seen): (&String, &Seen)| {
-            let Seen { sectors, sealed, contents } = seen;
-            format!("{name} ({sectors} sectors, sealed: {sealed}, {} with data)", contents.len())
+            let Seen { sectors, sealed, mode, contents } = seen;
+            let mode = mode.name();
+            let data = contents.len();
+            format!("{name} ({sectors} sectors, sealed: {sealed}, {mode}, {data} with data)")
         };
         world.iter().map(disk).collect()
     };

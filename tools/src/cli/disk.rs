@@ -6,7 +6,9 @@ use blockd::api::types::NewSize;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::LostTail;
+use super::bytes::{Discard, Range, Write};
 use super::fork::Fork;
+use super::modes::Mode;
 use super::serve::{Attach, Detach, ExportNbd, Limit};
 use crate::image::Format;
 use crate::size;
@@ -49,6 +51,39 @@ Examples:
   offshoot disk fork web1 try1 try2 try3
   offshoot disk fork db db-copy --with logs:logs-copy")]
     Fork(Fork),
+
+    /// Say what becomes of what is written to a disk
+    ///
+    /// `persistent` (every disk at first): it stays. In any other mode it is kept apart from what
+    /// the disk holds now. `nonpersistent`: it is dropped when the machine is off, which is when
+    /// the disk is detached, and not when the daemon ends, is killed or upgraded. `undoable`: `disk
+    /// commit` or `disk undo` decides. `append`: it stays apart until `disk commit`.
+    ///
+    /// Nothing that the disk holds is dropped by this: from another mode to `persistent` is to keep
+    /// all of it. A disk in service goes on.
+    #[command(after_help = "\
+Examples:
+  offshoot disk mode kiosk nonpersistent
+  offshoot disk mode web1 undoable")]
+    Mode(Mode),
+
+    /// Keep what was written to a disk: an undo goes back to here from now on
+    ///
+    /// For disks that are not persistent. Nothing is copied; a disk in service goes on.
+    #[command(after_help = "\
+Examples:
+  offshoot disk commit web1")]
+    Commit(Name),
+
+    /// Drop what was written to a disk since the last commit
+    ///
+    /// The disk holds again, and is as large as, what it was when it was committed or got its mode.
+    /// Refused for disks of modes persistent and append, and for disks in service: detach them
+    /// first. There is no question and no way back.
+    #[command(after_help = "\
+Examples:
+  offshoot disk undo web1")]
+    Undo(Remove),
 
     /// List the disks
     ///
@@ -204,7 +239,7 @@ Examples:
     ///
     /// Needs a daemon, which remembers it: when it is started again, it serves the disk again. A
     /// sealed disk can be served with `--readonly`. The same disk can be attached at several
-    /// sockets; one front end runs it at a time.
+    /// sockets, all but one of them with `--readonly`; at each, one front end runs it at a time.
     #[command(after_help = "\
 Examples:
   offshoot disk attach web1 --socket /run/web1.sock
@@ -452,49 +487,4 @@ pub struct Repair {
     /// Say what would be done, and change nothing
     #[arg(long)]
     pub dry_run: bool,
-}
-
-/// A part of a disk.
-#[derive(Debug, Args)]
-pub struct Range {
-    /// Name of the disk
-    pub name: String,
-    /// First byte
-    #[arg(long, value_parser = size::parse, default_value = "0", value_name = "BYTES")]
-    pub offset: u64,
-    /// Number of bytes; without it, to the end of the disk
-    #[arg(long, value_parser = size::parse, value_name = "BYTES")]
-    pub length: Option<u64>,
-    #[command(flatten)]
-    pub tail: LostTail,
-}
-
-/// `disk write`
-#[derive(Debug, Args)]
-pub struct Write {
-    /// Name of the disk
-    pub name: String,
-    /// First byte
-    #[arg(long, value_parser = size::parse, default_value = "0", value_name = "BYTES")]
-    pub offset: u64,
-    /// At most this many bytes; without it, to the end of the input
-    #[arg(long, value_parser = size::parse, value_name = "BYTES")]
-    pub length: Option<u64>,
-    #[command(flatten)]
-    pub tail: LostTail,
-}
-
-/// `disk discard`
-#[derive(Debug, Args)]
-pub struct Discard {
-    /// Name of the disk
-    pub name: String,
-    /// First byte
-    #[arg(long, value_parser = size::parse, value_name = "BYTES")]
-    pub offset: u64,
-    /// Number of bytes
-    #[arg(long, value_parser = size::parse, value_name = "BYTES")]
-    pub length: u64,
-    #[command(flatten)]
-    pub tail: LostTail,
 }

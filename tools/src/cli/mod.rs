@@ -2,9 +2,11 @@
 //!
 //! The first paragraph of a doc comment is the short help, all of it the long one.
 
+mod bytes;
 mod daemon;
 mod disk;
 mod fork;
+mod modes;
 mod serve;
 
 use std::path::PathBuf;
@@ -12,12 +14,14 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+pub use bytes::{Discard, Range, Write};
 pub use daemon::{DaemonVerb, Events, JobId, JobVerb, StartDaemon, Top, UpgradeDaemon};
 pub use disk::{
-    Check, Compare, Create, Discard, DiskVerb, Export, Import, Name, Range, Remove, Rename, Repair,
-    Resize, SinkFormat, Write,
+    Check, Compare, Create, DiskVerb, Export, Import, Name, Remove, Rename, Repair, Resize,
+    SinkFormat,
 };
 pub use fork::Fork;
+pub use modes::Mode;
 pub use serve::{Attach, Detach, ExportNbd, Limit};
 
 const ABOUT_CODES: &str = "\

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use blockd::api::types::{
     ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk as Summary, DiskDetails,
     ForkDisks, ForkedDisks, MapRange, Moved, RemovedDisk, RepairDisk, Repaired, ResizeDisk,
-    Scrubbed, SessionUse,
+    Scrubbed, SessionUse, SetMode,
 };
 use blockd::content::Content;
 use blockd::disk::Disk;
@@ -64,6 +64,18 @@ impl Store for Local {
 
     fn fork(&self, request: &ForkDisks) -> Result<ForkedDisks> {
         verbs::fork(&self.dir, request)
+    }
+
+    fn set_mode(&self, name: &str, request: &SetMode) -> Result<Summary> {
+        verbs::set_mode(&self.dir, name, request)
+    }
+
+    fn commit(&self, name: &str, accept_lost_tail: bool) -> Result<Summary> {
+        verbs::commit(&self.dir, name, accept_lost_tail)
+    }
+
+    fn undo(&self, name: &str) -> Result<Summary> {
+        verbs::undo(&self.dir, name)
     }
 
     fn remove(&self, name: &str) -> Result<RemovedDisk> {

@@ -9,7 +9,7 @@ mod remote;
 use blockd::api::types::{
     ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk, DiskDetails, ForkDisks,
     ForkedDisks, MapRange, Moved, RemovedDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed,
-    SessionUse,
+    SessionUse, SetMode,
 };
 use blockd::content::Content;
 use blockd::pump::Watch;
@@ -78,6 +78,15 @@ pub trait Store {
 
     /// Forks disks at one instant.
     fn fork(&self, request: &ForkDisks) -> Result<ForkedDisks>;
+
+    /// Gives a disk another persistence mode.
+    fn set_mode(&self, name: &str, request: &SetMode) -> Result<Disk>;
+
+    /// Keeps what was written to a disk.
+    fn commit(&self, name: &str, accept_lost_tail: bool) -> Result<Disk>;
+
+    /// Drops what was written to a disk since it was committed.
+    fn undo(&self, name: &str) -> Result<Disk>;
 
     /// Removes a disk.
     fn remove(&self, name: &str) -> Result<RemovedDisk>;

@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use blockd::api::types::{
     ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk as Summary, DiskDetails,
     Extent, ForkDisks, ForkedDisks, LostTail, MapRange, Moved, OpenSession, RemovedDisk,
-    RenameDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed, Session, SessionUse, Stored,
+    RenameDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed, Session, SessionUse, SetMode, Stored,
 };
 use blockd::content::{Content, Run};
 use blockd::pump::Watch;
@@ -65,6 +65,18 @@ impl Store for Remote {
 
     fn fork(&self, request: &ForkDisks) -> Result<ForkedDisks> {
         self.client.post("/v1/forks".into(), request)
+    }
+
+    fn set_mode(&self, name: &str, request: &SetMode) -> Result<Summary> {
+        self.client.post(disk(name, "/mode"), request)
+    }
+
+    fn commit(&self, name: &str, accept_lost_tail: bool) -> Result<Summary> {
+        self.client.post(disk(name, "/commit"), &LostTail { accept_lost_tail })
+    }
+
+    fn undo(&self, name: &str) -> Result<Summary> {
+        self.client.post(disk(name, "/undo"), &())
     }
 
     fn remove(&self, name: &str) -> Result<RemovedDisk> {

@@ -60,7 +60,7 @@ fn render(d: &DiskDetails) -> String {
         ("disk", l.disk.to_string()),
         ("size", format!("{} ({} bytes)", size(l.size), l.size)),
         ("state", format!("{}, {attached}", l.state.name())),
-        ("mode", d.mode.clone()),
+        ("mode", d.base.map_or(l.mode.clone(), |base| format!("{}, over {base}", l.mode))),
         ("created", utc(l.created)),
         ("parent", l.parent.clone().unwrap_or("-".into())),
         ("dependents", list(&d.dependents)),

@@ -11,6 +11,7 @@ mod inspect;
 mod job;
 mod manage;
 mod map;
+mod modes;
 mod place;
 mod serve;
 mod store;
@@ -53,6 +54,9 @@ pub fn run(cli: Cli, out: Output) -> Outcome {
             DiskVerb::Import(args) => import::import(s, &args),
             DiskVerb::Create(args) => manage::create(s, args),
             DiskVerb::Fork(args) => manage::fork(s, args),
+            DiskVerb::Mode(args) => modes::mode(s, args),
+            DiskVerb::Commit(args) => modes::commit(s, &args),
+            DiskVerb::Undo(args) => modes::undo(s, &args),
             DiskVerb::Ls => inspect::ls(s),
             DiskVerb::Show(args) => inspect::show(s, &args),
             DiskVerb::Map(args) => map::map(s, &args),

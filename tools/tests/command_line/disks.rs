@@ -34,7 +34,7 @@ fn disks_are_created_listed_shown_renamed_and_removed() {
     has_fields(
         &shown,
         &disk_and(&[
-            "mode",
+            "base",
             "attached",
             "digest",
             "segments",

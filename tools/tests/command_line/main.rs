@@ -30,8 +30,8 @@ fn has_fields(value: &Value, expected: &[&str]) {
     assert_eq!(found, expected, "{value:#}");
 }
 
-const DISK: [&str; 9] =
-    ["name", "disk", "segment", "size", "allocated", "state", "parent", "depth", "created"];
+const DISK: [&str; 10] =
+    ["name", "disk", "segment", "size", "allocated", "state", "parent", "depth", "created", "mode"];
 
 fn disk_and(more: &[&'static str]) -> Vec<&'static str> {
     [&DISK[..], more].concat()

@@ -70,8 +70,9 @@ fn a_command_line_that_makes_no_sense_is_exit_code_2() {
 
 #[test]
 fn every_verb_explains_itself_with_examples() {
-    let disk = "import create ls show map rm resize seal rename export compare check repair scrub \
-                read write discard attach export-nbd detach limits resume";
+    let disk = "import create fork mode commit undo ls show map rm resize seal rename export \
+                compare check repair scrub read write discard attach export-nbd detach limits \
+                resume";
     let disk = disk.split_whitespace().map(|verb| vec!["disk", verb]);
     let others = [
         "init",

@@ -203,6 +203,12 @@ pub enum EventKind {
     Upgraded,
     /// A disk was forked.
     Forked,
+    /// A disk got another persistence mode.
+    Mode,
+    /// What was written to a disk is kept.
+    Committed,
+    /// What was written to a disk was dropped.
+    Undone,
 }
 
 impl EventKind {
@@ -225,6 +231,9 @@ impl EventKind {
             EventKind::JobFinished => "job-finished",
             EventKind::Upgraded => "upgraded",
             EventKind::Forked => "forked",
+            EventKind::Mode => "mode",
+            EventKind::Committed => "committed",
+            EventKind::Undone => "undone",
         }
     }
 }

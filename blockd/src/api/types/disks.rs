@@ -31,6 +31,9 @@ pub struct Disk {
     pub depth: u64,
     /// Seconds since 1970 at creation.
     pub created: u64,
+    /// What becomes of what is written to it: `persistent`, `nonpersistent`, `undoable` or
+    /// `append`.
+    pub mode: String,
 }
 
 /// What can be done with a disk.
@@ -69,8 +72,8 @@ pub struct DiskDetails {
     /// The disk.
     #[serde(flatten)]
     pub disk: Disk,
-    /// `persistent`, `nonpersistent`, `undoable` or `append`.
-    pub mode: String,
+    /// The segment that an undo goes back to; null for mode `persistent`.
+    pub base: Option<Uuid>,
     /// `no` when it was closed in order; `plain` or `with-tail` while a writer has it open, and
     /// after one that did not close it.
     pub attached: String,

@@ -10,6 +10,7 @@ mod disks;
 mod exports;
 mod failure;
 mod forks;
+mod modes;
 mod socket;
 
 pub use daemon::{Event, EventKind, HandOver, HandedOver, Health, Job, JobKind, JobState, Version};
@@ -22,4 +23,5 @@ pub use disks::{
 pub use exports::{AttachDisk, DetachDisk, DiskStats, Export, ExportKind, ExportSpec, ExportState};
 pub use failure::{Failure, FailureBody};
 pub use forks::{ForkDisk, ForkDisks, ForkedDisks};
+pub use modes::SetMode;
 pub use socket::{Place, SocketName, TlsFiles};

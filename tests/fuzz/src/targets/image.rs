@@ -22,7 +22,7 @@ use format::array::{self, ArrayRef};
 use format::entry::BlockState;
 use format::limits::{BLOCK, EXTENT, HEADER_EXTENTS, PAGE, SUPERBLOCK_COPIES, SUPERBLOCK_OFFSETS};
 use format::node::{NodePtr, PageRef, VectorRef, decode_inner, encode_inner};
-use format::superblock::{Attached, Superblock};
+use format::superblock::{Attached, Mode, Superblock};
 use format::units::{ExtentId, GuestBlock, OwnerEpoch, PageNo, SegmentIdx, crc};
 use format::{Error, Kind, Result};
 use uuid::Uuid;
@@ -298,6 +298,8 @@ fn new_segment(segment: Uuid) -> NewSegment {
         journal_extents: 1,
         created: 0,
         owner_epoch: OwnerEpoch(1),
+        mode: Mode::Persistent,
+        base: Uuid::nil(),
     }
 }
 

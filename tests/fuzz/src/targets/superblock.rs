@@ -119,6 +119,7 @@ pub fn sample() -> Superblock {
         created: 1_700_000_000,
         name: "vm1".into(),
         successor: Uuid::nil(),
+        base: Uuid::nil(),
     }
 }
 
