@@ -477,7 +477,8 @@ mod tests {
     }
 
     /// Story: whoever asked for the facts of a disk held `core` while it waited for the lock of the
-    /// journal. A commit held that and waited for `core`: `disk show` under load stopped the daemon.
+    /// journal. A commit held that and waited for `core`: `disk show` under load stopped the
+    /// daemon.
     #[test]
     fn facts_are_gathered_one_lock_at_a_time() {
         let disk = disk();
