@@ -53,6 +53,9 @@ pub struct DiskRow {
     /// Its persistence mode.
     #[serde(default = "persistent", skip_serializing_if = "is_persistent", with = "mode_by_name")]
     pub mode: Mode,
+    /// The segment that an undo goes back to, if its mode has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<Uuid>,
     /// The label in the segment is behind: a rename is not finished.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub relabel: bool,
@@ -451,6 +454,7 @@ mod tests {
             parents: vec![],
             created: 0,
             mode: Mode::Persistent,
+            base: None,
             relabel: false,
             changing: false,
         }

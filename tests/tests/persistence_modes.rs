@@ -3,12 +3,17 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use blockd::store::Access;
+use blockd::store::file::CacheMode;
+use blockd::storedir::{ForkOf, Keep, NewDisk, OpenOptions, StoreDir, boot_id};
+use format::superblock::Mode;
 use offshoot_tests::daemon::{Daemon, program};
 use offshoot_tests::load;
 use offshoot_tests::pattern::{self, SECTOR};
-use offshoot_tests::rng::seed;
+use offshoot_tests::rng::{seed, soak};
 use offshoot_tests::served::ServedDisk;
 use offshoot_tests::store::TestStore;
 use offshoot_tests::until;
@@ -208,6 +213,47 @@ fn shared_disks_are_refused_by_name() {
         assert!(said.contains("nobody"), "{said}");
         assert!(store.read("vm") == before);
     });
+}
+
+/// Story: a removal asked first what disks stand on, and then which segments are frozen. A fork of
+/// another disk in between had its frozen segment deleted, under the disk and its child.
+#[test]
+fn removals_and_undos_beside_forks_take_nothing() {
+    let rounds = if soak() { 2000 } else { 30 };
+    let store = TestStore::new();
+    let how = OpenOptions { access: Access::Write, cache: CacheMode::Auto, boot: boot_id() };
+    let dir = StoreDir::open(store.store(), &how).unwrap();
+    let new = |name: &str| NewDisk { journal_bytes: 64 << 10, ..NewDisk::root(name, 1 << 20) };
+    for n in 0..8 {
+        dir.create(&new(&format!("m{n}"))).unwrap();
+        dir.keep(&format!("m{n}"), Keep::As(Mode::NonPersistent)).unwrap();
+    }
+    dir.create(&new("vm")).unwrap();
+    let done = AtomicBool::new(false);
+    let rounds = || -> Result<(), String> {
+        for n in 0..rounds {
+            let child = format!("child{n}");
+            let wanted = ForkOf { disk: "vm".into(), children: vec![child.clone()] };
+            dir.fork(&[wanted]).map_err(|e| format!("round {n}: {e}"))?;
+            for name in ["vm", &child] {
+                let disk = dir.open_disk(name, Access::Read, &dir.disk_options());
+                disk.map_err(|e| format!("round {n}: {e}"))?;
+            }
+        }
+        Ok(())
+    };
+    let outcome = std::thread::scope(|scope| {
+        let undoing = scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                dir.undo("m0").unwrap();
+            }
+        });
+        let outcome = rounds();
+        done.store(true, Ordering::Relaxed); // soon enough
+        undoing.join().unwrap();
+        outcome
+    });
+    assert_eq!(outcome, Ok(()));
 }
 
 /// The mode is a segment's own: a catalogue that is made anew knows it.

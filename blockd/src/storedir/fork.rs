@@ -291,8 +291,13 @@ impl StoreDir {
 
     /// Removes frozen segments that no disk stands on any more.
     pub(super) fn drop_frozen(&self) -> Result<()> {
-        let needed = self.needed();
-        for row in self.catalogue.frozen() {
+        // In this order: a fork beside it tells of its frozen segment and of who stands on it at
+        // once, and what is frozen later is not looked at. The other way round, a segment that was
+        // frozen in between is needed by nobody.
+        // Test: `persistence_modes::removals_and_undos_beside_forks_take_nothing`.
+        let frozen = self.catalogue.frozen();
+        let needed = self.needed()?;
+        for row in frozen {
             if needed.contains(&row.segment) || self.stranger_over(row.segment)?.is_some() {
                 continue;
             }
@@ -312,9 +317,20 @@ impl StoreDir {
         Ok(())
     }
 
-    /// Segments on which disks stand.
-    fn needed(&self) -> HashSet<Uuid> {
-        self.disks().into_iter().flat_map(|row| row.parents).collect()
+    /// Segments on which disks stand, or would stand after an undo.
+    fn needed(&self) -> Result<HashSet<Uuid>> {
+        let rows = self.disks();
+        let bases: HashSet<Uuid> = rows.iter().filter_map(|row| row.base).collect();
+        let mut needed: HashSet<Uuid> = rows.into_iter().flat_map(|row| row.parents).collect();
+        for base in bases {
+            match self.row_of(base) {
+                // It is lost; what it stood on is of no use to anybody.
+                Err(e) if e.kind() == Kind::NotFound => {}
+                row => needed.extend(row?.parents),
+            }
+            needed.insert(base);
+        }
+        Ok(needed)
     }
 
     /// Number of frozen segments.
@@ -326,7 +342,7 @@ impl StoreDir {
     /// A frozen segment that has no sums yet, for people.
     #[must_use]
     pub fn next_to_sum(&self) -> Option<String> {
-        let (needed, mut rows) = (self.needed(), self.catalogue.frozen().into_iter());
+        let (needed, mut rows) = (self.needed().ok()?, self.catalogue.frozen().into_iter());
         let row = rows
             .find(|row| needed.contains(&row.segment) && self.has_no_sums(row).unwrap_or(false))?;
         Some(format!("segment {}", row.segment))
@@ -348,10 +364,10 @@ impl StoreDir {
     /// # Errors
     /// As [`Disk::finish_seal`].
     pub fn sum_frozen(&self, progress: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<usize> {
-        let mut summed = 0;
+        let (needed, mut summed) = (self.needed()?, 0);
         for row in self.catalogue.frozen() {
             // One that nobody needs is about to go: an undo leaves such.
-            if !self.needed().contains(&row.segment) || !self.has_no_sums(&row)? {
+            if !needed.contains(&row.segment) || !self.has_no_sums(&row)? {
                 continue;
             }
             // Marked first: nobody opens a frozen segment for writing again, which would settle its

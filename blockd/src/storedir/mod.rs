@@ -388,6 +388,7 @@ impl StoreDir {
             parents,
             created: sb.created,
             mode: sb.mode,
+            base: Some(sb.base).filter(|base| !base.is_nil()),
             relabel: false,
             changing: false,
         })

@@ -72,7 +72,8 @@ impl StoreDir {
             }
         }
         let present: HashSet<Uuid> = segment_ids(store.as_ref())?.into_iter().collect();
-        let mut missing: Vec<Uuid> = rows.values().flat_map(|r| r.parents.clone()).collect();
+        let mut missing: Vec<Uuid> =
+            rows.values().flat_map(|r| r.parents.iter().copied().chain(r.base)).collect();
         missing.retain(|s| !present.contains(s));
         missing.sort_unstable();
         missing.dedup();

@@ -292,7 +292,7 @@ impl StoreDir {
     pub(super) fn stranger_over(&self, segment: Uuid) -> Result<Option<Uuid>> {
         for id in self.strangers()? {
             match self.row_of(id) {
-                Ok(row) if !row.parents.contains(&segment) => {}
+                Ok(row) if !row.parents.contains(&segment) && row.base != Some(segment) => {}
                 Err(e) if e.kind() == Kind::Io => return Err(e),
                 // Unreadable: it may.
                 _ => return Ok(Some(id)),
