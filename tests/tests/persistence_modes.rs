@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use format::superblock::Mode;
 use offshoot_tests::daemon::{Daemon, program};
 use offshoot_tests::load;
 use offshoot_tests::pattern::{self, SECTOR};
-use offshoot_tests::rng::{seed, soak};
+use offshoot_tests::rng::{Rng, seed, soak};
 use offshoot_tests::served::ServedDisk;
 use offshoot_tests::store::TestStore;
 use offshoot_tests::until;
@@ -375,6 +376,49 @@ fn nonpersistent_is_dropped_at_power_off_and_never_before() {
     is_sound(&store, "vm");
     store.done(&["daemon", "stop"]);
     assert_eq!(store.segments(), 2, "base and an empty delta");
+}
+
+/// D-m: the daemon is killed at random moments of a power-off. Afterwards the disk is attached,
+/// with what its machine wrote or without it, or it is detached without it: no other machine ever
+/// starts with what this one left.
+#[test]
+fn a_daemon_killed_in_a_power_off_leaves_no_delta_behind() {
+    let (rounds, seed) = (if soak() { 200 } else { 12 }, seed(67));
+    println!(
+        "repeat with OFFSHOOT_SEED={seed} cargo test -p offshoot-tests --test persistence_modes"
+    );
+    let mut rng = Rng::new(seed);
+    let store = TestStore::new();
+    let mut daemon = store.daemon();
+    let base = disk_of(&store, "nonpersistent");
+    let mut ends = [0; 3];
+    for round in 0..rounds {
+        let socket = attach(&store, "vm", &[]);
+        Machine::on(&socket).write(2, 400);
+        until("the front end is gone", || store.json(&["daemon", "status"])["connected"] == 0);
+        let pending = store.read("vm");
+        let mut asked = Command::new(program("offshoot"));
+        asked.env_remove("OFFSHOOT_API").arg("--store").arg(store.store());
+        asked.args(["disk", "detach", "vm"]).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut asked = asked.spawn().unwrap();
+        std::thread::sleep(Duration::from_micros(rng.below(120_000)));
+        daemon.kill();
+        // Whatever it was told: what counts is what is there.
+        let _ = asked.wait();
+        daemon = store.daemon();
+        let attached = store.json(&["daemon", "status"])["served"] == 1;
+        let found = store.read("vm");
+        assert!(found == base || attached && found == pending, "round {round}: {attached}");
+        ends[usize::from(attached) + usize::from(found == pending)] += 1;
+        if attached {
+            store.done(&["disk", "detach", "vm"]);
+        }
+        assert!(store.read("vm") == base, "round {round}");
+    }
+    let [detached, without, with] = ends;
+    println!("detached: {detached}; attached without what was written: {without}, with it: {with}");
+    is_sound(&store, "vm");
+    assert_eq!(store.segments(), 2);
 }
 
 /// D-m: what a machine wrote to a disk of another mode stays at power-off.
