@@ -28,6 +28,7 @@ const NEW_FILE: &str = "catalogue.new";
 const DISKS: Table = TableDefinition::new("disks");
 const FROZEN: Table = TableDefinition::new("frozen");
 const FORKS: Table = TableDefinition::new("forks");
+const INHERITS: Table = TableDefinition::new("inherits");
 
 type Table = TableDefinition<'static, &'static str, &'static [u8]>;
 
@@ -137,6 +138,25 @@ pub struct ForkRow {
     pub disks: Vec<Forked>,
 }
 
+/// A child that inherits, finished but for its name, and for the map of a root that is not sealed
+/// yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heir {
+    /// Its own segment.
+    pub segment: Uuid,
+    /// The root that it stands on, if that is to be sealed first.
+    pub root: Option<Uuid>,
+}
+
+/// Children that appear together: once this row is there, all of them do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InheritRow {
+    /// Its identity.
+    pub inherit: Uuid,
+    /// The children.
+    pub heirs: Vec<Heir>,
+}
+
 /// One change of the catalogue.
 #[derive(Debug, Clone)]
 pub enum Change {
@@ -152,6 +172,10 @@ pub enum Change {
     PutFork(ForkRow),
     /// Removes a fork that is at its end.
     RemoveFork(Uuid),
+    /// Adds children that are to appear.
+    PutInherit(InheritRow),
+    /// Removes children that have appeared.
+    RemoveInherit(Uuid),
 }
 
 /// Everything in the catalogue.
@@ -160,6 +184,7 @@ struct Content {
     disks: BTreeMap<String, DiskRow>,
     frozen: BTreeMap<Uuid, FrozenRow>,
     forks: BTreeMap<Uuid, ForkRow>,
+    inherits: BTreeMap<Uuid, InheritRow>,
 }
 
 /// The catalogue of one store.
@@ -318,6 +343,12 @@ impl Catalogue {
         self.content.lock().forks.values().cloned().collect()
     }
 
+    /// The children that are to appear.
+    #[must_use]
+    pub fn inherits(&self) -> Vec<InheritRow> {
+        self.content.lock().inherits.values().cloned().collect()
+    }
+
     /// The row of a disk.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<DiskRow> {
@@ -348,6 +379,8 @@ impl Content {
             Change::RemoveFrozen(segment) => _ = self.frozen.remove(segment),
             Change::PutFork(row) => _ = self.forks.insert(row.fork, row.clone()),
             Change::RemoveFork(fork) => _ = self.forks.remove(fork),
+            Change::PutInherit(row) => _ = self.inherits.insert(row.inherit, row.clone()),
+            Change::RemoveInherit(inherit) => _ = self.inherits.remove(inherit),
         }
     }
 }
@@ -383,6 +416,11 @@ fn read_content(database: &Database) -> Result<Content> {
     each_row(database, FORKS, &mut |key, row: ForkRow| {
         let named = row.fork.to_string() == key;
         content.forks.insert(row.fork, row);
+        named
+    })?;
+    each_row(database, INHERITS, &mut |key, row: InheritRow| {
+        let named = row.inherit.to_string() == key;
+        content.inherits.insert(row.inherit, row);
         named
     })?;
     Ok(content)
@@ -422,6 +460,8 @@ fn row_of(change: &Change) -> Result<(Table, String, Option<Vec<u8>>)> {
         Change::RemoveFrozen(segment) => (FROZEN, segment.to_string(), None),
         Change::PutFork(row) => (FORKS, row.fork.to_string(), bytes(row)?),
         Change::RemoveFork(fork) => (FORKS, fork.to_string(), None),
+        Change::PutInherit(row) => (INHERITS, row.inherit.to_string(), bytes(row)?),
+        Change::RemoveInherit(inherit) => (INHERITS, inherit.to_string(), None),
     })
 }
 

@@ -38,6 +38,26 @@ pub trait Watch: Sync {
     fn check(&self) -> Result<()>;
 }
 
+/// Nobody: nothing is told, and nothing is stopped.
+#[derive(Debug, Clone, Copy)]
+pub struct Unwatched;
+
+impl Watch for Unwatched {
+    fn wants_total(&self) -> bool {
+        false
+    }
+
+    fn expect(&self, _: u64) {}
+
+    fn add(&self, _: u64) {}
+
+    fn set(&self, _: u64, _: u64) {}
+
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
 /// Threads that one verb uses: twice as many as there are cores, because at any time about half of
 /// them wait for the device.
 #[must_use]
@@ -188,27 +208,13 @@ mod tests {
 
     use super::*;
 
-    struct Nobody;
-
-    impl Watch for Nobody {
-        fn wants_total(&self) -> bool {
-            false
-        }
-        fn expect(&self, _: u64) {}
-        fn add(&self, _: u64) {}
-        fn set(&self, _: u64, _: u64) {}
-        fn check(&self) -> Result<()> {
-            Ok(())
-        }
-    }
-
     #[test]
     fn every_piece_is_done_once() {
         let mut left = 0..1000;
         let done = Mutex::new(BTreeSet::new());
 
         pump(
-            &Nobody,
+            &Unwatched,
             1,
             || Ok(left.next()),
             |_, n, _| {
@@ -274,7 +280,7 @@ mod tests {
             _ => Ok(()),
         };
 
-        let e = pump(&Nobody, 1, || Ok(left.next()), failing).unwrap_err();
+        let e = pump(&Unwatched, 1, || Ok(left.next()), failing).unwrap_err();
 
         assert_eq!(e.reason(), "seventeen");
         assert!(left.start < 1000);

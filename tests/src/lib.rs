@@ -5,6 +5,7 @@
 //! never hides a promise that was not tried.
 
 pub mod around;
+pub mod command;
 pub mod crash;
 pub mod daemon;
 pub mod flat;

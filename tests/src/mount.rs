@@ -77,6 +77,25 @@ impl Mount {
         Some(mount)
     }
 
+    /// XFS of `size` bytes, 300 MiB at least, in a sparse file of its own: files there can share
+    /// space. Without root, the test is counted as skipped.
+    ///
+    /// # Panics
+    /// When the host does not let us.
+    #[must_use]
+    pub fn xfs(test: &str, size: u64) -> Option<Self> {
+        if !Self::may(test, &["mount", "umount", "mkfs.xfs", "losetup"]) {
+            return None;
+        }
+        let mount = Self::point();
+        let image = mount.dir.path().join("image");
+        let file = fs::File::create(&image).expect("a file");
+        file.set_len(size).expect("a length");
+        run("mkfs.xfs", &["-q", "-m", "reflink=1", image.to_str().expect("a plain path")]);
+        mount.mount_image();
+        Some(mount)
+    }
+
     fn mount_image(&self) {
         let image = self.dir.path().join("image");
         run("mount", &["-o", "loop", image.to_str().expect("a plain path"), &self.target()]);

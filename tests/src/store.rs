@@ -169,7 +169,6 @@ impl TestStore {
     ///
     /// # Panics
     /// When it does not.
-    #[must_use]
     pub fn refused(&self, args: &[&str], code: i32) -> String {
         let output = self.offshoot(args);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -1,87 +1,9 @@
 //! Forks through the command line, with a daemon and without one (D-h, D-j, D-k, D-l, D-n): a disk
 //! goes on, its children start out with what it held, and none sees what another writes.
 
-use std::io::Write as _;
-use std::process::{Command, Output, Stdio};
-
-use offshoot_tests::daemon::{Daemon, program};
+use offshoot_tests::command::{Bench, each};
 use offshoot_tests::pattern;
 use offshoot_tests::rng::{Rng, seed};
-use offshoot_tests::store::TestStore;
-use serde_json::Value;
-
-const SIZE: u64 = 16 << 20;
-
-struct Bench {
-    // First: it ends before its store goes.
-    daemon: Option<Daemon>,
-    store: TestStore,
-}
-
-impl Bench {
-    fn new(with_daemon: bool) -> Bench {
-        let store = TestStore::new();
-        let daemon = with_daemon.then(|| store.daemon());
-        Bench { daemon, store }
-    }
-
-    /// Runs the command line; a daemon that owns the store is found by itself.
-    fn offshoot(&self, args: &[&str]) -> Output {
-        self.store.offshoot(args)
-    }
-
-    fn done(&self, args: &[&str]) -> Vec<u8> {
-        self.store.done(args)
-    }
-
-    fn refused(&self, args: &[&str], code: i32) -> String {
-        let output = self.offshoot(args);
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
-        said
-    }
-
-    fn json(&self, args: &[&str]) -> Value {
-        let args: Vec<&str> = args.iter().copied().chain(["--json"]).collect();
-        serde_json::from_slice(&self.done(&args)).expect("JSON")
-    }
-
-    fn write(&self, disk: &str, offset: u64, bytes: &[u8]) {
-        let mut command = Command::new(program("offshoot"));
-        command.env_remove("OFFSHOOT_API").arg("--store").arg(self.store.store());
-        command.args(["disk", "write", disk, "--offset", &offset.to_string()]);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
-        child.stdin.take().unwrap().write_all(bytes).unwrap();
-        assert!(child.wait().unwrap().success());
-    }
-
-    fn read(&self, disk: &str) -> Vec<u8> {
-        self.done(&["disk", "read", disk, "--offset", "0", "--length", &SIZE.to_string()])
-    }
-
-    /// Number of segments in the store.
-    fn segments(&self) -> usize {
-        let names = std::fs::read_dir(self.store.store()).unwrap();
-        names.filter(|f| f.as_ref().unwrap().path().extension().is_some_and(|e| e == "seg")).count()
-    }
-
-    fn is_sound(&self, disks: &[&str]) {
-        for disk in disks {
-            self.done(&["disk", "check", disk]);
-        }
-    }
-}
-
-fn each(test: impl Fn(&Bench)) {
-    for with_daemon in [false, true] {
-        println!("with a daemon: {with_daemon}");
-        let mut bench = Bench::new(with_daemon);
-        test(&bench);
-        if let Some(daemon) = bench.daemon.take() {
-            assert!(daemon.terminate().success());
-        }
-    }
-}
 
 /// D-h, D-k.
 #[test]

@@ -14,10 +14,11 @@ use super::NOTE;
 use super::reply::{Answer, Asked, Named, Params, Refused, blocking, failure, note_header};
 use super::types::{
     ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk, DiskDetails,
-    FailureBody, ForkDisks, ForkedDisks, Job, JobKind, LostTail, RemovedDisk, RenameDisk,
+    FailureBody, ForkDisks, ForkMode, ForkedDisks, Job, JobKind, LostTail, RemovedDisk, RenameDisk,
     RepairDisk, Repaired, ResizeDisk, Scrubbed,
 };
 use crate::daemon::{Daemon, Entry, Noted, Running};
+use crate::verbs;
 
 type Shared = State<Arc<Daemon>>;
 
@@ -132,12 +133,30 @@ pub async fn remove(
 }
 
 /// Fork disks at one instant: they go on, and children start out with what they hold
+///
+/// Making children that inherit (`mode`) may take a while, and is a job; any other fork ends before
+/// it is answered.
 #[utoipa::path(post, path = "/v1/forks", tag = "disks", request_body = ForkDisks,
-    responses((status = 201, body = ForkedDisks), (status = "default", body = FailureBody)))]
-pub async fn fork(State(daemon): Shared, Asked(request): Asked<ForkDisks>) -> Answer {
+    params(Waiting),
+    responses((status = 201, body = ForkedDisks), (status = 202, body = Job),
+        (status = "default", body = FailureBody)))]
+pub async fn fork(
+    State(daemon): Shared,
+    Params(waiting): Params<Waiting>,
+    Asked(request): Asked<ForkDisks>,
+) -> Answer {
     let shared = Arc::clone(&daemon);
-    let forked = blocking(&daemon, move |_| shared.fork(&request)).await?;
-    Ok((StatusCode::CREATED, Json(forked)).into_response())
+    if request.mode == ForkMode::Live {
+        let forked = blocking(&daemon, move |_| shared.fork(&request)).await?;
+        return Ok((StatusCode::CREATED, Json(forked)).into_response());
+    }
+    let what = (JobKind::Fork, verbs::named(&request));
+    let work = move |_: &Daemon, job: &Running| shared.inherit(&request, job);
+    let mut answer = as_job(daemon, what, waiting, work).await?;
+    if answer.status() == StatusCode::OK {
+        *answer.status_mut() = StatusCode::CREATED;
+    }
+    Ok(answer)
 }
 
 /// Give a disk another name

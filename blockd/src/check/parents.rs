@@ -35,7 +35,7 @@ pub(super) fn check(
         }
         let object = format!("segment {}", row.segment);
         let sealed = segments.sealed(row.segment)?;
-        match check_parent(&sealed, &object, problems) {
+        match check_parent(&sealed, (&object, row.digest.is_some()), problems) {
             Ok(table) => {
                 if let Some(problem) = compare(loaded, (i, row.segment), &table, &places) {
                     problems.note(problem);
@@ -48,15 +48,20 @@ pub(super) fn check(
     Ok(())
 }
 
-/// Checks a parent by itself; returns its segment table.
-fn check_parent(sealed: &Sealed, object: &str, problems: &mut Problems) -> Result<SegmentTable> {
+/// Checks a parent by itself; returns its segment table. `summed`: it had sums when the disk was
+/// created over it.
+fn check_parent(
+    sealed: &Sealed,
+    (object, summed): (&str, bool),
+    problems: &mut Problems,
+) -> Result<SegmentTable> {
     let (sb, copies) = newest(sealed.file.as_ref())?;
     for mut problem in copies.into_vec() {
         problem.object = format!("{}, {object}", problem.object);
         problems.note(problem);
     }
-    // What a fork has frozen gets its sums by and by.
-    if sb.seal != Seal::Done && sb.successor.is_nil() {
+    // What a fork has frozen, or an inheritance pinned, gets its sums by and by.
+    if sb.seal != Seal::Done && summed {
         problems.note(pending(object));
     }
     load_table(sealed.file.as_ref(), &sb)

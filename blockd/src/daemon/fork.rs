@@ -33,7 +33,7 @@ use crate::storedir::StoreDir;
 use crate::verbs;
 
 /// How long requests in work may take to end.
-const DRAIN_MAX: Duration = Duration::from_secs(2);
+pub(super) const DRAIN_MAX: Duration = Duration::from_secs(2);
 
 /// The volumes of the disks that are in service, by name.
 pub(super) type Volumes = BTreeMap<String, Arc<Volume>>;
@@ -71,6 +71,7 @@ impl Daemon {
     pub fn fork(self: &Arc<Self>, request: &ForkDisks) -> Result<ForkedDisks> {
         let began = Instant::now();
         let fork = || -> Result<ForkedDisks> {
+            verbs::check_asked(request)?;
             let _changing = self.service.changing.lock();
             let (volumes, _holds) = self.hold_for_fork(request)?;
             let dir = self.dir()?;
@@ -83,16 +84,30 @@ impl Daemon {
             verbs::forked(&dir, &dir.children(&row)?, (began.elapsed(), pause))
         };
         let forked = fork().context("fork", || verbs::named(request))?;
-        for of in &request.disks {
-            let detail = format!("into {}", of.children.join(", "));
-            self.events.add(EventKind::Forked, format!("disk {}", of.disk), detail);
-        }
+        self.tell_of_fork(request);
         self.sum_frozen();
         Ok(forked)
     }
 
-    /// Holds all names; nobody reads a disk in service besides, or changes its size.
+    pub(super) fn tell_of_fork(&self, request: &ForkDisks) {
+        for of in &request.disks {
+            let detail = format!("into {}", of.children.join(", "));
+            self.events.add(EventKind::Forked, format!("disk {}", of.disk), detail);
+        }
+    }
+
+    /// As [`Daemon::hold_all`], for what changes the disks.
     pub(super) fn hold_for_fork(&self, request: &ForkDisks) -> Result<(Volumes, Vec<Hold>)> {
+        let held = self.hold_all(request)?;
+        match held.0.iter().find(|(_, volume)| !volume.disk().is_writable()) {
+            None => Ok(held),
+            Some((name, _)) => Err(Error::new(Kind::ReadOnly, "it is served for reading only")
+                .on(format!("disk {name}"))),
+        }
+    }
+
+    /// Holds all names; nobody reads a disk in service besides, or changes its size.
+    pub(super) fn hold_all(&self, request: &ForkDisks) -> Result<(Volumes, Vec<Hold>)> {
         let mut names: Vec<(&String, bool)> = request
             .disks
             .iter()
@@ -105,10 +120,6 @@ impl Daemon {
         for (name, is_parent) in names {
             let served = self.table().served.get(name).map(|s| Arc::clone(&s.volume));
             match served.filter(|_| is_parent) {
-                Some(volume) if !volume.disk().is_writable() => {
-                    return Err(Error::new(Kind::ReadOnly, "it is served for reading only")
-                        .on(format!("disk {name}")));
-                }
                 Some(volume) => {
                     holds.push(self.holds.take(&in_service(name), Access::Write)?);
                     volumes.insert(name.clone(), volume);

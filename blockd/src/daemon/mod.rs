@@ -21,6 +21,7 @@ mod events;
 mod fork;
 mod handover;
 mod holds;
+mod inherit;
 mod jobs;
 mod metrics;
 mod modes;

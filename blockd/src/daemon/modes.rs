@@ -53,7 +53,7 @@ impl Daemon {
     fn keep(self: &Arc<Self>, name: &str, keep: Keep, accept_lost_tail: bool) -> Result<DiskRow> {
         let _changing = self.service.changing.lock();
         let disks = vec![ForkDisk { disk: name.to_owned(), children: Vec::new() }];
-        let request = ForkDisks { disks, accept_lost_tail };
+        let request = ForkDisks { disks, accept_lost_tail, ..ForkDisks::default() };
         let (volumes, _holds) = self.hold_for_fork(&request)?;
         let dir = self.dir()?;
         if volumes.is_empty() {

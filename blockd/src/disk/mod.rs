@@ -33,6 +33,7 @@ mod reserve;
 mod resize;
 pub mod seal;
 mod space;
+pub mod still;
 pub mod tail;
 mod zero;
 

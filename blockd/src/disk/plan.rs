@@ -56,6 +56,18 @@ pub struct Transfer {
     pub len: u64,
 }
 
+impl Transfer {
+    /// Its last `left` bytes.
+    #[must_use]
+    pub(super) fn after(self, left: u64) -> Self {
+        let place = match self.place {
+            Place::Zeroes => Place::Zeroes,
+            Place::File { row, offset } => Place::File { row, offset: offset + self.len - left },
+        };
+        Transfer { place, len: left }
+    }
+}
+
 /// An extent that a first write is giving space to.
 #[derive(Debug)]
 struct Part {

@@ -197,6 +197,15 @@ impl Disk {
         self.tail.remove()
     }
 
+    /// Makes the disk immutable where it is, because others are to stand on it. As
+    /// [`Disk::freeze`], without a successor: it does not go on.
+    ///
+    /// # Errors
+    /// As [`Disk::freeze`].
+    pub fn pin(&self) -> Result<()> {
+        self.freeze(Uuid::nil())
+    }
+
     fn seal_inner(&self, progress: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<[u8; 32]> {
         self.finish(|sb| {
             sb.state = State::Sealed;

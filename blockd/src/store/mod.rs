@@ -133,6 +133,17 @@ pub trait File: Send + Sync {
     /// `NoSpace`, `Unsupported` where the file system cannot, or what the host reports.
     fn reserve(&self, offset: u64, len: u64) -> Result<()>;
 
+    /// Has `len` bytes from `to` on share the host's space of another file's bytes from `from` on,
+    /// until one of the two is written to: a write of those bytes that stores nothing. False, and
+    /// what the range reads as is undefined, when the host cannot, for these files or at all.
+    ///
+    /// # Errors
+    /// What the host reports; `NoSpace` leaves the range undefined but the file usable.
+    fn clone_range(&self, source: &dyn File, from: u64, to: u64, len: u64) -> Result<bool> {
+        let _ = (source, from, to, len);
+        Ok(false)
+    }
+
     /// Bytes that the host has allocated to the file.
     ///
     /// # Errors

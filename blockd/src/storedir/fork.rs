@@ -59,7 +59,7 @@ pub(super) fn successor(frozen: &Superblock, segment: Uuid) -> NewSegment {
 }
 
 /// The segment of a child of a frozen disk: what is pending there is for good here.
-fn child(frozen: &Superblock, child: &Child, created: u64) -> NewSegment {
+pub(super) fn child(frozen: &Superblock, child: &Child, created: u64) -> NewSegment {
     NewSegment {
         segment: child.segment,
         disk: child.disk,
@@ -157,6 +157,21 @@ impl StoreDir {
     }
 
     fn check_fork(&self, wanted: &[ForkOf]) -> Result<()> {
+        for of in wanted {
+            let row = self.disk(&of.disk)?;
+            let object = || format!("disk {}", row.name);
+            if row.sealed {
+                return Err(Error::invalid("it is sealed: there is nothing to fork")
+                    .on(object())
+                    .hint("create disks over it: `offshoot disk create NEW --parent NAME`"));
+            }
+            check_room(&row)?;
+        }
+        self.check_children(wanted)
+    }
+
+    /// Checks the names of disks and children: known, free, and each given once.
+    pub(super) fn check_children(&self, wanted: &[ForkOf]) -> Result<()> {
         let mut names = HashSet::new();
         for of in wanted {
             let row = self.disk(&of.disk)?;
@@ -164,12 +179,6 @@ impl StoreDir {
             if of.children.is_empty() {
                 return Err(Error::invalid("a fork needs the name of a child").on(object()));
             }
-            if row.sealed {
-                return Err(Error::invalid("it is sealed: there is nothing to fork")
-                    .on(object())
-                    .hint("create disks over it: `offshoot disk create NEW --parent NAME`"));
-            }
-            check_room(&row)?;
             for name in of.children.iter().chain([&of.disk]) {
                 check_name(name)?;
                 if !names.insert(name) {
@@ -408,12 +417,13 @@ impl StoreDir {
         self.catalogue.forks().into_iter().map(settle).collect()
     }
 
-    /// New segments of forks that are not settled.
+    /// New segments of forks, of either kind, that are not settled.
     pub(super) fn unsettled(&self) -> HashSet<Uuid> {
         let forks = self.catalogue.forks();
         let disks = forks.iter().flat_map(|fork| &fork.disks);
         let segments =
             disks.flat_map(|d| d.children.iter().map(|child| child.segment).chain([d.successor]));
-        segments.collect()
+        let heirs = self.catalogue.inherits().into_iter().flat_map(|row| row.heirs);
+        segments.chain(heirs.map(|heir| heir.segment)).collect()
     }
 }

@@ -52,12 +52,30 @@ impl<D: Deref<Target = StoreDir>> Import<D> {
     /// As [`StoreDir::create`].
     pub fn begin(dir: D, new: &NewDisk, lanes: usize) -> Result<Self> {
         let segment = dir.write_new(new)?;
-        let mut import = Import { dir, disk: None, segment, stored: AtomicU64::new(0) };
+        Import::fill(dir, segment, lanes)
+    }
+
+    /// Begins to fill a new segment that exists under its `.new` name.
+    ///
+    /// # Errors
+    /// As [`Disk::open`]; the segment is removed then.
+    pub(super) fn fill(dir: D, segment: Uuid, lanes: usize) -> Result<Self> {
+        let mut import = Import::draft(dir, segment);
         let dir = &*import.dir;
         let file = dir.store.open(&new_name(segment), Access::Write)?;
         let options = Options { lanes, ..dir.disk_options() };
         import.disk = Some(Disk::open(file, dir, &options)?);
         Ok(import)
+    }
+
+    /// A new segment that is filled already, or will be, and exists under its `.new` name.
+    pub(super) fn draft(dir: D, segment: Uuid) -> Self {
+        Import { dir, disk: None, segment, stored: AtomicU64::new(0) }
+    }
+
+    /// Identity of the new segment.
+    pub(super) fn segment(&self) -> Uuid {
+        self.segment
     }
 
     /// The store.
@@ -110,12 +128,21 @@ impl<D: Deref<Target = StoreDir>> Import<D> {
     /// # Errors
     /// As [`Disk::close`] and [`StoreDir::create`]; the disk then does not appear.
     pub fn finish(mut self) -> Result<DiskRow> {
-        if let Some(disk) = self.disk.take() {
-            disk.close()?;
-        }
+        self.close()?;
         let row = self.dir.publish(self.segment)?;
         self.segment = Uuid::nil();
         Ok(row)
+    }
+
+    /// Makes the content durable; the disk does not appear yet.
+    pub(super) fn close(&mut self) -> Result<()> {
+        self.disk.take().map_or(Ok(()), Disk::close)
+    }
+
+    /// Leaves the segment to the caller, who makes the disk appear.
+    pub(super) fn leave(mut self) -> Uuid {
+        self.disk = None;
+        std::mem::take(&mut self.segment)
     }
 }
 

@@ -14,6 +14,7 @@
 
 mod fork;
 mod import;
+mod inherit;
 mod modes;
 mod rebuild;
 mod verbs;
@@ -36,6 +37,7 @@ use crate::store::{Access, File, Store};
 
 pub use fork::ForkOf;
 pub use import::Import;
+pub use inherit::{BaseRule, Bequest, InheritOptions, Inherited};
 pub use modes::Keep;
 pub use rebuild::Rebuilt;
 pub use verbs::NewDisk;
@@ -259,6 +261,8 @@ impl StoreDir {
     fn catch_up(&mut self) -> Result<()> {
         if self.writable {
             let settled = self.settle_forks();
+            self.notes.extend(settled);
+            let settled = self.settle_inherits();
             self.notes.extend(settled);
         }
         let (rows, frozen, unsettled) =

@@ -8,13 +8,14 @@ use format::superblock::{Attached, Seal, State, Superblock};
 use format::{Context as _, Error, Kind, Result};
 use uuid::Uuid;
 
-use super::disk_options;
+use super::{disk_options, inherit};
 use crate::api::types::{
     ChainRow, CreateDisk, Df, Disk as Summary, DiskDetails, DiskSpace, DiskState, FeatureBits,
-    ForkDisk, ForkDisks, ForkedDisks, JournalUse, ResizeDisk,
+    ForkDisk, ForkDisks, ForkMode, ForkedDisks, JournalUse, ResizeDisk,
 };
 use crate::catalogue::DiskRow;
 use crate::disk::Disk;
+use crate::pump::Watch;
 use crate::segment::{file_name, read_superblock};
 use crate::store::Access;
 use crate::storedir::{ForkOf, NewDisk, StoreDir};
@@ -148,12 +149,15 @@ pub fn create(dir: &StoreDir, new: &CreateDisk) -> Result<Summary> {
     summary(dir, &row)
 }
 
-/// Forks disks that nobody has open.
+/// Forks disks that nobody has open, or lets their children inherit.
 ///
 /// # Errors
-/// As [`StoreDir::fork`].
-pub fn fork(dir: &StoreDir, request: &ForkDisks) -> Result<ForkedDisks> {
+/// As [`StoreDir::fork`] and [`StoreDir::inherit`].
+pub fn fork(dir: &StoreDir, request: &ForkDisks, watch: &dyn Watch) -> Result<ForkedDisks> {
     let began = Instant::now();
+    if let Some(inherited) = inherit::inherit(dir, request, watch)? {
+        return inherit::inherited(dir, &inherited, (began.elapsed(), None));
+    }
     let fork = || -> Result<Vec<DiskRow>> {
         for of in &request.disks {
             take_tail(dir, &of.disk, request.accept_lost_tail)?;
@@ -182,7 +186,14 @@ pub fn forked(
 ) -> Result<ForkedDisks> {
     let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     let children = children.iter().map(|row| summary(dir, row)).collect::<Result<_>>()?;
-    Ok(ForkedDisks { children, took_us: micros(took), pause_us: pause.map(micros) })
+    Ok(ForkedDisks {
+        children,
+        mode: ForkMode::Live,
+        copied: 0,
+        cloned: 0,
+        took_us: micros(took),
+        pause_us: pause.map(micros),
+    })
 }
 
 /// What is forked, for messages.

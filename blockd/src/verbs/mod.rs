@@ -8,6 +8,7 @@ mod bytes;
 mod check;
 mod compare;
 mod disks;
+mod inherit;
 mod map;
 mod modes;
 
@@ -26,6 +27,7 @@ pub use disks::{
     create, details, df, fork, forked, forks, freed, list, named, resize, resize_open, seal,
     summary,
 };
+pub(crate) use inherit::{check_asked, inherited, options};
 pub use map::walk as walk_map;
 pub use modes::{commit, mode, set_mode, undo};
 

@@ -18,6 +18,7 @@
 mod chains;
 mod fork;
 mod hand_on;
+mod inherit;
 mod kill;
 mod orders;
 mod reopen;

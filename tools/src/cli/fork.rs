@@ -1,9 +1,11 @@
 //! `disk fork`
 
-use blockd::api::types::ForkDisk;
-use clap::Args;
+use blockd::api::types::{ForkDisk, ForkMode};
+use blockd::storedir::BaseRule;
+use clap::{Args, ValueEnum};
 
 use super::LostTail;
+use crate::size;
 
 /// `disk fork`
 #[derive(Debug, Args)]
@@ -16,8 +18,54 @@ pub struct Fork {
     /// Another disk to fork at the same instant, and its children: all are forked, or none
     #[arg(long, value_name = "DISK:CHILD[,CHILD...]", value_parser = with)]
     pub with: Vec<ForkDisk>,
+    /// How children come to hold what their parents hold
+    #[arg(long, default_value = "live")]
+    pub mode: Mode,
+    /// On which segment below its parent a child that inherits is to stand
+    #[arg(long, value_name = "RULE")]
+    pub base: Option<Base>,
+    /// Inherit if fewer bytes than this are to be copied in all, else fork live
+    #[arg(long, value_parser = size::parse, value_name = "BYTES")]
+    pub copy_threshold: Option<u64>,
     #[command(flatten)]
     pub tail: LostTail,
+}
+
+/// How children come to hold what their parents hold.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Mode {
+    /// Parents and children go on over what is frozen; nothing is copied
+    Live,
+    /// Parents stay as they are; what they have of their own is copied into the children. A parent
+    /// that stands on nothing is sealed, and the children stand on it
+    Inherit,
+}
+
+impl From<Mode> for ForkMode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Live => ForkMode::Live,
+            Mode::Inherit => ForkMode::Inherit,
+        }
+    }
+}
+
+/// The base of children that inherit.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Base {
+    /// The first segment above the parent's own in which anything was written; this is the default
+    FirstNonempty,
+    /// The root: all that was written above it is copied
+    RootMerged,
+}
+
+impl From<Base> for BaseRule {
+    fn from(base: Base) -> Self {
+        match base {
+            Base::FirstNonempty => BaseRule::FirstNonempty,
+            Base::RootMerged => BaseRule::RootMerged,
+        }
+    }
 }
 
 /// A disk and its children.

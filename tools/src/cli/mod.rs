@@ -6,6 +6,7 @@ mod bytes;
 mod daemon;
 mod disk;
 mod fork;
+mod images;
 mod modes;
 mod serve;
 
@@ -16,11 +17,9 @@ use clap_complete::Shell;
 
 pub use bytes::{Discard, Range, Write};
 pub use daemon::{DaemonVerb, Events, JobId, JobVerb, StartDaemon, Top, UpgradeDaemon};
-pub use disk::{
-    Check, Compare, Create, DiskVerb, Export, Import, Name, Remove, Rename, Repair, Resize,
-    SinkFormat,
-};
+pub use disk::{Check, Compare, Create, DiskVerb, Name, Remove, Rename, Repair, Resize};
 pub use fork::Fork;
+pub use images::{Export, Import, SinkFormat};
 pub use modes::Mode;
 pub use serve::{Attach, Detach, ExportNbd, Limit};
 

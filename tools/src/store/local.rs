@@ -62,8 +62,8 @@ impl Store for Local {
         verbs::create(&self.dir, new)
     }
 
-    fn fork(&self, request: &ForkDisks) -> Result<ForkedDisks> {
-        verbs::fork(&self.dir, request)
+    fn fork(&self, request: &ForkDisks, watch: &dyn Watch) -> Result<ForkedDisks> {
+        verbs::fork(&self.dir, request, watch)
     }
 
     fn set_mode(&self, name: &str, request: &SetMode) -> Result<Summary> {

@@ -77,7 +77,7 @@ pub trait Store {
     fn create(&self, new: &CreateDisk) -> Result<Disk>;
 
     /// Forks disks at one instant.
-    fn fork(&self, request: &ForkDisks) -> Result<ForkedDisks>;
+    fn fork(&self, request: &ForkDisks, watch: &dyn Watch) -> Result<ForkedDisks>;
 
     /// Gives a disk another persistence mode.
     fn set_mode(&self, name: &str, request: &SetMode) -> Result<Disk>;

@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use blockd::api::types::{
     ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk as Summary, DiskDetails,
-    Extent, ForkDisks, ForkedDisks, LostTail, MapRange, Moved, OpenSession, RemovedDisk,
+    Extent, ForkDisks, ForkMode, ForkedDisks, LostTail, MapRange, Moved, OpenSession, RemovedDisk,
     RenameDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed, Session, SessionUse, SetMode, Stored,
 };
 use blockd::content::{Content, Run};
@@ -63,8 +63,11 @@ impl Store for Remote {
         self.client.post("/v1/disks".into(), new)
     }
 
-    fn fork(&self, request: &ForkDisks) -> Result<ForkedDisks> {
-        self.client.post("/v1/forks".into(), request)
+    fn fork(&self, request: &ForkDisks, watch: &dyn Watch) -> Result<ForkedDisks> {
+        match request.mode {
+            ForkMode::Live => self.client.post("/v1/forks".into(), request),
+            ForkMode::Inherit => self.client.job("/v1/forks", request, watch),
+        }
     }
 
     fn set_mode(&self, name: &str, request: &SetMode) -> Result<Summary> {

@@ -2,14 +2,19 @@
 
 use std::time::Duration;
 
-use blockd::api::types::{CreateDisk, ForkDisk, ForkDisks, ResizeDisk};
+use blockd::api::types::{
+    CreateDisk, Disk, DiskState, ForkDisk, ForkDisks, ForkMode, ForkedDisks, ResizeDisk,
+};
+use blockd::pump::Unwatched;
 use blockd::store::Access;
+use format::Result;
 
 use super::Session;
 use crate::cli::{Create, Fork, Name, Remove, Rename, Resize};
 use crate::output::{Outcome, Verdict};
 use crate::progress::Progress;
 use crate::size::show;
+use crate::store::Store;
 
 /// `disk create`
 pub fn create(s: &Session, args: Create) -> Outcome {
@@ -30,18 +35,56 @@ pub fn fork(s: &Session, args: Fork) -> Outcome {
     let request = ForkDisks {
         disks: [first].into_iter().chain(args.with).collect(),
         accept_lost_tail: args.tail.accept_lost_tail,
+        mode: args.mode.into(),
+        base: args.base.map(Into::into),
+        copy_threshold: args.copy_threshold,
     };
-    let forked = s.open(Access::Write)?.fork(&request)?;
-    s.out.confirm(&forked, || {
-        let parents: Vec<&str> = request.disks.iter().map(|d| d.disk.as_str()).collect();
-        let children: Vec<&str> = forked.children.iter().map(|d| d.name.as_str()).collect();
-        let ms = |micros: u64| Duration::from_micros(micros).as_secs_f64() * 1e3;
-        let waited = |micros| format!(", guests waited for {:.1} ms", ms(micros));
-        let pause = forked.pause_us.map_or(String::new(), waited);
-        let (parents, children) = (parents.join(", "), children.join(", "));
-        format!("forked {parents} into {children} in {:.1} ms{pause}", ms(forked.took_us))
-    })?;
+    let store = s.open(Access::Write)?;
+    let forked = match request.mode {
+        ForkMode::Live => store.fork(&request, &Unwatched)?,
+        ForkMode::Inherit => store.fork(&request, &Progress::new(s.out, "copying"))?,
+    };
+    s.out.confirm(&forked, || told(&request, &forked))?;
+    if forked.mode == ForkMode::Inherit {
+        tell_of_pinned(s, &*store, &request)?;
+    }
     Ok(Verdict::Done)
+}
+
+/// Says which parents have become immutable and have no checksums yet.
+fn tell_of_pinned(s: &Session, store: &dyn Store, request: &ForkDisks) -> Result<()> {
+    let is_parent = |d: &Disk| request.disks.iter().any(|of| of.disk == d.name);
+    for disk in store.list()?.iter().filter(|d| is_parent(d) && d.state == DiskState::Sealing) {
+        let name = &disk.name;
+        s.out.note(&format!(
+            "disk {name} is immutable now, its children stand on it; \
+             `offshoot disk seal {name}` makes its checksums"
+        ));
+    }
+    Ok(())
+}
+
+fn told(request: &ForkDisks, forked: &ForkedDisks) -> String {
+    let parents: Vec<&str> = request.disks.iter().map(|d| d.disk.as_str()).collect();
+    let children: Vec<&str> = forked.children.iter().map(|d| d.name.as_str()).collect();
+    let ms = |micros: u64| Duration::from_micros(micros).as_secs_f64() * 1e3;
+    let waited = |micros| format!(", guests waited for {:.1} ms", ms(micros));
+    let pause = forked.pause_us.map_or(String::new(), waited);
+    let (parents, children) = (parents.join(", "), children.join(", "));
+    let took = ms(forked.took_us);
+    match (forked.mode, request.mode) {
+        (ForkMode::Inherit, _) => {
+            let (copied, cloned) = (show(forked.copied), show(forked.cloned));
+            let data = format!("{copied} copied, {cloned} shared by the host");
+            format!("{children} inherited from {parents} in {took:.1} ms: {data}{pause}")
+        }
+        (ForkMode::Live, ForkMode::Inherit) => format!(
+            "forked {parents} into {children} in {took:.1} ms, live: too much to copy{pause}"
+        ),
+        (ForkMode::Live, ForkMode::Live) => {
+            format!("forked {parents} into {children} in {took:.1} ms{pause}")
+        }
+    }
 }
 
 /// `disk rm`

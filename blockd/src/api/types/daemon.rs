@@ -95,6 +95,8 @@ pub enum JobKind {
     Seal,
     /// Comparing two disks.
     Compare,
+    /// Making children of disks that inherit.
+    Fork,
 }
 
 impl JobKind {
@@ -111,6 +113,7 @@ impl JobKind {
             JobKind::Scrub => "scrub",
             JobKind::Seal => "seal",
             JobKind::Compare => "compare",
+            JobKind::Fork => "fork",
         }
     }
 }

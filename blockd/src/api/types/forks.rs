@@ -4,6 +4,18 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::Disk;
+use crate::storedir::BaseRule;
+
+/// How children come to hold what their parents hold.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ForkMode {
+    /// Parents and children go on in new segments over one that is frozen; nothing is copied.
+    #[default]
+    Live,
+    /// Parents stay as they are, and children get a copy of what their own segments hold.
+    Inherit,
+}
 
 /// Disks to fork at one instant: all of them, or none.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -14,6 +26,15 @@ pub struct ForkDisks {
     /// Go on although completed writes of a live session are missing.
     #[serde(default)]
     pub accept_lost_tail: bool,
+    /// How.
+    #[serde(default)]
+    pub mode: ForkMode,
+    /// On which segment children that inherit are to stand.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<BaseRule>,
+    /// Inherit if fewer bytes than this are to be copied in all, else fork live.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy_threshold: Option<u64>,
 }
 
 /// A disk to fork.
@@ -31,6 +52,12 @@ pub struct ForkDisk {
 pub struct ForkedDisks {
     /// The children, in the order in which they were asked for.
     pub children: Vec<Disk>,
+    /// How it was done.
+    pub mode: ForkMode,
+    /// Bytes of data that were copied.
+    pub copied: u64,
+    /// Bytes of data that the host shares between files instead of copying them.
+    pub cloned: u64,
     /// Microseconds that the whole fork took.
     pub took_us: u64,
     /// Microseconds for which disks in service let no request in; null when none is in service.

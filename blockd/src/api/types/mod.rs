@@ -22,6 +22,6 @@ pub use disks::{
 };
 pub use exports::{AttachDisk, DetachDisk, DiskStats, Export, ExportKind, ExportSpec, ExportState};
 pub use failure::{Failure, FailureBody};
-pub use forks::{ForkDisk, ForkDisks, ForkedDisks};
+pub use forks::{ForkDisk, ForkDisks, ForkMode, ForkedDisks};
 pub use modes::SetMode;
 pub use socket::{Place, SocketName, TlsFiles};

@@ -26,6 +26,7 @@ use rustix::io::{Errno, pread, retry_on_intr};
 
 use super::super::{File, RawFile, ReadOp, WriteOp, range_end};
 use super::bounce::{self, Align};
+use super::clone;
 use super::host;
 use super::lock::LockKind;
 use super::ring::{Batch, Rings};
@@ -238,6 +239,20 @@ impl File for FileHandle {
         };
         reserve().map_err(|e| {
             e.tried(format!("reserve {len} bytes at offset {offset} in")).on(&*self.path)
+        })
+    }
+
+    fn clone_range(&self, source: &dyn File, from: u64, to: u64, len: u64) -> Result<bool> {
+        self.check_writable("clone into")?;
+        let Some(source) = source.raw() else { return Ok(false) };
+        let cloned = || {
+            range_end(from, len)?;
+            range_end(to, len)?;
+            let _shared = self.growth.read();
+            clone::range(self.fd.as_fd(), source.fd, (from, to, len)).map_err(host)
+        };
+        cloned().map_err(|e| {
+            e.tried(format!("clone {len} bytes to offset {to} of")).on(self.path.as_str())
         })
     }
 

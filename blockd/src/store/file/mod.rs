@@ -19,6 +19,7 @@ use handle::FileHandle;
 use ring::Rings;
 
 mod bounce;
+mod clone;
 mod handle;
 mod lock;
 mod probe;
