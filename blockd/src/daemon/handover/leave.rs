@@ -21,6 +21,9 @@ use crate::sockets::Peer;
 /// How long a successor may take for its first word.
 const HELLO_MAX: Duration = Duration::from_secs(10);
 
+/// How long who waits for jobs to end sleeps between looks.
+const JOBS_LOOK: Duration = Duration::from_millis(5);
+
 const GOES_ON: &str = "this daemon goes on; the log of the new one says more";
 const GIVEN_BACK: &str = "a successor ended before it served, and this daemon goes on";
 
@@ -122,6 +125,11 @@ impl Daemon {
             return Ok(());
         }
         let hint = "wait for it, or say --force";
+        // The sums of what was just frozen are a job that nobody knows of, and mostly a short one.
+        let deadline = Instant::now() + PATIENCE;
+        while self.jobs.running() > 0 && Instant::now() < deadline {
+            std::thread::sleep(JOBS_LOOK);
+        }
         if self.jobs.running() > 0 {
             let reason = format!("{} jobs are running", self.jobs.running());
             return Err(Error::new(Kind::Busy, reason).hint(hint));
