@@ -180,6 +180,31 @@ fn zeroes_and_sizes_are_inherited() {
     });
 }
 
+/// What differs between a disk and its base is listed with its kind: data that was written, and
+/// zeroes over data of the base, but not zeroes over nothing. A child that inherits shows the same.
+#[test]
+fn differences_are_listed_by_kind() {
+    each(|b| {
+        golden_and_vm(b);
+        b.done(&["disk", "discard", "vm", "--offset", "64k", "--length", "36k"]);
+        b.done(&["disk", "discard", "vm", "--offset", "5M", "--length", "1M"]);
+        inherit(b, "vm", &["child"], &[]);
+        for disk in ["vm", "child"] {
+            let found = b.json(&["disk", "diff", disk, "golden"]);
+            let expected = serde_json::json!([
+                { "offset": 64 * KIB, "length": 36 * KIB, "kind": "zero" },
+                { "offset": 100 * KIB, "length": 300 * KIB, "kind": "data" },
+                { "offset": 4 * MIB, "length": 4 * KIB, "kind": "data" },
+            ]);
+            assert_eq!(found, expected, "{disk}");
+        }
+        assert_eq!(b.json(&["disk", "diff", "golden", "golden"]), serde_json::json!([]));
+        assert_eq!(b.done(&["disk", "diff", "golden", "golden"]), b"");
+        let lines = b.done(&["disk", "diff", "vm", "golden"]);
+        assert!(lines.starts_with(b"65536 36864 zero\n102400 307200 data\n"), "{lines:?}");
+    });
+}
+
 /// D-k: nobody sees what another one writes, drops or resizes afterwards.
 #[test]
 fn parent_and_children_are_apart() {

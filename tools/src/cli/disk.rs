@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use super::LostTail;
 use super::bytes::{Discard, Range, Write};
 use super::fork::Fork;
-use super::images::{Export, Import, SourceFormat};
+use super::images::{Diff, Export, Import, SourceFormat};
 use super::modes::Mode;
 use super::serve::{Attach, Detach, ExportNbd, Limit};
 use crate::size;
@@ -166,6 +166,17 @@ Examples:
   offshoot disk export web1 /tmp/delta.qcow2 --format qcow2 --diff-from debian
   qemu-img rebase -u -F raw -b debian.raw /tmp/delta.qcow2")]
     Export(Export),
+
+    /// List the ranges of a disk that may differ from another one
+    ///
+    /// The two are compared by their maps alone: ranges that lie in the same place, or read as
+    /// zeroes in both, are left out; equal data in different places is not. Kinds are those of the
+    /// first disk: data, and zero for what reads as zeroes in it.
+    #[command(after_help = "\
+Examples:
+  offshoot disk diff web1 debian
+  offshoot disk diff web1 debian --json | jq '[.[] | .length] | add'")]
+    Diff(Diff),
 
     /// Compare the contents of two disks, or of a disk and an image
     ///

@@ -1,4 +1,4 @@
-//! The verbs that read and write image files.
+//! The verbs that read and write image files, and what goes into them.
 
 use std::path::PathBuf;
 
@@ -95,4 +95,15 @@ impl SinkFormat {
             SinkFormat::Qcow2 => Format::Qcow2,
         }
     }
+}
+
+/// `disk diff`
+#[derive(Debug, Args)]
+pub struct Diff {
+    /// Name of the disk
+    pub name: String,
+    /// Name of the disk that it is compared with
+    pub from: String,
+    #[command(flatten)]
+    pub tail: LostTail,
 }

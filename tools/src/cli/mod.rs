@@ -19,7 +19,7 @@ pub use bytes::{Discard, Range, Write};
 pub use daemon::{DaemonVerb, Events, JobId, JobVerb, StartDaemon, Top, UpgradeDaemon};
 pub use disk::{Check, Compare, Create, DiskVerb, Name, Remove, Rename, Repair, Resize};
 pub use fork::Fork;
-pub use images::{Export, Import, SinkFormat};
+pub use images::{Diff, Export, Import, SinkFormat};
 pub use modes::Mode;
 pub use serve::{Attach, Detach, ExportNbd, Limit};
 

@@ -5,6 +5,7 @@ mod bytes;
 mod check;
 mod compare;
 mod daemon;
+mod diff;
 mod export;
 mod import;
 mod inspect;
@@ -65,6 +66,7 @@ pub fn run(cli: Cli, out: Output) -> Outcome {
             DiskVerb::Seal(args) => manage::seal(s, &args),
             DiskVerb::Rename(args) => manage::rename(s, &args),
             DiskVerb::Export(args) => export::export(s, &args),
+            DiskVerb::Diff(args) => diff::diff(s, &args),
             DiskVerb::Compare(args) => compare::compare(s, &args),
             DiskVerb::Check(args) => check::check(s, &args),
             DiskVerb::Repair(args) => check::repair(s, &args),
