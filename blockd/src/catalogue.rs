@@ -1,25 +1,31 @@
 //! The catalogue: which disks there are, and on which segments they stand.
 //!
 //! Invariants:
-//! - It is derived data: everything in it can be read off the segments again (`store rebuild`).
+//! - It is derived data: everything in it can be read off the segments again (`store rebuild`),
+//!   but for when disks are to be flattened.
 //! - A change is one transaction; when [`Catalogue::apply`] returns it is durable.
 //! - Readers work on a copy in memory and never touch the file again.
+
+mod policy;
+mod rows;
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use format::superblock::Mode;
 use format::units::index;
 use format::{Error, Kind, Result};
 use parking_lot::Mutex;
 use redb::backends::InMemoryBackend;
 use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::store::{Access, File, Store};
+
+pub use policy::{FlattenPolicy, Flattening};
+pub use rows::{Child, DiskRow, ForkRow, Forked, FrozenRow, Heir, InheritRow};
 
 /// Name of the catalogue's file.
 pub const FILE: &str = "catalogue.redb";
@@ -29,133 +35,11 @@ const DISKS: Table = TableDefinition::new("disks");
 const FROZEN: Table = TableDefinition::new("frozen");
 const FORKS: Table = TableDefinition::new("forks");
 const INHERITS: Table = TableDefinition::new("inherits");
+const SETTINGS: Table = TableDefinition::new("settings");
+/// Name of a setting: when disks that say nothing are flattened.
+const POLICY: &str = "flatten-policy";
 
 type Table = TableDefinition<'static, &'static str, &'static [u8]>;
-
-/// One disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DiskRow {
-    /// Its name.
-    pub name: String,
-    /// Its identity.
-    pub disk: Uuid,
-    /// Its own segment.
-    pub segment: Uuid,
-    /// Bytes of the virtual disk.
-    pub virtual_size: u64,
-    /// True when it is immutable.
-    pub sealed: bool,
-    /// The disk it was created over, if any.
-    pub parent_disk: Option<Uuid>,
-    /// Segments of others that its map may point into.
-    pub parents: Vec<Uuid>,
-    /// Seconds since 1970 at creation.
-    pub created: u64,
-    /// Its persistence mode.
-    #[serde(default = "persistent", skip_serializing_if = "is_persistent", with = "mode_by_name")]
-    pub mode: Mode,
-    /// The segment that an undo goes back to, if its mode has one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub base: Option<Uuid>,
-    /// The label in the segment is behind: a rename is not finished.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub relabel: bool,
-    /// A change of the segment is under way that this row tells of: after a crash the row may be
-    /// behind.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub changing: bool,
-}
-
-fn persistent() -> Mode {
-    Mode::Persistent
-}
-
-#[allow(clippy::trivially_copy_pass_by_ref)] // as serde calls it
-fn is_persistent(mode: &Mode) -> bool {
-    *mode == Mode::Persistent
-}
-
-/// A mode in a row, by the name that people see.
-mod mode_by_name {
-    use format::superblock::Mode;
-    use serde::de::Error as _;
-    use serde::{Deserialize as _, Deserializer, Serializer};
-
-    #[allow(clippy::trivially_copy_pass_by_ref)] // as serde calls it
-    pub fn serialize<S: Serializer>(mode: &Mode, to: S) -> Result<S::Ok, S::Error> {
-        to.serialize_str(mode.name())
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Mode, D::Error> {
-        Mode::named(&String::deserialize(from)?).map_err(D::Error::custom)
-    }
-}
-
-/// A segment that a fork sealed: no disk's own, but disks stand on it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FrozenRow {
-    /// The segment.
-    pub segment: Uuid,
-    /// The disk whose own segment it was.
-    pub disk: Uuid,
-    /// Its sums are being made: after a crash some copies of its superblock may be behind.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub summing: bool,
-}
-
-/// One disk that is forked.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Forked {
-    /// Its name.
-    pub name: String,
-    /// Its own segment, which is frozen.
-    pub segment: Uuid,
-    /// The segment in which it goes on.
-    pub successor: Uuid,
-    /// Its children.
-    pub children: Vec<Child>,
-}
-
-/// A disk that a fork makes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Child {
-    /// Its name.
-    pub name: String,
-    /// Its identity.
-    pub disk: Uuid,
-    /// Its own segment.
-    pub segment: Uuid,
-}
-
-/// A fork that is under way: what is to become of it is told by the segments.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ForkRow {
-    /// Its identity.
-    pub fork: Uuid,
-    /// Seconds since 1970.
-    pub created: u64,
-    /// The disks that are forked at one instant.
-    pub disks: Vec<Forked>,
-}
-
-/// A child that inherits, finished but for its name, and for the map of a root that is not sealed
-/// yet.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Heir {
-    /// Its own segment.
-    pub segment: Uuid,
-    /// The root that it stands on, if that is to be sealed first.
-    pub root: Option<Uuid>,
-}
-
-/// Children that appear together: once this row is there, all of them do.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct InheritRow {
-    /// Its identity.
-    pub inherit: Uuid,
-    /// The children.
-    pub heirs: Vec<Heir>,
-}
 
 /// One change of the catalogue.
 #[derive(Debug, Clone)]
@@ -176,6 +60,8 @@ pub enum Change {
     PutInherit(InheritRow),
     /// Removes children that have appeared.
     RemoveInherit(Uuid),
+    /// Sets when disks that say nothing are flattened.
+    PutPolicy(FlattenPolicy),
 }
 
 /// Everything in the catalogue.
@@ -185,6 +71,7 @@ struct Content {
     frozen: BTreeMap<Uuid, FrozenRow>,
     forks: BTreeMap<Uuid, ForkRow>,
     inherits: BTreeMap<Uuid, InheritRow>,
+    policy: Option<FlattenPolicy>,
 }
 
 /// The catalogue of one store.
@@ -349,6 +236,12 @@ impl Catalogue {
         self.content.lock().inherits.values().cloned().collect()
     }
 
+    /// When disks that say nothing are flattened.
+    #[must_use]
+    pub fn policy(&self) -> FlattenPolicy {
+        self.content.lock().policy.unwrap_or(FlattenPolicy::DEFAULT)
+    }
+
     /// The row of a disk.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<DiskRow> {
@@ -381,6 +274,7 @@ impl Content {
             Change::RemoveFork(fork) => _ = self.forks.remove(fork),
             Change::PutInherit(row) => _ = self.inherits.insert(row.inherit, row.clone()),
             Change::RemoveInherit(inherit) => _ = self.inherits.remove(inherit),
+            Change::PutPolicy(policy) => self.policy = Some(*policy),
         }
     }
 }
@@ -423,6 +317,10 @@ fn read_content(database: &Database) -> Result<Content> {
         content.inherits.insert(row.inherit, row);
         named
     })?;
+    each_row(database, SETTINGS, &mut |key, policy: FlattenPolicy| {
+        content.policy = Some(policy);
+        key == POLICY
+    })?;
     Ok(content)
 }
 
@@ -462,6 +360,7 @@ fn row_of(change: &Change) -> Result<(Table, String, Option<Vec<u8>>)> {
         Change::RemoveFork(fork) => (FORKS, fork.to_string(), None),
         Change::PutInherit(row) => (INHERITS, row.inherit.to_string(), bytes(row)?),
         Change::RemoveInherit(inherit) => (INHERITS, inherit.to_string(), None),
+        Change::PutPolicy(policy) => (SETTINGS, POLICY.into(), bytes(policy)?),
     })
 }
 
@@ -480,6 +379,8 @@ fn write_rows(database: &Database, changes: &[Change]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use format::superblock::Mode;
+
     use super::*;
     use crate::store::sim::SimStore;
 
@@ -497,6 +398,8 @@ mod tests {
             base: None,
             relabel: false,
             changing: false,
+            flattening: None,
+            policy: None,
         }
     }
 

@@ -24,7 +24,8 @@ fn place(disk: &Disk, state: BlockState) -> Result<Place> {
     match state {
         BlockState::Hole | BlockState::Zero => Ok(None),
         BlockState::Data { segment, block } => {
-            let row = disk.table().row(segment)?;
+            let table = disk.table();
+            let row = table.row(segment)?;
             Ok(Some((row.segment, BlockId(block.0 + row.base.block(0).0))))
         }
     }

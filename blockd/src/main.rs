@@ -205,7 +205,7 @@ fn take_service(
         }
     };
     daemon.controlled_at(socket.listener()?.into());
-    daemon.sum_frozen();
+    daemon.go_on_in_background();
     Ok(socket)
 }
 

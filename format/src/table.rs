@@ -2,7 +2,8 @@
 //!
 //! Layout: `docs/format.md` §5. Invariants:
 //! - Row numbers are stable along a chain: a child's table is its parent's plus rows of its own, so
-//!   map pages of the parent mean the same in the child.
+//!   map pages of the parent mean the same in the child. A row that no map page names any more may
+//!   mean another segment later.
 //! - A row names a segment by identity, and by content digest once its seal is done; never by path.
 
 use uuid::Uuid;
@@ -74,17 +75,33 @@ impl SegmentTable {
         self.rows.is_empty()
     }
 
-    /// Adds a row at the end.
+    /// Adds a row: in the place of the first unused one, else at the end.
     ///
     /// # Errors
     /// `Invalid` when the table is full.
-    pub fn push(&mut self, row: Row) -> Result<SegmentIdx> {
+    pub fn add(&mut self, row: Row) -> Result<SegmentIdx> {
+        if let Some(unused) = self.rows.iter().position(|r| r.segment.is_nil()) {
+            self.rows[unused] = row;
+            return SegmentIdx::new(unused as u64);
+        }
         if self.rows.len() >= SEGMENTS_MAX {
             let reason = format!("a disk can stand on at most {SEGMENTS_MAX} segments");
             return Err(Error::new(Kind::Invalid, reason).hint("flatten it first"));
         }
         self.rows.push(row);
         SegmentIdx::new(self.rows.len() as u64 - 1)
+    }
+
+    /// Empties the rows that `keep` says no to: no map page may name them.
+    pub fn retain(&mut self, keep: impl Fn(SegmentIdx) -> bool) {
+        let dropped: Vec<SegmentIdx> = self.iter().map(|(i, _)| i).filter(|i| !keep(*i)).collect();
+        for i in dropped {
+            self.rows[usize::from(i.get())] =
+                Row { segment: Uuid::nil(), digest: None, base: ExtentId(0) };
+        }
+        while self.rows.last().is_some_and(|row| row.segment.is_nil()) {
+            self.rows.pop();
+        }
     }
 
     /// Records the digest of a segment whose seal is done.
@@ -149,8 +166,8 @@ mod tests {
     #[test]
     fn rows_survive_a_round_trip_and_unused_ones_are_not_served() {
         let mut table = SegmentTable::default();
-        let a = table.push(row(1)).unwrap();
-        let b = table.push(row(0)).unwrap();
+        let a = table.add(row(1)).unwrap();
+        let b = table.add(row(0)).unwrap();
         table.set_digest(Uuid::from_u128(1), [9; 32]);
 
         let again = SegmentTable::decode(&table.encode()).unwrap();
@@ -159,13 +176,20 @@ mod tests {
         assert_eq!(again.row(a).unwrap().digest, Some([9; 32]));
         assert!(again.row(b).is_err());
         assert_eq!(again.iter().count(), 1);
+        // The unused row is there for the next segment; rows in use stay where they are.
+        let mut more = again;
+        assert_eq!(more.add(row(7)).unwrap(), b);
+        assert_eq!(more.add(row(8)).unwrap().get(), 2);
+        more.retain(|i| i == b);
+        assert_eq!((more.len(), more.iter().count()), (2, 1));
+        assert_eq!(more.row(b).unwrap().segment, Uuid::from_u128(7));
     }
 
     #[test]
     fn a_full_table_refuses_by_name() {
         let mut table = SegmentTable { rows: vec![row(1); SEGMENTS_MAX] };
 
-        let err = table.push(row(2)).unwrap_err();
+        let err = table.add(row(2)).unwrap_err();
 
         assert!(err.to_string().contains("16000 segments"), "{err}");
     }

@@ -10,7 +10,7 @@
 //! A [`Tree`] is cheap to clone (nodes are shared until changed): a checkpoint works on a clone and
 //! replaces the original only when its pages are durable.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::limits::{INNER_FANOUT, INNER_LEVELS, PAGE};
@@ -150,6 +150,32 @@ impl Tree {
             inherited = node.ptrs[at];
         }
         Ok(())
+    }
+
+    /// Marks every node whose page lies in a segment that `stays` says no to, and those above it:
+    /// the next [`Self::write_dirty`] gives them pages of the own segment.
+    pub fn move_in(&mut self, stays: &dyn Fn(SegmentIdx) -> bool) {
+        let moves = |ptr: &NodePtr| matches!(ptr, NodePtr::Page(at) if !stays(at.segment));
+        let mut marked: BTreeSet<u64> = BTreeSet::new();
+        for level in 0..INNER_LEVELS {
+            let fanout = INNER_FANOUT as u64;
+            let above: BTreeSet<u64> = marked.iter().map(|number| number / fanout).collect();
+            let own_page = |number: &u64| match self.levels.get(level + 1) {
+                None => moves(&self.root),
+                Some(up) => up
+                    .get(&(number / fanout))
+                    .is_some_and(|node| moves(&node.ptrs[index(number % fanout)])),
+            };
+            let numbers = self.levels[level].keys();
+            marked = numbers
+                .filter(|number| above.contains(number) || own_page(number))
+                .copied()
+                .collect();
+            for number in &marked {
+                let node = self.levels[level].get_mut(number).expect("just listed");
+                Arc::make_mut(node).dirty = true;
+            }
+        }
     }
 
     /// Nodes that `write_dirty` will give a page, at most.
@@ -326,6 +352,33 @@ mod tests {
         assert_eq!(last.leaf(far), Ok(leaf_ptr(51)));
         assert_eq!(last.leaves().count(), 2);
         assert_eq!(last.zero_leaves(), vec![(LeafNo(4), 1)]);
+    }
+
+    #[test]
+    fn only_pages_of_segments_that_go_move_in() {
+        let (mut disk, mut next) = (Disk::new(), 1000);
+        let mut tree = Tree::default();
+        let far = LeafNo(128 * 128 * 5 + 7);
+        tree.set_leaf(LeafNo(3), leaf_ptr(50)).unwrap();
+        tree.set_leaf(far, leaf_ptr(51)).unwrap();
+        flush(&mut tree, &mut disk, &mut next);
+        let child = SegmentIdx::new(1).unwrap();
+        let above = |tree: &Tree| tree.pages().filter(|at| at.segment == own()).count();
+
+        tree.move_in(&|segment| segment == own());
+        assert_eq!(tree.dirty_count(), 0);
+        // A path of the child's own: the root and two nodes; the other two are the parent's.
+        tree.set_leaf(LeafNo(4), leaf_ptr(52)).unwrap();
+        tree.write_dirty(child, Generation(3), &mut || Ok(PageNo(1))).unwrap();
+        assert_eq!(above(&tree), 2);
+
+        tree.move_in(&|segment| segment == child);
+
+        // The two, and the root above them.
+        assert_eq!(tree.dirty_count(), 3);
+        tree.write_dirty(child, Generation(4), &mut || Ok(PageNo(2))).unwrap();
+        assert_eq!(above(&tree), 0);
+        assert_eq!(tree.leaf(far), Ok(leaf_ptr(51)));
     }
 
     #[test]

@@ -365,7 +365,7 @@ fn a_parent_with_a_damaged_superblock_copy_is_reported_and_serves() {
 fn with_table(sample: &mut Sample, rows: &[Uuid], own: usize) {
     let mut table = SegmentTable::default();
     for segment in rows {
-        table.push(Row { segment: *segment, digest: None, base: ExtentId(0) }).unwrap();
+        table.add(Row { segment: *segment, digest: None, base: ExtentId(0) }).unwrap();
     }
     let at = ExtentId(sample.file_bytes() / EXTENT);
     let (bytes, array) = array::encode(&table.encode(), at.first_page());

@@ -63,7 +63,11 @@ pub async fn hand_over(
     State(daemon): Shared,
     Asked(request): Asked<HandOver>,
 ) -> Answer<Json<HandedOver>> {
-    Ok(Json(blocking(&daemon, move |d| d.hand_over(&request)).await?))
+    let hand_over = move |d: &Arc<Daemon>| {
+        // Who goes on after all takes up what was stopped for it.
+        d.hand_over(&request).inspect_err(|_| d.go_on_in_background())
+    };
+    Ok(Json(blocking(&daemon, hand_over).await?))
 }
 
 /// The jobs, oldest first; those that ended are kept for a while

@@ -47,7 +47,7 @@ pub struct TailParams {
 }
 
 /// Runs long work as a job, and waits for its end unless the client does not want to.
-async fn as_job<T: Serialize>(
+pub(super) async fn as_job<T: Serialize>(
     daemon: Arc<Daemon>,
     (kind, object): (JobKind, String),
     waiting: Waiting,

@@ -13,6 +13,7 @@ mod content;
 mod daemon;
 mod disks;
 mod exports;
+mod flatten;
 mod modes;
 mod openapi;
 mod reply;
@@ -59,6 +60,9 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/disks/{name}/mode", post(modes::set))
         .route("/v1/disks/{name}/commit", post(modes::commit))
         .route("/v1/disks/{name}/undo", post(modes::undo))
+        .route("/v1/disks/{name}/flatten", post(flatten::flatten))
+        .route("/v1/disks/{name}/flatten-policy", put(flatten::disk_policy))
+        .route("/v1/store/flatten-policy", get(flatten::policy).put(flatten::store_policy))
         .route("/v1/disks/{name}/check", post(disks::check))
         .route("/v1/disks/{name}/repair", post(disks::repair))
         .route("/v1/disks/{name}/scrub", post(disks::scrub))

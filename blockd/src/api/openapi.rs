@@ -7,7 +7,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
 use utoipa::OpenApi;
 
-use super::{content, daemon, disks, exports, modes, sessions};
+use super::{content, daemon, disks, exports, flatten, modes, sessions};
 
 /// All paths.
 #[derive(OpenApi)]
@@ -36,6 +36,10 @@ use super::{content, daemon, disks, exports, modes, sessions};
         disks::show,
         disks::remove,
         disks::fork,
+        flatten::flatten,
+        flatten::disk_policy,
+        flatten::policy,
+        flatten::store_policy,
         disks::rename,
         disks::resize,
         disks::seal,

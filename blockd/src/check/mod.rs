@@ -15,6 +15,7 @@ mod outcome;
 mod parents;
 mod repair;
 mod scrub;
+pub(crate) mod sums;
 
 use std::sync::Arc;
 

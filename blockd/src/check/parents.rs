@@ -3,11 +3,11 @@
 //! Whether a parent is missing, or is not the recorded one, was noticed when it was opened; here
 //! its own superblock copies and its own segment table are looked at.
 //!
-//! Invariant checked: a parent's table is the beginning of its child's, row by row, since map pages
-//! of the parent mean the same in the child (`docs/format.md` §5). So a chain that passes has no
-//! loop.
+//! Invariants checked: the rows of a parent's table are rows of its child's, in the same places,
+//! since map pages of the parent mean the same in the child (`docs/format.md` §5); and no two
+//! segments stand on each other.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use format::superblock::Seal;
 use format::table::SegmentTable;
@@ -27,8 +27,7 @@ pub(super) fn check(
     problems: &mut Problems,
 ) -> Result<()> {
     let own = loaded.superblock.own_index;
-    let places: HashMap<Uuid, SegmentIdx> =
-        loaded.table.iter().map(|(i, row)| (row.segment, i)).collect();
+    let mut tables: HashMap<Uuid, SegmentTable> = HashMap::new();
     for (i, row) in loaded.table.iter().filter(|(i, _)| *i != own) {
         if loaded.rows.get(usize::from(i.get())).is_none_or(Option::is_none) {
             continue;
@@ -36,13 +35,20 @@ pub(super) fn check(
         let object = format!("segment {}", row.segment);
         let sealed = segments.sealed(row.segment)?;
         match check_parent(&sealed, (&object, row.digest.is_some()), problems) {
-            Ok(table) => {
-                if let Some(problem) = compare(loaded, (i, row.segment), &table, &places) {
-                    problems.note(problem);
-                }
-            }
+            Ok(table) => _ = tables.insert(row.segment, table),
             Err(e) if e.kind() == Kind::Io => return Err(e),
             Err(e) => problems.note(Problem::new(What::ParentChanged, object, &e)),
+        }
+    }
+    let stands_on: HashMap<Uuid, HashSet<Uuid>> = tables
+        .iter()
+        .map(|(segment, table)| (*segment, table.iter().map(|(_, row)| row.segment).collect()))
+        .collect();
+    for (i, row) in loaded.table.iter() {
+        if let Some(table) = tables.get(&row.segment)
+            && let Some(problem) = compare(loaded, (i, row.segment), table, &stands_on)
+        {
+            problems.note(problem);
         }
     }
     Ok(())
@@ -72,11 +78,15 @@ fn compare(
     loaded: &Loaded,
     (at, parent): (SegmentIdx, Uuid),
     table: &SegmentTable,
-    places: &HashMap<Uuid, SegmentIdx>,
+    stands_on: &HashMap<Uuid, HashSet<Uuid>>,
 ) -> Option<Problem> {
     let object = format!("segment {parent}");
-    let below = |segment: &Uuid| places.get(segment).is_some_and(|place| *place > at);
-    if let Some((_, row)) = table.iter().find(|(_, row)| below(&row.segment)) {
+    let own = loaded.superblock.segment;
+    let on_it = |segment: &Uuid| {
+        let below = stands_on.get(segment);
+        *segment == own || (*segment != parent && below.is_some_and(|b| b.contains(&parent)))
+    };
+    if let Some((_, row)) = table.iter().find(|(_, row)| on_it(&row.segment)) {
         let error = Error::corrupt(format!(
             "it stands on segment {}, which stands on it: a loop of parents",
             row.segment

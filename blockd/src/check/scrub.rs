@@ -12,9 +12,8 @@ use std::collections::hash_map::{Entry, HashMap};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use format::array::ArrayIndex;
 use format::entry::BlockState;
-use format::limits::{BLOCK, PAGE};
+use format::limits::BLOCK;
 use format::superblock::{Seal, Superblock};
 use format::units::{SegmentIdx, crc, index};
 use format::{Error, Kind, Result};
@@ -22,15 +21,13 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use super::sums::SumReader;
 use crate::disk::load::{How, Loaded, OnDamage, load_state, newest};
 use crate::disk::problem::{Problem, Problems, Severity, What};
-use crate::disk::seal::{Digest, OwnRun, RUN_BLOCKS, own_runs, sums_bytes_max};
-use crate::segment::{Segments, array_index, read_pages};
+use crate::disk::seal::{Digest, OwnRun, RUN_BLOCKS, own_runs};
+use crate::segment::Segments;
 use crate::store::File;
 use crate::store::buf::AlignedBuf;
-
-/// Sums in a page of the array.
-const SUMS_PER_PAGE: u64 = PAGE as u64 / 4;
 
 /// What a scrub found.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
@@ -57,7 +54,7 @@ struct Part {
     file: Arc<dyn File>,
     superblock: Superblock,
     runs: Vec<OwnRun>,
-    sums: ArrayIndex,
+    sums: SumReader,
 }
 
 /// Scrubs a disk. `progress` gets the bytes read and in all; an error from it stops the scrub.
@@ -101,7 +98,7 @@ pub(super) fn scrub_loaded(
     let total: u64 = parts.iter().flat_map(|p| &p.runs).map(|run| run.count * BLOCK).sum();
     let mut bad = BadBlocks::new();
     let mut done = 0;
-    for part in &parts {
+    for part in &mut parts {
         let found = part.read(&mut |bytes| {
             done += bytes;
             progress(done, total)
@@ -171,9 +168,8 @@ fn part(
         }
     });
     let start = superblock.data_start();
-    let bytes_max = sums_bytes_max(start, superblock.extents_end);
     let ready = runs.and_then(|runs| {
-        let sums = array_index(file.file.as_ref(), superblock.sums, bytes_max)?;
+        let sums = SumReader::open(&file.file, &superblock)?;
         let covered = start.first_page().0 + superblock.sums.bytes / 4;
         match runs.last() {
             Some(run) if run.block.0 + run.count > covered => {
@@ -209,10 +205,9 @@ impl Part {
     }
 
     /// Reads all of it; `progress` gets the bytes of each read.
-    fn read(&self, progress: &mut dyn FnMut(u64) -> Result<()>) -> Result<Found> {
+    fn read(&mut self, progress: &mut dyn FnMut(u64) -> Result<()>) -> Result<Found> {
         let mut digest = Digest::new(self.segment);
         let (mut blocks, mut unsummed) = (BTreeMap::new(), 0);
-        let mut sums = Sums { part: self, page: None };
         let mut buf = AlignedBuf::zeroed(index(RUN_BLOCKS * BLOCK));
         for run in &self.runs {
             let bytes = &mut buf[..index(run.count * BLOCK)];
@@ -223,7 +218,7 @@ impl Part {
                     blocks.insert(block.0, format!("it cannot be read: {e}"));
                     continue;
                 }
-                match sums.get(block.0) {
+                match self.sums.get(block) {
                     Ok(sum) if sum == crc(bytes) => {}
                     Ok(_) => _ = blocks.insert(block.0, "it does not match its checksum".into()),
                     Err(e) if e.kind() == Kind::Corrupt => unsummed += 1,
@@ -234,33 +229,6 @@ impl Part {
             progress(run.count * BLOCK)?;
         }
         Ok(Found { blocks, unsummed, digest: digest.finish() })
-    }
-}
-
-/// The sums of a segment, a page at a time; `None` for a page that is damaged.
-struct Sums<'a> {
-    part: &'a Part,
-    page: Option<(u64, Option<Vec<u8>>)>,
-}
-
-impl Sums<'_> {
-    fn get(&mut self, block: u64) -> Result<u32> {
-        let number = block - self.part.superblock.data_start().first_page().0;
-        let (page, in_page) = (number / SUMS_PER_PAGE, index(number % SUMS_PER_PAGE) * 4);
-        if self.page.as_ref().is_none_or(|(p, _)| *p != page) {
-            let file = self.part.file.as_ref();
-            let read = &mut |at, buf: &mut [u8]| read_pages(file, at, buf);
-            let bytes = match self.part.sums.read_pages(page, 1, read) {
-                Ok(bytes) => Some(bytes),
-                Err(e) if e.kind() == Kind::Corrupt => None,
-                Err(e) => return Err(e),
-            };
-            self.page = Some((page, bytes));
-        }
-        let bytes = self.page.as_ref().and_then(|(_, bytes)| bytes.as_ref());
-        let word = bytes.and_then(|b| b.get(in_page..in_page + 4)?.try_into().ok());
-        word.map(u32::from_le_bytes)
-            .ok_or_else(|| Error::corrupt("the page of its checksum is damaged"))
     }
 }
 

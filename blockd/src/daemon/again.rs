@@ -118,6 +118,7 @@ impl Daemon {
     /// Takes all disks out of service in order; what is remembered stays, so that the next daemon
     /// serves them again.
     pub fn end_service(&self) {
+        self.jobs.suspend_resumable();
         let _changing = self.service.changing.lock();
         let served = std::mem::take(&mut self.table().served);
         for (name, mut served) in served {

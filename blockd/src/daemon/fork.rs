@@ -23,7 +23,7 @@ use super::Daemon;
 use super::handover::side_by_side;
 use super::holds::Hold;
 use super::served::in_service;
-use crate::api::types::{EventKind, ForkDisks, ForkedDisks, JobKind};
+use crate::api::types::{EventKind, ForkDisk, ForkDisks, ForkedDisks, JobKind};
 use crate::catalogue::{ForkRow, Forked};
 use crate::disk::Disk;
 use crate::disk::gate::Closed;
@@ -72,6 +72,7 @@ impl Daemon {
         let began = Instant::now();
         let fork = || -> Result<ForkedDisks> {
             verbs::check_asked(request)?;
+            request.disks.iter().try_for_each(|of| self.bound_depth(&of.disk))?;
             let _changing = self.service.changing.lock();
             let (volumes, _holds) = self.hold_for_fork(request)?;
             let dir = self.dir()?;
@@ -86,6 +87,8 @@ impl Daemon {
         let forked = fork().context("fork", || verbs::named(request))?;
         self.tell_of_fork(request);
         self.sum_frozen();
+        let of = |d: &ForkDisk| (d.disk.clone(), d.children.clone());
+        self.flatten_after_fork(&request.disks.iter().map(of).collect::<Vec<_>>(), request.flatten);
         Ok(forked)
     }
 
@@ -130,15 +133,22 @@ impl Daemon {
         Ok((volumes, holds))
     }
 
+    /// Takes up what goes on by itself: sums that are missing, disks that are to be flattened.
+    pub fn go_on_in_background(self: &Arc<Self>) {
+        self.sum_frozen();
+        let names: Vec<String> = self.table().served.keys().cloned().collect();
+        names.iter().for_each(|name| self.flatten_by_policy(name));
+    }
+
     /// Has the sums of frozen segments made that have none yet, as a job that nobody waits for.
-    pub fn sum_frozen(self: &Arc<Self>) {
+    pub(super) fn sum_frozen(self: &Arc<Self>) {
         use crate::pump::Watch as _;
         let daemon = Arc::clone(self);
         let work = move || {
             let _one = daemon.summing.lock();
             let Ok(dir) = daemon.dir() else { return };
             let Some(object) = dir.next_to_sum() else { return };
-            let job = daemon.jobs.start(JobKind::Seal, &object, None);
+            let job = daemon.jobs.start(JobKind::Sum, &object, None);
             let summed = dir.sum_frozen(&mut |done, total| {
                 job.set(done, total);
                 job.check()

@@ -19,6 +19,9 @@ use crate::store::Access;
 /// How long a request waits for another one to let go of a disk.
 pub const PATIENCE: Duration = Duration::from_secs(1);
 
+/// How often work in the background looks whether it may go on.
+const IDLE_LOOK: Duration = Duration::from_millis(1);
+
 #[derive(Debug, Clone, Copy)]
 enum Held {
     Readers(usize),
@@ -28,7 +31,18 @@ enum Held {
 #[derive(Debug, Default)]
 struct Table {
     names: HashMap<String, Held>,
+    /// Names that somebody waits for, and how many.
+    wanted: HashMap<String, usize>,
     closed: bool,
+}
+
+impl Table {
+    fn no_longer_wants(&mut self, name: &str) {
+        match self.wanted.get_mut(name) {
+            Some(n) if *n > 1 => *n -= 1,
+            _ => _ = self.wanted.remove(name),
+        }
+    }
 }
 
 /// The names that are held.
@@ -69,12 +83,29 @@ impl Holds {
                 table.names.insert(name.to_owned(), next);
                 return Ok(Hold { holds: Arc::clone(self), name: name.to_owned() });
             }
-            if self.freed.wait_until(&mut table, deadline).timed_out() {
+            *table.wanted.entry(name.to_owned()).or_default() += 1;
+            let late = self.freed.wait_until(&mut table, deadline).timed_out();
+            table.no_longer_wants(name);
+            if late {
                 return Err(Error::new(Kind::Busy, "another request has it open")
                     .on(format!("disk {name}"))
                     .hint("wait for it; `offshoot job ls` lists what is running"));
             }
         }
+    }
+
+    /// Holds a name for reading, after everybody who waits for it: for work in the background that
+    /// holds it again and again.
+    ///
+    /// # Errors
+    /// As [`Holds::take`].
+    pub fn take_when_idle(self: &Arc<Self>, name: &str) -> Result<Hold> {
+        let deadline = Instant::now() + PATIENCE;
+        let wanted = || self.table.lock().wanted.contains_key(name);
+        while wanted() && Instant::now() < deadline {
+            std::thread::sleep(IDLE_LOOK);
+        }
+        self.take(name, Access::Read)
     }
 
     /// Gives no holds any more, and waits until only those of `names` are left.

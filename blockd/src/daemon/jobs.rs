@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use format::{Error, Kind, Result};
 use parking_lot::Mutex;
@@ -21,6 +22,9 @@ use crate::pump::Watch;
 
 /// Ended jobs that are kept.
 const KEPT: usize = 256;
+/// How long a job may take to stop when the daemon ends, and how often that is looked at.
+const SUSPEND_MAX: Duration = Duration::from_secs(5);
+const SUSPEND_LOOK: Duration = Duration::from_millis(2);
 /// Stands for a total that is not known.
 const UNKNOWN: u64 = u64::MAX;
 
@@ -39,6 +43,8 @@ pub struct Entry {
     done: AtomicU64,
     total: AtomicU64,
     cancelled: AtomicBool,
+    /// Asked to stop by a daemon that ends: whoever comes next goes on.
+    suspended: AtomicBool,
     notes: Mutex<Vec<String>>,
     end: Mutex<Option<End>>,
     ended: watch::Sender<bool>,
@@ -76,6 +82,7 @@ impl Jobs {
             done: AtomicU64::new(0),
             total: AtomicU64::new(total.unwrap_or(UNKNOWN)),
             cancelled: AtomicBool::new(false),
+            suspended: AtomicBool::new(false),
             notes: Mutex::default(),
             end: Mutex::new(None),
             ended: watch::Sender::new(false),
@@ -115,9 +122,20 @@ impl Jobs {
         })
     }
 
-    /// Asks every job to stop.
-    pub fn cancel_all(&self) {
-        self.table.lock().values().for_each(|e| e.cancel());
+    /// Asks every job to stop, because the daemon ends.
+    pub fn suspend_all(&self) {
+        self.table.lock().values().for_each(|e| e.suspend());
+    }
+
+    /// Asks those to stop that whoever comes next does anew by itself, and waits until they have.
+    pub fn suspend_resumable(&self) {
+        let own = |e: &&Arc<Entry>| e.kind.goes_on_by_itself() && e.end.lock().is_none();
+        let entries: Vec<_> = self.table.lock().values().filter(own).cloned().collect();
+        entries.iter().for_each(|e| e.suspend());
+        let since = Instant::now();
+        while entries.iter().any(|e| e.end.lock().is_none()) && since.elapsed() < SUSPEND_MAX {
+            std::thread::sleep(SUSPEND_LOOK);
+        }
     }
 }
 
@@ -135,6 +153,17 @@ impl Entry {
     pub fn cancel(&self) {
         // Relaxed: a flag alone; seeing it late only costs time.
         self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    fn suspend(&self) {
+        // Release pairs with the Acquire in `is_suspended`: who sees the request to stop sees why.
+        self.suspended.store(true, Ordering::Release);
+        self.cancel();
+    }
+
+    /// True when it was asked to stop because the daemon ends.
+    pub fn is_suspended(&self) -> bool {
+        self.suspended.load(Ordering::Acquire) // pairs with `suspend`
     }
 
     /// Whether the job may go on.

@@ -18,6 +18,7 @@ mod attachments;
 mod disks;
 mod doors;
 mod events;
+mod flatten;
 mod fork;
 mod handover;
 mod holds;
@@ -25,6 +26,7 @@ mod inherit;
 mod jobs;
 mod metrics;
 mod modes;
+mod pace;
 pub mod sandbox;
 mod served;
 mod sessions;
@@ -39,6 +41,8 @@ use std::time::Instant;
 use format::{Context as _, Result};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
+
+use flatten::Underway;
 
 use crate::api::types::{EventKind, ExportState, Health, Version};
 use crate::clock;
@@ -78,6 +82,7 @@ pub struct Daemon {
     handed_over: AtomicBool,
     /// Held by the one who makes sums of frozen segments.
     summing: Mutex<()>,
+    flattening: Underway,
     stopping: watch::Sender<bool>,
 }
 
@@ -105,6 +110,7 @@ impl Daemon {
             control: OnceLock::new(),
             handed_over: AtomicBool::new(false),
             summing: Mutex::default(),
+            flattening: Underway::default(),
             stopping: watch::Sender::new(false),
         };
         daemon.events.add(EventKind::Started, format!("store {}", path.display()), "");
@@ -197,7 +203,7 @@ impl Daemon {
     pub fn stop(&self) {
         if !self.stopping.send_replace(true) {
             self.events.add(EventKind::Stopping, format!("store {}", self.path.display()), "");
-            self.jobs.cancel_all();
+            self.jobs.suspend_all();
         }
     }
 

@@ -196,8 +196,8 @@ impl Daemon {
     /// # Errors
     /// `NotFound`, `Exists` when the socket is taken, `Busy` when somebody else uses the disk,
     /// `ReadOnly` for a sealed disk that is not to be read only, or what the host reports.
-    pub fn attach(&self, name: &str, request: &AttachDisk) -> Result<Export> {
-        let _changing = self.service.changing.lock();
+    pub fn attach(self: &Arc<Self>, name: &str, request: &AttachDisk) -> Result<Export> {
+        let changing = self.service.changing.lock();
         let attach = || -> Result<Export> {
             request.export.place()?;
             self.check_attachable(name, request)?;
@@ -228,6 +228,8 @@ impl Daemon {
         let export = attach().context("attach", || format!("disk {name}"))?;
         let detail = format!("{} at {}", export.kind.name(), export.socket);
         self.events.add(EventKind::Attached, format!("disk {name}"), detail);
+        drop(changing);
+        self.flatten_by_policy(name);
         Ok(export)
     }
 

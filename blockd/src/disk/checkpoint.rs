@@ -13,7 +13,8 @@
 //!
 //! Test: `crash_points` (orders swapped: `crash_points::swapped_orders_are_caught`).
 
-use format::limits::{EXTENT, PAGE};
+use format::array::ArrayRef;
+use format::limits::{BLOCKS_PER_EXTENT, EXTENT, PAGE};
 use format::node::{LeafBytes, NodePtr};
 use format::superblock::{Attached, Superblock};
 use format::tree::Tree;
@@ -96,6 +97,15 @@ impl Disk {
     pub(super) fn flip(&self, state: &mut Checkpoint, sb: Superblock) -> Result<()> {
         segment::flip(self.file.as_ref(), &sb).map_err(|e| self.fail(e.tried("publish")))?;
         state.superblock = sb;
+        Ok(())
+    }
+
+    /// After a checkpoint: makes all copies of the superblock hold its state, durably, which frees
+    /// the pages that it replaced.
+    pub(super) fn settle_copies(&self, state: &mut Checkpoint) -> Result<()> {
+        segment::settle(self.file.as_ref()).map_err(|e| self.fail(e))?;
+        let replaced = std::mem::take(&mut state.graveyard);
+        self.drop_pages(&replaced);
         Ok(())
     }
 
@@ -207,11 +217,24 @@ impl Disk {
         }
     }
 
+    /// An array that nothing durable names goes the way of all pages.
+    pub(super) fn drop_array(&self, at: ArrayRef) {
+        let end = at.page.0 + at.pages();
+        let mut pages = Vec::new();
+        let mut page = at.page;
+        while page.0 < end {
+            let count = (page.extent().next().first_page().0).min(end) - page.0;
+            pages.push((page, u8::try_from(count).unwrap_or(u8::MAX)));
+            page = page.plus(count);
+        }
+        self.drop_pages(&pages);
+    }
+
     /// Writes a checksummed array into fresh extents; the caller syncs and then names it.
-    pub(super) fn write_array(&self, content: &[u8]) -> Result<format::array::ArrayRef> {
+    pub(super) fn write_array(&self, content: &[u8]) -> Result<ArrayRef> {
         let pages = format::array::pages_for(content.len() as u64);
         if pages == 0 {
-            return Ok(format::array::ArrayRef::default());
+            return Ok(ArrayRef::default());
         }
         let first = {
             let mut core = self.core.lock();
@@ -219,6 +242,13 @@ impl Disk {
             if let Err(e) = self.grow(&mut core, run.first.0 + run.count) {
                 (0..run.count).for_each(|i| core.space.give_back(run.first.plus(i)));
                 return Err(e);
+            }
+            // As an opening finds them: what is left of the last extent is there for map pages.
+            let mut left = pages;
+            for extent in (0..run.count).map(|i| run.first.plus(i)) {
+                let here = left.min(BLOCKS_PER_EXTENT);
+                core.space.hold_pages(extent.first_page(), u8::try_from(here).unwrap_or(u8::MAX));
+                left -= here;
             }
             run.first
         };

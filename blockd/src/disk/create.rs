@@ -94,7 +94,7 @@ impl NewSegment {
             }
         };
         let own = Row { segment: self.segment, digest: None, base: ExtentId(0) };
-        let own_index = table.push(own)?;
+        let own_index = table.add(own)?;
         let mut sb = Superblock {
             features: Features::default(),
             generation: Generation(1),

@@ -28,7 +28,7 @@ use format::units::Epoch;
 use super::load::load;
 use super::open::{left_tail, tail_capacity};
 use super::{Disk, Options, Vouched};
-use crate::segment::{self, Segments};
+use crate::segment::Segments;
 use crate::store::File;
 
 impl Disk {
@@ -41,9 +41,7 @@ impl Disk {
         self.check_writable()?;
         let mut state = self.checkpoint.lock();
         self.checkpoint_locked(&mut state, |_| ())?;
-        segment::settle(self.file.as_ref()).map_err(|e| self.fail(e))?;
-        let replaced = std::mem::take(&mut state.graveyard);
-        self.drop_pages(&replaced);
+        self.settle_copies(&mut state)?;
         drop(state);
         self.reclaim();
         Ok(())

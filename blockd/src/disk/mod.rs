@@ -29,6 +29,7 @@ pub mod map;
 mod open;
 pub mod plan;
 pub mod problem;
+mod pull;
 mod reserve;
 mod resize;
 pub mod seal;
@@ -42,6 +43,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use arc_swap::ArcSwap;
 use format::limits::SECTOR;
 use format::space::{ExtentRun, SpaceMap};
 use format::superblock::{JournalHead, Superblock};
@@ -53,13 +55,14 @@ use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
 
 pub use open::left_tail;
+pub use pull::{Below, Pulled};
 
 use claims::Claims;
 use gate::IoGate;
 use leafset::LeafSet;
 use load::RowFile;
 use map::Map;
-use problem::Problem;
+use problem::{Problem, Severity};
 use tail::Tail;
 
 use crate::store::File;
@@ -174,7 +177,8 @@ impl FirstTime {
 pub struct Disk {
     file: Arc<dyn File>,
     rows: Vec<Option<RowFile>>,
-    table: SegmentTable,
+    /// Rows that a flatten has let go of are gone here; their files stay open in `rows`.
+    table: ArcSwap<SegmentTable>,
     segment: Uuid,
     name: String,
     journal_pages: u64,
@@ -212,7 +216,7 @@ pub struct Facts {
     /// Its superblock as of the last checkpoint.
     pub superblock: Superblock,
     /// The segments its map may point into.
-    pub table: SegmentTable,
+    pub table: Arc<SegmentTable>,
     /// Extents in use in the own segment.
     pub extents_used: u64,
     /// Bytes of the own file that the host has allocated.
@@ -237,6 +241,12 @@ impl Disk {
         self.segment
     }
 
+    /// The segment that an undo goes back to; nil for none.
+    #[must_use]
+    pub fn base(&self) -> Uuid {
+        self.checkpoint.lock().superblock.base
+    }
+
     /// The map: for comparing, listing and serving.
     #[must_use]
     pub fn map(&self) -> &Map {
@@ -245,8 +255,8 @@ impl Disk {
 
     /// What the segment indices of the map mean.
     #[must_use]
-    pub fn table(&self) -> &SegmentTable {
-        &self.table
+    pub fn table(&self) -> Arc<SegmentTable> {
+        self.table.load_full()
     }
 
     /// Facts for `show` and for metrics.
@@ -254,17 +264,17 @@ impl Disk {
     /// # Errors
     /// What the host reports.
     pub fn facts(&self) -> Result<Facts> {
-        // One after the other: a lock that is taken inside of the expression below is held to its
-        // end, and `core` comes after the lock of the journal.
+        // One lock at a time: a guard in the middle of an expression lives until its end.
         let superblock = self.checkpoint.lock().superblock.clone();
         let extents_used = self.core.lock().space.used_count();
+        let journal_pages = self.journal_use();
         Ok(Facts {
             superblock,
-            table: self.table.clone(),
+            table: self.table(),
             extents_used,
             allocated: self.file.allocated()?,
             map_bytes: self.map.memory_bytes(),
-            journal_pages: self.journal_use(),
+            journal_pages,
         })
     }
 
@@ -293,6 +303,12 @@ impl Disk {
             return Err(Error::new(Kind::ReadOnly, "it is open for reading only").on(self.object()));
         }
         self.check_alive()
+    }
+
+    /// Refuses a disk with more than minor damage.
+    pub(crate) fn check_undamaged(&self) -> Result<()> {
+        let worst = self.problems.iter().find(|p| p.what.severity() > Severity::Minor);
+        worst.map_or(Ok(()), |problem| Err(problem.to_error()))
     }
 
     fn check_alive(&self) -> Result<()> {

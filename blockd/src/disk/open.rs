@@ -15,6 +15,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
+use arc_swap::ArcSwap;
 use format::journal::RECORDS_PER_PAGE;
 use format::space::ExtentRun;
 use format::superblock::{Attached, JournalHead, State, Superblock};
@@ -131,11 +132,9 @@ impl Disk {
         options: &Options,
     ) -> Result<Self> {
         let loaded = load(&file, segments, None)?;
-        if let Some(p) = loaded.problems.iter().find(|p| p.what.severity() > Severity::Minor) {
-            return Err(p.to_error());
-        }
         let tail = Tail::on_heap(loaded.superblock.segment, 1, loaded.cursor.seq);
         let disk = Disk::assemble(file, loaded, tail, options, true);
+        disk.check_undamaged()?;
         segment::settle(disk.file.as_ref()).map_err(|e| disk.fail(e))?;
         Ok(disk)
     }
@@ -207,7 +206,7 @@ impl Disk {
             reclaiming: Mutex::new(()),
             file,
             rows: loaded.rows,
-            table: loaded.table,
+            table: ArcSwap::from_pointee(loaded.table),
             writable,
             live: options.live,
             hidden: loaded.hidden,

@@ -18,7 +18,6 @@ use format::units::{BlockId, ExtentId, GuestBlock, LeafNo, crc, index};
 use uuid::Uuid;
 
 use super::map::Map;
-use super::problem::Severity;
 use super::{Disk, Options};
 use crate::segment::Segments;
 use crate::store::File;
@@ -181,9 +180,7 @@ impl Disk {
     pub fn freeze(&self, successor: Uuid) -> Result<()> {
         self.check_writable()?;
         // A sealed map is never mended. Damage that nobody has met is met by who makes the sums.
-        if let Some(problem) = self.problems.iter().find(|p| p.what.severity() > Severity::Minor) {
-            return Err(problem.to_error().within("freeze", self.object()));
-        }
+        self.check_undamaged().map_err(|e| e.within("freeze", self.object()))?;
         // Nobody else syncs meanwhile: the host tells of a failure once, and it must come here.
         let sealed = self.alone_in_turn(|| {
             self.flush_once()?;

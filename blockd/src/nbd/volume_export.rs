@@ -62,7 +62,8 @@ impl StoreAncestors {
     #[must_use]
     pub fn of(dir: &Arc<StoreDir>, disk: &Disk) -> Self {
         let own = disk.segment();
-        let rows = disk.table().iter().map(|(_, row)| row.segment);
+        let table = disk.table();
+        let rows = table.iter().map(|(_, row)| row.segment);
         StoreAncestors { dir: Arc::clone(dir), segments: rows.filter(|s| *s != own).collect() }
     }
 }

@@ -261,7 +261,10 @@ impl StoreDir {
         }
         self.store.sync_names()?;
         for segment in made {
-            changes.push(Change::Put(self.row_of(segment)?));
+            let row = self.row_of(segment)?;
+            // The row of a disk that goes on tells more than its segment.
+            let before = self.catalogue.get(&row.name);
+            changes.push(Change::Put(before.map_or(row.clone(), |before| before.with(row))));
         }
         fork.disks.iter().for_each(|forked| self.drop_drafts(forked));
         self.catalogue.apply(&changes)?;
@@ -318,6 +321,9 @@ impl StoreDir {
             // The deletion is decided, durably, before the catalogue forgets the segment.
             self.store.sync_names()?;
             self.catalogue.apply(&[Change::RemoveFrozen(row.segment)])?;
+            // Who stood on it may have it open for long, and would keep its space. Nobody reads it:
+            // the row of a disk forgets a segment after the last request to it has ended.
+            let _ = self.cut(&deleted_name(row.segment));
             match self.store.remove(&deleted_name(row.segment)) {
                 Err(e) if e.kind() == Kind::NotFound => {}
                 removed => removed?,

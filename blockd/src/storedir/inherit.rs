@@ -148,7 +148,8 @@ impl StoreDir {
     /// `NotFound`.
     pub fn is_root(&self, name: &str) -> Result<bool> {
         let row = self.disk(name)?;
-        Ok(row.parents.is_empty() && !row.sealed)
+        // One that an undo was to bring back would be sealed with its delta.
+        Ok(row.parents.is_empty() && !row.sealed && row.base.is_none())
     }
 
     /// Checks what [`StoreDir::inherit`] is asked for.
@@ -236,8 +237,7 @@ impl StoreDir {
 
     /// The segment that children of a disk are to stand on: its own, of a sealed root.
     fn base_of(&self, disk: &Disk, rule: BaseRule) -> Result<Arc<Sealed>> {
-        let rows = disk.table().iter().map(|(_, row)| row.segment);
-        let above: Vec<Uuid> = rows.filter(|segment| *segment != disk.segment()).collect();
+        let above = self.chain(disk)?;
         let mut at = match rule {
             BaseRule::RootMerged => 0,
             BaseRule::FirstNonempty => above.len().saturating_sub(1),

@@ -12,6 +12,7 @@
 //! Crash arguments: `docs/format.md` §9; test: `crash_points` (operations create, import, rename,
 //! delete).
 
+mod flatten;
 mod fork;
 mod import;
 mod inherit;
@@ -35,6 +36,8 @@ use crate::segment::{self, Sealed, Segments, file_name};
 use crate::store::file::{CacheMode, FileStore, FileStoreOptions, LockGuard, LockKind};
 use crate::store::{Access, File, Store};
 
+pub(crate) use flatten::WRITE_BEHIND_BYTES;
+pub use flatten::{DEPTH_MAX, Going, TO_BASE, TO_NOTHING};
 pub use fork::ForkOf;
 pub use import::Import;
 pub use inherit::{BaseRule, Bequest, InheritOptions, Inherited};
@@ -326,7 +329,7 @@ impl StoreDir {
 
     /// Makes the row of a disk anew from its segment.
     fn reread(&self, row: &DiskRow) -> Result<DiskRow> {
-        let row = DiskRow { name: row.name.clone(), ..self.row_of(row.segment)? };
+        let row = row.with(self.row_of(row.segment)?);
         self.catalogue.apply(&[Change::Put(row.clone())])?;
         Ok(row)
     }
@@ -395,6 +398,8 @@ impl StoreDir {
             base: Some(sb.base).filter(|base| !base.is_nil()),
             relabel: false,
             changing: false,
+            flattening: None,
+            policy: None,
         })
     }
 

@@ -252,7 +252,11 @@ impl StoreDir {
     /// off the segment afterwards, whether the change succeeded or not. Swapped, a crash between
     /// the change and its row leaves a catalogue that tells the old state and does not know it.
     /// Test: `crash_points::storedir::the_catalogue_catches_up_after_a_crash`.
-    fn changing(&self, row: &DiskRow, change: impl FnOnce() -> Result<()>) -> Result<DiskRow> {
+    pub(super) fn changing(
+        &self,
+        row: &DiskRow,
+        change: impl FnOnce() -> Result<()>,
+    ) -> Result<DiskRow> {
         self.catalogue.apply(&[Change::Put(DiskRow { changing: true, ..row.clone() })])?;
         let changed = change();
         self.sealed.lock().remove(&row.segment);
@@ -312,7 +316,7 @@ impl StoreDir {
         self.store.remove(&file)
     }
 
-    fn cut(&self, name: &str) -> Result<()> {
+    pub(super) fn cut(&self, name: &str) -> Result<()> {
         self.store.open(name, Access::Read)?.set_read_only(false)?;
         self.store.open(name, Access::Write)?.set_len(0)
     }

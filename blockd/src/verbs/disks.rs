@@ -8,17 +8,17 @@ use format::superblock::{Attached, Seal, State, Superblock};
 use format::{Context as _, Error, Kind, Result};
 use uuid::Uuid;
 
-use super::{disk_options, inherit};
+use super::{disk_options, flatten, inherit};
 use crate::api::types::{
     ChainRow, CreateDisk, Df, Disk as Summary, DiskDetails, DiskSpace, DiskState, FeatureBits,
-    ForkDisk, ForkDisks, ForkMode, ForkedDisks, JournalUse, ResizeDisk,
+    FlattenDisk, FlattenWhen, ForkDisk, ForkDisks, ForkMode, ForkedDisks, JournalUse, ResizeDisk,
 };
 use crate::catalogue::DiskRow;
 use crate::disk::Disk;
-use crate::pump::Watch;
+use crate::pump::{Unwatched, Watch};
 use crate::segment::{file_name, read_superblock};
 use crate::store::Access;
-use crate::storedir::{ForkOf, NewDisk, StoreDir};
+use crate::storedir::{DEPTH_MAX, ForkOf, NewDisk, StoreDir};
 
 /// Names of the disks by their identity.
 type Names = HashMap<Uuid, String>;
@@ -68,6 +68,8 @@ fn summarise(dir: &StoreDir, row: &DiskRow, names: &Names) -> Result<Summary> {
         depth: row.parents.len() as u64,
         created: row.created,
         mode: row.mode.name().into(),
+        flattening: row.flattening.as_ref().map(|f| f.to.clone()),
+        flatten_policy: row.policy,
     })
 }
 
@@ -161,8 +163,18 @@ pub fn fork(dir: &StoreDir, request: &ForkDisks, watch: &dyn Watch) -> Result<Fo
     let fork = || -> Result<Vec<DiskRow>> {
         for of in &request.disks {
             take_tail(dir, &of.disk, request.accept_lost_tail)?;
+            if dir.disk(&of.disk)?.parents.len() >= DEPTH_MAX {
+                flatten(dir, &of.disk, &FlattenDisk::default(), &Unwatched)?;
+            }
         }
-        dir.fork(&forks(request))
+        let children = dir.fork(&forks(request))?;
+        if request.flatten == FlattenWhen::Now {
+            let parents = request.disks.iter().map(|of| &of.disk);
+            for name in parents.chain(children.iter().map(|child| &child.name)) {
+                flatten(dir, name, &FlattenDisk::default(), &Unwatched)?;
+            }
+        }
+        Ok(children)
     };
     let children = fork().context("fork", || named(request))?;
     forked(dir, &children, (began.elapsed(), None))

@@ -18,7 +18,8 @@ impl MapRange {
             BlockState::Hole => (MapState::Hole, None),
             BlockState::Zero => (MapState::Zero, None),
             BlockState::Data { segment, block } => {
-                let row = disk.table().row(segment)?;
+                let table = disk.table();
+                let row = table.row(segment)?;
                 (MapState::Data, Some((row.segment, row.base.file_offset() + block.file_offset())))
             }
         };

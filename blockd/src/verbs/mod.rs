@@ -8,6 +8,7 @@ mod bytes;
 mod check;
 mod compare;
 mod disks;
+mod flatten;
 mod inherit;
 mod map;
 mod modes;
@@ -26,6 +27,9 @@ pub(crate) use disks::take_tail;
 pub use disks::{
     create, details, df, fork, forked, forks, freed, list, named, resize, resize_open, seal,
     summary,
+};
+pub use flatten::{
+    flatten, flattened, flattening, set_disk_policy, set_store_policy, store_policy,
 };
 pub(crate) use inherit::{check_asked, inherited, options};
 pub use map::walk as walk_map;

@@ -11,7 +11,7 @@ use offshoot_tests::sim::{BLOCK, EXTENT};
 
 use super::storedir::{Recorder, SECTORS, new_disk, open, recovered, write};
 
-fn fork(dir: &StoreDir, wanted: &[(&str, &[&str])]) {
+pub(super) fn fork(dir: &StoreDir, wanted: &[(&str, &[&str])]) {
     let of = |(disk, children): &(&str, &[&str])| ForkOf {
         disk: (*disk).into(),
         children: children.iter().map(|name| (*name).into()).collect(),
@@ -19,7 +19,7 @@ fn fork(dir: &StoreDir, wanted: &[(&str, &[&str])]) {
     dir.fork(&wanted.iter().map(of).collect::<Vec<_>>()).unwrap();
 }
 
-fn change(dir: &StoreDir, name: &str, tag: u32, first: u64, count: u64) {
+pub(super) fn change(dir: &StoreDir, name: &str, tag: u32, first: u64, count: u64) {
     let disk = dir.open_disk(name, Access::Write, &dir.disk_options()).unwrap();
     write(&disk, tag, first, count);
     disk.close().unwrap();

@@ -16,6 +16,7 @@
 //! `OFFSHOOT_SOAK=1` visits several hundred thousand states instead of tens of thousands.
 
 mod chains;
+mod flatten;
 mod fork;
 mod hand_on;
 mod inherit;

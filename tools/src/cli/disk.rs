@@ -5,6 +5,7 @@ use clap::{Args, Subcommand};
 
 use super::LostTail;
 use super::bytes::{Discard, Range, Write};
+use super::flatten::{DiskPolicy, Flatten};
 use super::fork::Fork;
 use super::images::{Diff, Export, Import, SourceFormat};
 use super::modes::Mode;
@@ -84,6 +85,30 @@ Examples:
 Examples:
   offshoot disk undo web1")]
     Undo(Remove),
+    /// Let a disk stand on fewer segments, in place
+    ///
+    /// What it has in the segments that are to go is copied into its own. It can be in service:
+    /// its guest goes on, and the copy is as fast as the guest does not notice. Reads cost the same
+    /// at any depth; what this is for is that segments nobody stands on any more are removed. A
+    /// flatten that is killed goes on where it was, when the disk is in service again or by saying
+    /// it again.
+    #[command(after_help = "\
+Examples:
+  offshoot disk flatten web1 --wait
+  offshoot disk flatten try1 --to nothing --rate 100M
+  offshoot disk flatten try1 --to debian")]
+    Flatten(Flatten),
+
+    /// Show or set when the daemon flattens a disk by itself
+    ///
+    /// Looked at after a fork, and when the disk is taken into service: `manual` (never),
+    /// `after-fork`, `depth>N` (when more segments are below), `bytes<SIZE` (when so little is to
+    /// be copied), or `default` for what `store flatten-policy` says.
+    #[command(after_help = "\
+Examples:
+  offshoot disk flatten-policy web1 after-fork
+  offshoot disk flatten-policy web1 'bytes<256M'")]
+    FlattenPolicy(DiskPolicy),
 
     /// List the disks
     ///

@@ -1,6 +1,6 @@
 //! `disk fork`
 
-use blockd::api::types::{ForkDisk, ForkMode};
+use blockd::api::types::{FlattenWhen, ForkDisk, ForkMode};
 use blockd::storedir::BaseRule;
 use clap::{Args, ValueEnum};
 
@@ -27,6 +27,10 @@ pub struct Fork {
     /// Inherit if fewer bytes than this are to be copied in all, else fork live
     #[arg(long, value_parser = size::parse, value_name = "BYTES")]
     pub copy_threshold: Option<u64>,
+    /// What becomes of the depth of the disks: `auto` (what their policies say, for disks in
+    /// service), `manual` (nothing), or `now` (the disks and their children are flattened)
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
+    pub flatten: When,
     #[command(flatten)]
     pub tail: LostTail,
 }
@@ -64,6 +68,24 @@ impl From<Base> for BaseRule {
         match base {
             Base::FirstNonempty => BaseRule::FirstNonempty,
             Base::RootMerged => BaseRule::RootMerged,
+        }
+    }
+}
+
+/// When to flatten.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum When {
+    Auto,
+    Manual,
+    Now,
+}
+
+impl From<When> for FlattenWhen {
+    fn from(when: When) -> Self {
+        match when {
+            When::Auto => FlattenWhen::Auto,
+            When::Manual => FlattenWhen::Manual,
+            When::Now => FlattenWhen::Now,
         }
     }
 }

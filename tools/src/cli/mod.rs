@@ -5,6 +5,7 @@
 mod bytes;
 mod daemon;
 mod disk;
+mod flatten;
 mod fork;
 mod images;
 mod modes;
@@ -18,6 +19,7 @@ use clap_complete::Shell;
 pub use bytes::{Discard, Range, Write};
 pub use daemon::{DaemonVerb, Events, JobId, JobVerb, StartDaemon, Top, UpgradeDaemon};
 pub use disk::{Check, Compare, Create, DiskVerb, Name, Remove, Rename, Repair, Resize};
+pub use flatten::{DiskPolicy, Flatten, StorePolicy};
 pub use fork::Fork;
 pub use images::{Diff, Export, Import, SinkFormat};
 pub use modes::Mode;
@@ -216,6 +218,17 @@ Examples:
   offshoot store df
   offshoot store df --json | jq .free")]
     Df,
+
+    /// Show or set when the daemon flattens disks by itself
+    ///
+    /// Holds for disks that say nothing of their own (`disk flatten-policy`): `manual` (never),
+    /// `after-fork`, `depth>N` (when more segments are below; the default is 32) or `bytes<SIZE`
+    /// (when so little is to be copied).
+    #[command(after_help = "\
+Examples:
+  offshoot store flatten-policy
+  offshoot store flatten-policy 'depth>8'")]
+    FlattenPolicy(StorePolicy),
 }
 
 /// For verbs that open a disk.

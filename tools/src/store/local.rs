@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use blockd::api::types::{
     ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk as Summary, DiskDetails,
-    ForkDisks, ForkedDisks, MapRange, Moved, RemovedDisk, RepairDisk, Repaired, ResizeDisk,
-    Scrubbed, SessionUse, SetMode,
+    FlattenDisk, Flattened, ForkDisks, ForkedDisks, MapRange, Moved, RemovedDisk, RepairDisk,
+    Repaired, ResizeDisk, Scrubbed, SessionUse, SetFlattenPolicy, SetMode,
 };
 use blockd::content::Content;
 use blockd::disk::Disk;
@@ -15,7 +15,7 @@ use blockd::storedir::{Import, NewDisk, StoreDir};
 use blockd::verbs;
 use format::{Context as _, Result};
 
-use super::{Filling, Store, Writing};
+use super::{Filling, Flattening, Store, Writing};
 use crate::output::{Outcome, Output, Stop};
 use crate::signals;
 
@@ -76,6 +76,31 @@ impl Store for Local {
 
     fn undo(&self, name: &str) -> Result<Summary> {
         verbs::undo(&self.dir, name)
+    }
+
+    fn flatten(&self, name: &str, request: &FlattenDisk, watch: &dyn Watch) -> Result<Flattened> {
+        verbs::flatten(&self.dir, name, request, watch)
+    }
+
+    fn begin_flatten(
+        &self,
+        name: &str,
+        request: &FlattenDisk,
+        watch: &dyn Watch,
+    ) -> Result<Flattening> {
+        self.flatten(name, request, watch).map(Box::new).map(Flattening::Done)
+    }
+
+    fn set_disk_policy(&self, name: &str, request: &SetFlattenPolicy) -> Result<Summary> {
+        verbs::set_disk_policy(&self.dir, name, request)
+    }
+
+    fn store_policy(&self) -> Result<SetFlattenPolicy> {
+        Ok(verbs::store_policy(&self.dir))
+    }
+
+    fn set_store_policy(&self, request: &SetFlattenPolicy) -> Result<SetFlattenPolicy> {
+        verbs::set_store_policy(&self.dir, request)
     }
 
     fn remove(&self, name: &str) -> Result<RemovedDisk> {

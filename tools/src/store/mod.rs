@@ -7,9 +7,9 @@ mod local;
 mod remote;
 
 use blockd::api::types::{
-    ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk, DiskDetails, ForkDisks,
-    ForkedDisks, MapRange, Moved, RemovedDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed,
-    SessionUse, SetMode,
+    ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk, DiskDetails,
+    FlattenDisk, Flattened, ForkDisks, ForkedDisks, Job, MapRange, Moved, RemovedDisk, RepairDisk,
+    Repaired, ResizeDisk, Scrubbed, SessionUse, SetFlattenPolicy, SetMode,
 };
 use blockd::content::Content;
 use blockd::pump::Watch;
@@ -19,6 +19,14 @@ use crate::output::Outcome;
 
 pub use local::Local;
 pub use remote::Remote;
+
+/// What came of beginning to flatten.
+pub enum Flattening {
+    /// It is done.
+    Done(Box<Flattened>),
+    /// A daemon does it.
+    Job(Box<Job>),
+}
 
 /// A disk that is written to by bytes.
 pub trait Writing {
@@ -87,6 +95,25 @@ pub trait Store {
 
     /// Drops what was written to a disk since it was committed.
     fn undo(&self, name: &str) -> Result<Disk>;
+    /// Flattens a disk, and waits for the end.
+    fn flatten(&self, name: &str, request: &FlattenDisk, watch: &dyn Watch) -> Result<Flattened>;
+
+    /// Flattens a disk: begins with it, where somebody else does it.
+    fn begin_flatten(
+        &self,
+        name: &str,
+        request: &FlattenDisk,
+        watch: &dyn Watch,
+    ) -> Result<Flattening>;
+
+    /// Sets when a daemon flattens a disk by itself.
+    fn set_disk_policy(&self, name: &str, request: &SetFlattenPolicy) -> Result<Disk>;
+
+    /// When a daemon flattens disks that say nothing of their own.
+    fn store_policy(&self) -> Result<SetFlattenPolicy>;
+
+    /// Sets that.
+    fn set_store_policy(&self, request: &SetFlattenPolicy) -> Result<SetFlattenPolicy>;
 
     /// Removes a disk.
     fn remove(&self, name: &str) -> Result<RemovedDisk>;

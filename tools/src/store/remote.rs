@@ -6,15 +6,16 @@ use std::sync::{Mutex, PoisonError};
 
 use blockd::api::types::{
     ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk as Summary, DiskDetails,
-    Extent, ForkDisks, ForkMode, ForkedDisks, LostTail, MapRange, Moved, OpenSession, RemovedDisk,
-    RenameDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed, Session, SessionUse, SetMode, Stored,
+    Extent, FlattenDisk, Flattened, ForkDisks, ForkMode, ForkedDisks, LostTail, MapRange, Moved,
+    OpenSession, RemovedDisk, RenameDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed, Session,
+    SessionUse, SetFlattenPolicy, SetMode, Stored,
 };
 use blockd::content::{Content, Run};
 use blockd::pump::Watch;
 use format::{Context as _, Error, Kind, Result};
 use hyper::Method;
 
-use super::{Filling, Store, Writing};
+use super::{Filling, Flattening, Store, Writing};
 use crate::client::{Client, encoded, path_of};
 use crate::output::{Outcome, Stop};
 
@@ -80,6 +81,32 @@ impl Store for Remote {
 
     fn undo(&self, name: &str) -> Result<Summary> {
         self.client.post(disk(name, "/undo"), &())
+    }
+
+    fn flatten(&self, name: &str, request: &FlattenDisk, watch: &dyn Watch) -> Result<Flattened> {
+        self.client.job(&disk(name, "/flatten"), request, watch)
+    }
+
+    fn begin_flatten(
+        &self,
+        name: &str,
+        request: &FlattenDisk,
+        _: &dyn Watch,
+    ) -> Result<Flattening> {
+        let job = self.client.post(disk(name, "/flatten?wait=false"), request)?;
+        Ok(Flattening::Job(job))
+    }
+
+    fn set_disk_policy(&self, name: &str, request: &SetFlattenPolicy) -> Result<Summary> {
+        self.client.put(disk(name, "/flatten-policy"), request)
+    }
+
+    fn store_policy(&self) -> Result<SetFlattenPolicy> {
+        self.client.get("/v1/store/flatten-policy".into())
+    }
+
+    fn set_store_policy(&self, request: &SetFlattenPolicy) -> Result<SetFlattenPolicy> {
+        self.client.put("/v1/store/flatten-policy".into(), request)
     }
 
     fn remove(&self, name: &str) -> Result<RemovedDisk> {

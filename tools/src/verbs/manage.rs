@@ -38,6 +38,7 @@ pub fn fork(s: &Session, args: Fork) -> Outcome {
         mode: args.mode.into(),
         base: args.base.map(Into::into),
         copy_threshold: args.copy_threshold,
+        flatten: args.flatten.into(),
     };
     let store = s.open(Access::Write)?;
     let forked = match request.mode {

@@ -7,6 +7,7 @@ mod compare;
 mod daemon;
 mod diff;
 mod export;
+mod flatten;
 mod import;
 mod inspect;
 mod job;
@@ -41,6 +42,7 @@ pub fn run(cli: Cli, out: Output) -> Outcome {
         Verb::Init(args) => store::init(s, args),
         Verb::Store(StoreVerb::Rebuild) => store::rebuild(s),
         Verb::Store(StoreVerb::Df) => store::df(s),
+        Verb::Store(StoreVerb::FlattenPolicy(args)) => flatten::store_policy(s, &args),
         Verb::Daemon(DaemonVerb::Start(args)) => daemon::start(s, &args),
         Verb::Daemon(DaemonVerb::Status) => daemon::status(s),
         Verb::Daemon(DaemonVerb::Upgrade(args)) => daemon::upgrade(s, &args),
@@ -58,6 +60,8 @@ pub fn run(cli: Cli, out: Output) -> Outcome {
             DiskVerb::Mode(args) => modes::mode(s, args),
             DiskVerb::Commit(args) => modes::commit(s, &args),
             DiskVerb::Undo(args) => modes::undo(s, &args),
+            DiskVerb::Flatten(args) => flatten::flatten(s, &args),
+            DiskVerb::FlattenPolicy(args) => flatten::disk_policy(s, &args),
             DiskVerb::Ls => inspect::ls(s),
             DiskVerb::Show(args) => inspect::show(s, &args),
             DiskVerb::Map(args) => map::map(s, &args),

@@ -97,9 +97,19 @@ pub enum JobKind {
     Compare,
     /// Making children of disks that inherit.
     Fork,
+    /// Copying what a disk stands on into it.
+    Flatten,
+    /// Making checksums of a segment that a fork has frozen.
+    Sum,
 }
 
 impl JobKind {
+    /// True for work that a daemon takes up by itself where another one stopped.
+    #[must_use]
+    pub fn goes_on_by_itself(self) -> bool {
+        matches!(self, JobKind::Flatten | JobKind::Sum)
+    }
+
     /// The name that people and programs see.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -114,6 +124,8 @@ impl JobKind {
             JobKind::Seal => "seal",
             JobKind::Compare => "compare",
             JobKind::Fork => "fork",
+            JobKind::Flatten => "flatten",
+            JobKind::Sum => "sum",
         }
     }
 }
@@ -212,6 +224,8 @@ pub enum EventKind {
     Committed,
     /// What was written to a disk was dropped.
     Undone,
+    /// A disk was flattened.
+    Flattened,
 }
 
 impl EventKind {
@@ -237,6 +251,7 @@ impl EventKind {
             EventKind::Mode => "mode",
             EventKind::Committed => "committed",
             EventKind::Undone => "undone",
+            EventKind::Flattened => "flattened",
         }
     }
 }

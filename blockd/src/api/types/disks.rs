@@ -7,6 +7,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::Export;
+use crate::catalogue::FlattenPolicy;
 use crate::check::{RepairReport, Report, ScrubReport};
 use crate::content::RunKind;
 
@@ -34,6 +35,13 @@ pub struct Disk {
     /// What becomes of what is written to it: `persistent`, `nonpersistent`, `undoable` or
     /// `append`.
     pub mode: String,
+    /// Set while it is being flattened: what it is to stand on.
+    #[serde(default)]
+    pub flattening: Option<String>,
+    /// When a daemon flattens it by itself; null for what the store says.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub flatten_policy: Option<FlattenPolicy>,
 }
 
 /// What can be done with a disk.

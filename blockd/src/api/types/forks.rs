@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::Disk;
+use super::{Disk, FlattenWhen};
 use crate::storedir::BaseRule;
 
 /// How children come to hold what their parents hold.
@@ -35,6 +35,9 @@ pub struct ForkDisks {
     /// Inherit if fewer bytes than this are to be copied in all, else fork live.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copy_threshold: Option<u64>,
+    /// What becomes of their depth.
+    #[serde(default)]
+    pub flatten: FlattenWhen,
 }
 
 /// A disk to fork.

@@ -9,6 +9,7 @@ mod daemon;
 mod disks;
 mod exports;
 mod failure;
+mod flatten;
 mod forks;
 mod modes;
 mod socket;
@@ -22,6 +23,7 @@ pub use disks::{
 };
 pub use exports::{AttachDisk, DetachDisk, DiskStats, Export, ExportKind, ExportSpec, ExportState};
 pub use failure::{Failure, FailureBody};
+pub use flatten::{FlattenDisk, FlattenWhen, Flattened, SetFlattenPolicy};
 pub use forks::{ForkDisk, ForkDisks, ForkMode, ForkedDisks};
 pub use modes::SetMode;
 pub use socket::{Place, SocketName, TlsFiles};

@@ -21,9 +21,6 @@ use crate::sockets::Peer;
 /// How long a successor may take for its first word.
 const HELLO_MAX: Duration = Duration::from_secs(10);
 
-/// How long who waits for jobs to end sleeps between looks.
-const JOBS_LOOK: Duration = Duration::from_millis(5);
-
 const GOES_ON: &str = "this daemon goes on; the log of the new one says more";
 const GIVEN_BACK: &str = "a successor ended before it served, and this daemon goes on";
 
@@ -120,16 +117,12 @@ impl Daemon {
     /// Refuses to cut off somebody who cannot simply go on at the successor.
     fn check_quiet(&self, force: bool) -> Result<()> {
         if force {
-            self.jobs.cancel_all();
+            self.jobs.suspend_all();
             self.end_all_sessions();
             return Ok(());
         }
         let hint = "wait for it, or say --force";
-        // The sums of what was just frozen are a job that nobody knows of, and mostly a short one.
-        let deadline = Instant::now() + PATIENCE;
-        while self.jobs.running() > 0 && Instant::now() < deadline {
-            std::thread::sleep(JOBS_LOOK);
-        }
+        self.jobs.suspend_resumable();
         if self.jobs.running() > 0 {
             let reason = format!("{} jobs are running", self.jobs.running());
             return Err(Error::new(Kind::Busy, reason).hint(hint));
