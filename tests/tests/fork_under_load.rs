@@ -172,6 +172,53 @@ fn a_cut_across_two_disks_is_one_instant() {
     assert!(before > 2, "the driver made progress");
 }
 
+/// From the instant of the cut on no request is answered until the token is released, so that
+/// somebody can take a machine's memory at that instant; a token that nobody releases runs out.
+#[test]
+fn a_token_holds_the_disk_until_it_is_released_or_runs_out() {
+    let bench = ServedDisk::new(TestStore::new());
+    let _ = bench.refused(&["disk", "fork", "vm", "none", "--hold", "100"], 2);
+    let daemon = bench.daemon();
+    bench.attach();
+    let (client, queues) = bench.connect(false);
+    let (loads, ()) = load::during(bench.loads(queues, 47), |done| {
+        let progress = || {
+            let before = done();
+            until("progress", || done() >= before + 100);
+        };
+        progress();
+        let forked = fork(&bench, &["vm", "one", "--hold", "30000"]);
+        let token = forked["token"].as_str().unwrap();
+        let at_cut = done();
+        std::thread::sleep(Duration::from_millis(300));
+        assert_eq!(done(), at_cut, "nothing completes while it is held");
+        // Nobody else gets at it meanwhile.
+        let _ = bench.refused(&["disk", "fork", "vm", "two"], 5);
+        let _ = bench.refused(&["disk", "resize", "vm", "128M"], 5);
+        let _ = bench.refused(&["daemon", "upgrade"], 5);
+
+        let released = bench.json(&["disk", "fork", "--release", token]);
+
+        assert!(released["held_us"].as_u64().unwrap() >= 300_000, "{released}");
+        progress();
+        let _ = bench.refused(&["disk", "fork", "--release", token], 3);
+        fork(&bench, &["vm", "three", "--hold", "200"]);
+        let at_cut = done();
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(done(), at_cut);
+        progress();
+        // One that is out when the daemon is stopped does not keep it.
+        fork(&bench, &["vm", "four", "--hold", "200"]);
+        progress();
+    });
+    drop(client);
+    fork(&bench, &["vm", "five", "--hold", "60000"]);
+    let stopped = Instant::now();
+    assert!(daemon.terminate().success());
+    assert!(stopped.elapsed() < Duration::from_secs(20));
+    bench.compare(&loads);
+}
+
 /// The daemon is killed at random moments of forks under load. The guest's driver connects again
 /// and misses nothing, and each child is there with what it should hold, or not at all.
 #[test]

@@ -9,13 +9,14 @@ use axum::response::{IntoResponse as _, Response};
 use format::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
+use uuid::Uuid;
 
 use super::NOTE;
 use super::reply::{Answer, Asked, Named, Params, Refused, blocking, failure, note_header};
 use super::types::{
     ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk, DiskDetails,
-    FailureBody, ForkDisks, ForkMode, ForkedDisks, Job, JobKind, LostTail, RemovedDisk, RenameDisk,
-    RepairDisk, Repaired, ResizeDisk, Scrubbed,
+    FailureBody, ForkDisks, ForkMode, ForkedDisks, Job, JobKind, LostTail, ReleasedFork,
+    RemovedDisk, RenameDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed,
 };
 use crate::daemon::{Daemon, Entry, Noted, Running};
 use crate::verbs;
@@ -157,6 +158,17 @@ pub async fn fork(
         *answer.status_mut() = StatusCode::CREATED;
     }
     Ok(answer)
+}
+
+/// Let disks go on that are held at the instant of a fork
+#[utoipa::path(post, path = "/v1/forks/{token}/release", tag = "disks",
+    params(("token" = Uuid, Path, description = "What the fork was answered with")),
+    responses((status = 200, body = ReleasedFork), (status = "default", body = FailureBody)))]
+pub async fn release(
+    State(daemon): Shared,
+    Named(token): Named<Uuid>,
+) -> Answer<Json<ReleasedFork>> {
+    Ok(Json(blocking(&daemon, move |d| d.release(token)).await?))
 }
 
 /// Give a disk another name

@@ -53,6 +53,7 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/store", get(disks::df))
         .route("/v1/disks", get(disks::list).post(disks::create))
         .route("/v1/forks", post(disks::fork))
+        .route("/v1/forks/{token}/release", post(disks::release))
         .route("/v1/disks/{name}", get(disks::show).delete(disks::remove))
         .route("/v1/disks/{name}/rename", post(disks::rename))
         .route("/v1/disks/{name}/resize", post(disks::resize))

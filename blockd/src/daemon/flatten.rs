@@ -205,6 +205,8 @@ impl Daemon {
         match self.is_due(name) {
             Ok(Some(how)) => self.flatten_in_background(name, &how),
             Ok(None) => {}
+            // Whoever has it looks at this when it is done, or the next one does.
+            Err(error) if error.kind() == Kind::Busy => {}
             Err(error) => tracing::warn!(disk = name, %error, "not flattened"),
         }
     }

@@ -23,10 +23,11 @@ use super::Daemon;
 use super::handover::side_by_side;
 use super::holds::Hold;
 use super::served::in_service;
+use super::tokens::lasting;
 use crate::api::types::{EventKind, ForkDisk, ForkDisks, ForkedDisks, JobKind};
 use crate::catalogue::{ForkRow, Forked};
-use crate::disk::Disk;
 use crate::disk::gate::Closed;
+use crate::disk::{Disk, HeldDisk};
 use crate::serve::Volume;
 use crate::store::Access;
 use crate::storedir::StoreDir;
@@ -45,19 +46,42 @@ struct Paused<'a> {
     gate: Closed<'a>,
 }
 
+/// How disks in service go on after their fork.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Then {
+    /// At once.
+    GoOn,
+    /// When somebody says so.
+    Hold,
+}
+
+/// What came of the cut: how long disks in service let nobody in, and those that still do not.
+pub(super) struct Cut {
+    pub(super) pause: Duration,
+    pub(super) held: Vec<HeldDisk>,
+}
+
 impl Paused<'_> {
     /// Goes on: in the successor if the disk is frozen, else as before.
-    fn go_on(self, dir: &StoreDir) {
+    fn go_on(self, dir: &StoreDir, then: Then) -> Option<HeldDisk> {
         let Paused { volume, disk, gate } = self;
-        let outcome = dir.is_frozen(disk.segment()).and_then(|frozen| match frozen {
-            true => volume.go_on(dir).map(|()| true),
-            false => Ok(false),
+        let outcome = dir.is_frozen(disk.segment()).and_then(|frozen| match (frozen, then) {
+            (true, Then::GoOn) => volume.go_on(dir).map(|()| (true, None)),
+            (true, Then::Hold) => volume.go_on_held(dir).map(|held| (true, Some(held))),
+            (false, _) => Ok((false, None)),
         });
         match outcome {
-            Ok(true) => gate.leave(),
-            Ok(false) => {}
-            // Its requests fail from now on, by name; attaching it again mends that.
-            Err(e) => disk.give_up(e),
+            Ok((frozen, held)) => {
+                if frozen {
+                    gate.leave();
+                }
+                held
+            }
+            Err(e) => {
+                // Its requests fail from now on, by name; attaching it again mends that.
+                disk.give_up(e);
+                None
+            }
         }
     }
 }
@@ -67,26 +91,40 @@ impl Daemon {
     ///
     /// # Errors
     /// As [`verbs::fork`]; `Busy` when somebody reads one of them beside its front ends, or when
-    /// requests in work do not end in time; `ReadOnly` for a disk that is served for reading only.
+    /// requests in work do not end in time; `ReadOnly` for a disk that is served for reading only;
+    /// `Invalid` for a hold of disks that nobody serves.
     pub fn fork(self: &Arc<Self>, request: &ForkDisks) -> Result<ForkedDisks> {
         let began = Instant::now();
         let fork = || -> Result<ForkedDisks> {
             verbs::check_asked(request)?;
             request.disks.iter().try_for_each(|of| self.bound_depth(&of.disk))?;
             let _changing = self.service.changing.lock();
-            let (volumes, _holds) = self.hold_for_fork(request)?;
+            let hold = request.hold_ms.map(lasting).transpose()?;
+            let (volumes, names) = self.hold_for_fork(request)?;
+            if hold.is_some() && volumes.is_empty() {
+                return Err(Error::invalid(
+                    "no disk of it is in service: there is nothing to hold",
+                ));
+            }
             let dir = self.dir()?;
             for of in request.disks.iter().filter(|of| !volumes.contains_key(&of.disk)) {
                 verbs::take_tail(&dir, &of.disk, request.accept_lost_tail)?;
             }
             let row = dir.begin_fork(&verbs::forks(request))?;
-            let pause = fork_all(&dir, &row, &volumes)?;
-            let pause = Some(pause).filter(|_| !volumes.is_empty());
-            verbs::forked(&dir, &dir.children(&row)?, (began.elapsed(), pause))
+            let then = if hold.is_some() { Then::Hold } else { Then::GoOn };
+            let cut = fork_all(&dir, &row, &volumes, then)?;
+            let pause = Some(cut.pause).filter(|_| !volumes.is_empty());
+            let forked = verbs::forked(&dir, &dir.children(&row)?, (began.elapsed(), pause))?;
+            let token = hold.map(|lasts| self.keep_held(cut.held, names, lasts));
+            Ok(ForkedDisks { token, ..forked })
         };
         let forked = fork().context("fork", || verbs::named(request))?;
         self.tell_of_fork(request);
         self.sum_frozen();
+        if forked.token.is_some() {
+            // What there is to flatten is looked at when they go on.
+            return Ok(forked);
+        }
         let of = |d: &ForkDisk| (d.disk.clone(), d.children.clone());
         self.flatten_after_fork(&request.disks.iter().map(of).collect::<Vec<_>>(), request.flatten);
         Ok(forked)
@@ -163,8 +201,13 @@ impl Daemon {
     }
 }
 
-/// Freezes all disks and lets them go on. Returns how long those in service let nobody in.
-pub(super) fn fork_all(dir: &StoreDir, fork: &ForkRow, volumes: &Volumes) -> Result<Duration> {
+/// Freezes all disks and lets them go on.
+pub(super) fn fork_all(
+    dir: &StoreDir,
+    fork: &ForkRow,
+    volumes: &Volumes,
+    then: Then,
+) -> Result<Cut> {
     let disks: Vec<(&Arc<Volume>, Arc<Disk>)> =
         volumes.values().map(|volume| (volume, volume.disk())).collect();
     let prepared = side_by_side(disks.iter().collect(), |(_, disk)| disk.prepare_hand_on());
@@ -183,12 +226,12 @@ pub(super) fn fork_all(dir: &StoreDir, fork: &ForkRow, volumes: &Volumes) -> Res
     });
     // Also when a disk could not be frozen: those that were must go on.
     let settled = dir.settle_fork(fork);
-    paused.into_iter().for_each(|paused| paused.go_on(dir));
+    let held = paused.into_iter().filter_map(|paused| paused.go_on(dir, then)).collect();
     let pause = began.elapsed();
     // What is durable counts: there are children when all disks are frozen.
     if !settled? {
         frozen?;
         return Err(Error::new(Kind::Failed, "not all of the disks were frozen"));
     }
-    Ok(pause)
+    Ok(Cut { pause, held })
 }

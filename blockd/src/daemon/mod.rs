@@ -31,6 +31,7 @@ pub mod sandbox;
 mod served;
 mod sessions;
 mod state;
+mod tokens;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -43,6 +44,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
 use flatten::Underway;
+use tokens::Tokens;
 
 use crate::api::types::{EventKind, ExportState, Health, Version};
 use crate::clock;
@@ -83,6 +85,7 @@ pub struct Daemon {
     /// Held by the one who makes sums of frozen segments.
     summing: Mutex<()>,
     flattening: Underway,
+    tokens: Tokens,
     stopping: watch::Sender<bool>,
 }
 
@@ -111,6 +114,7 @@ impl Daemon {
             handed_over: AtomicBool::new(false),
             summing: Mutex::default(),
             flattening: Underway::default(),
+            tokens: Tokens::default(),
             stopping: watch::Sender::new(false),
         };
         daemon.events.add(EventKind::Started, format!("store {}", path.display()), "");
@@ -204,6 +208,7 @@ impl Daemon {
         if !self.stopping.send_replace(true) {
             self.events.add(EventKind::Stopping, format!("store {}", self.path.display()), "");
             self.jobs.suspend_all();
+            self.release_all();
         }
     }
 

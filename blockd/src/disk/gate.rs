@@ -158,6 +158,16 @@ impl IoGate {
         Some(closed)
     }
 
+    /// Lets nobody in until [`IoGate::open`]; waits for nobody.
+    pub fn shut(&self) {
+        self.closed.store(true, Ordering::SeqCst); // as in `close_within`
+    }
+
+    /// Ends what [`IoGate::shut`] began.
+    pub fn open(&self) {
+        self.closed.store(false, Ordering::Release); // as in the drop of `Closed`
+    }
+
     /// The present epoch: the tag for space that was just let go.
     #[must_use]
     pub fn epoch(&self) -> u64 {

@@ -21,6 +21,7 @@ mod commit;
 pub mod create;
 pub mod gate;
 mod hand_on;
+mod held;
 mod io;
 mod leaf;
 pub mod leafset;
@@ -54,6 +55,7 @@ use format::{Error, Kind, Result};
 use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
 
+pub use held::HeldDisk;
 pub use open::left_tail;
 pub use pull::{Below, Pulled};
 

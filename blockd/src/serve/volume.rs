@@ -19,7 +19,7 @@ use super::hold::{self, Change, Hold};
 use super::limits::{Limits, Throttle};
 use super::slow::{Errand, Mailbox, SlowLane};
 use super::stats::{self, LaneStats, OpKind, VolumeStats};
-use crate::disk::{Disk, Options, Vouched};
+use crate::disk::{Disk, HeldDisk, Options, Vouched};
 use crate::store::Access;
 use crate::storedir::StoreDir;
 
@@ -197,11 +197,25 @@ impl Volume {
     /// # Errors
     /// As [`StoreDir::open_disk`]; nothing has changed then.
     pub fn go_on(&self, dir: &StoreDir) -> Result<()> {
-        let disk =
-            dir.open_disk(&self.name, Access::Write, &live_options(dir, self.lanes.len()))?;
-        self.disk.replace(Arc::new(disk));
+        self.go_on_with(dir, &|_| ())
+    }
+
+    /// The same, and holds it: no request begins until what is given back is dropped.
+    ///
+    /// # Errors
+    /// As [`Volume::go_on`].
+    pub fn go_on_held(&self, dir: &StoreDir) -> Result<HeldDisk> {
+        // Held before anybody can get at it.
+        self.go_on_with(dir, &HeldDisk::of)
+    }
+
+    fn go_on_with<T>(&self, dir: &StoreDir, first: &dyn Fn(&Arc<Disk>) -> T) -> Result<T> {
+        let options = live_options(dir, self.lanes.len());
+        let disk = Arc::new(dir.open_disk(&self.name, Access::Write, &options)?);
+        let done = first(&disk);
+        self.disk.replace(disk);
         self.wake_workers();
-        Ok(())
+        Ok(done)
     }
 
     /// Counters and state.

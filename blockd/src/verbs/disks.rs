@@ -157,6 +157,10 @@ pub fn create(dir: &StoreDir, new: &CreateDisk) -> Result<Summary> {
 /// As [`StoreDir::fork`] and [`StoreDir::inherit`].
 pub fn fork(dir: &StoreDir, request: &ForkDisks, watch: &dyn Watch) -> Result<ForkedDisks> {
     let began = Instant::now();
+    if request.hold_ms.is_some() {
+        let e = Error::invalid("no disk of it is in service: there is nothing to hold");
+        return Err(e).context("fork", || named(request));
+    }
     if let Some(inherited) = inherit::inherit(dir, request, watch)? {
         return inherit::inherited(dir, &inherited, (began.elapsed(), None));
     }
@@ -205,6 +209,7 @@ pub fn forked(
         cloned: 0,
         took_us: micros(took),
         pause_us: pause.map(micros),
+        token: None,
     })
 }
 

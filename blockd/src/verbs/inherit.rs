@@ -19,6 +19,9 @@ pub fn check_asked(request: &ForkDisks) -> Result<()> {
         return Err(Error::invalid("a base and a threshold are for children that inherit")
             .hint("ask for the mode `inherit`"));
     }
+    if request.mode == ForkMode::Inherit && request.hold_ms.is_some() {
+        return Err(Error::invalid("only a live fork can be held"));
+    }
     Ok(())
 }
 

@@ -53,7 +53,7 @@ fn to_the_base() {
         assert_eq!(depth(dir, "data"), 1);
     });
     recorder.step(|dir| assert_eq!(flatten(dir, "data", TO_BASE), 0));
-    recorder.step(|dir| change(dir, "data", 5, EXTENT, 2 * EXTENT));
+    recorder.step(|dir| change(dir, "data", 5, 8 * EXTENT, 2 * EXTENT));
     recorder.visit("flatten: to the base");
 }
 

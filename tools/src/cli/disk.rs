@@ -49,6 +49,7 @@ Examples:
 Examples:
   offshoot disk fork web1 try1 try2 try3
   offshoot disk fork db db-copy --with logs:logs-copy
+  offshoot disk fork web1 try4 --hold 5000
   offshoot disk fork golden desk1 desk2 --mode inherit
   offshoot disk fork web1 try4 --mode inherit --copy-threshold 256M")]
     Fork(Fork),

@@ -4,6 +4,8 @@ use blockd::api::types::{FlattenWhen, ForkDisk, ForkMode};
 use blockd::storedir::BaseRule;
 use clap::{Args, ValueEnum};
 
+use uuid::Uuid;
+
 use super::LostTail;
 use crate::size;
 
@@ -11,9 +13,10 @@ use crate::size;
 #[derive(Debug, Args)]
 pub struct Fork {
     /// Name of the disk
-    pub parent: String,
+    #[arg(required_unless_present = "release")]
+    pub parent: Option<String>,
     /// Names of its children
-    #[arg(required = true, value_name = "CHILD")]
+    #[arg(required_unless_present = "release", value_name = "CHILD")]
     pub children: Vec<String>,
     /// Another disk to fork at the same instant, and its children: all are forked, or none
     #[arg(long, value_name = "DISK:CHILD[,CHILD...]", value_parser = with)]
@@ -27,6 +30,13 @@ pub struct Fork {
     /// Inherit if fewer bytes than this are to be copied in all, else fork live
     #[arg(long, value_parser = size::parse, value_name = "BYTES")]
     pub copy_threshold: Option<u64>,
+    /// Let no request of disks in service begin after the cut until `--release`, or for so many
+    /// milliseconds (60,000 at most): the answer names the cut by a token
+    #[arg(long, value_name = "MS")]
+    pub hold: Option<u64>,
+    /// Let the disks of a fork go on that was made with `--hold`
+    #[arg(long, value_name = "TOKEN", conflicts_with_all = ["parent", "children", "with", "hold"])]
+    pub release: Option<Uuid>,
     /// What becomes of the depth of the disks: `auto` (what their policies say, for disks in
     /// service), `manual` (nothing), or `now` (the disks and their children are flattened)
     #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]

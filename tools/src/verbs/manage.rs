@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use blockd::api::types::{
-    CreateDisk, Disk, DiskState, ForkDisk, ForkDisks, ForkMode, ForkedDisks, ResizeDisk,
+    CreateDisk, Disk, DiskState, ForkDisk, ForkDisks, ForkMode, ForkedDisks, ReleasedFork,
+    ResizeDisk,
 };
 use blockd::pump::Unwatched;
 use blockd::store::Access;
@@ -31,13 +32,22 @@ pub fn create(s: &Session, args: Create) -> Outcome {
 
 /// `disk fork`
 pub fn fork(s: &Session, args: Fork) -> Outcome {
-    let first = ForkDisk { disk: args.parent, children: args.children };
+    if let Some(token) = args.release {
+        let path = format!("/v1/forks/{token}/release");
+        let released: ReleasedFork = s.need_daemon()?.post(path, &())?;
+        let ms = Duration::from_micros(released.held_us).as_secs_f64() * 1e3;
+        s.out.confirm(&released, || format!("released the fork, after {ms:.1} ms"))?;
+        return Ok(Verdict::Done);
+    }
+    let parent = args.parent.expect("required unless something is released");
+    let first = ForkDisk { disk: parent, children: args.children };
     let request = ForkDisks {
         disks: [first].into_iter().chain(args.with).collect(),
         accept_lost_tail: args.tail.accept_lost_tail,
         mode: args.mode.into(),
         base: args.base.map(Into::into),
         copy_threshold: args.copy_threshold,
+        hold_ms: args.hold,
         flatten: args.flatten.into(),
     };
     let store = s.open(Access::Write)?;
@@ -70,7 +80,9 @@ fn told(request: &ForkDisks, forked: &ForkedDisks) -> String {
     let children: Vec<&str> = forked.children.iter().map(|d| d.name.as_str()).collect();
     let ms = |micros: u64| Duration::from_micros(micros).as_secs_f64() * 1e3;
     let waited = |micros| format!(", guests waited for {:.1} ms", ms(micros));
-    let pause = forked.pause_us.map_or(String::new(), waited);
+    let held = |token| format!("; held: `offshoot disk fork --release {token}`");
+    let pause =
+        forked.pause_us.map_or(String::new(), waited) + &forked.token.map_or(String::new(), held);
     let (parents, children) = (parents.join(", "), children.join(", "));
     let took = ms(forked.took_us);
     match (forked.mode, request.mode) {

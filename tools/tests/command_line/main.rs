@@ -30,8 +30,20 @@ fn has_fields(value: &Value, expected: &[&str]) {
     assert_eq!(found, expected, "{value:#}");
 }
 
-const DISK: [&str; 10] =
-    ["name", "disk", "segment", "size", "allocated", "state", "parent", "depth", "created", "mode"];
+const DISK: [&str; 12] = [
+    "name",
+    "disk",
+    "segment",
+    "size",
+    "allocated",
+    "state",
+    "parent",
+    "depth",
+    "created",
+    "mode",
+    "flattening",
+    "flatten_policy",
+];
 
 fn disk_and(more: &[&'static str]) -> Vec<&'static str> {
     [&DISK[..], more].concat()

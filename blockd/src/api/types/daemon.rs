@@ -226,6 +226,8 @@ pub enum EventKind {
     Undone,
     /// A disk was flattened.
     Flattened,
+    /// Disks that were held at the instant of a fork go on.
+    Released,
 }
 
 impl EventKind {
@@ -252,6 +254,7 @@ impl EventKind {
             EventKind::Committed => "committed",
             EventKind::Undone => "undone",
             EventKind::Flattened => "flattened",
+            EventKind::Released => "released",
         }
     }
 }

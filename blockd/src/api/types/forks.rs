@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+use uuid::Uuid;
 
 use super::{Disk, FlattenWhen};
 use crate::storedir::BaseRule;
@@ -35,6 +36,10 @@ pub struct ForkDisks {
     /// Inherit if fewer bytes than this are to be copied in all, else fork live.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copy_threshold: Option<u64>,
+    /// Let no request of disks in service begin after the cut until the token is released, or for
+    /// so many milliseconds, at most 60,000. For live forks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hold_ms: Option<u64>,
     /// What becomes of their depth.
     #[serde(default)]
     pub flatten: FlattenWhen,
@@ -65,4 +70,16 @@ pub struct ForkedDisks {
     pub took_us: u64,
     /// Microseconds for which disks in service let no request in; null when none is in service.
     pub pause_us: Option<u64>,
+    /// Names the cut while disks are held at it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<Uuid>,
+}
+
+/// Disks that go on after they were held at the instant of a fork.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ReleasedFork {
+    /// The cut.
+    pub token: Uuid,
+    /// Microseconds for which they were held.
+    pub held_us: u64,
 }
