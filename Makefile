@@ -22,7 +22,7 @@ build: ## Build the release binaries
 test: setup ## All tests, a short fuzz run, and a list of what was skipped
 	@tests/run.sh
 
-demo: setup ## Show what works on a temporary store, and with a guest; a minute or two
+demo: setup ## Show what works, with a guest whose disks are forked; two or three minutes
 	@tools/demo.sh
 
 soak: setup ## The long variants of all tests, and ten minutes of fuzzing per target

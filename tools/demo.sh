@@ -8,8 +8,9 @@
 #
 # Then the daemon: a Linux guest in QEMU boots from a delta disk over vhost-user, makes a file
 # system on a second one, and writes to it while the daemon under it is killed again and again. The
-# guest compares what it reads with checksums that it keeps in its own memory. On a machine that
-# cannot run a guest the demo says so, and shows the rest.
+# guest compares what it reads with checksums that it keeps in its own memory. Then its disks are
+# forked while it writes, each child is booted and verified, and they are flattened under it. On a
+# machine that cannot run a guest the demo says so, and shows the rest. These parts are in demo/.
 #
 # The first step that fails ends the demo with its output and a non-zero exit code. Nothing is left
 # behind.
@@ -30,19 +31,22 @@ disk_bytes=$((1 << 30))
 first_slot=$((600 << 20))
 large_offset=$((900 << 20))
 large_bytes=$((32 << 20))
-# How often the daemon is killed under the guest, and how long the guest may take for one thing.
-daemon_kills=3
-guest_limit=90
 why_no_guest=
+# What a step that ran has to add to what is said about it.
+detail=
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/offshoot-demo.XXXXXX")
 tail_dir=$(mktemp -d /dev/shm/offshoot-demo.XXXXXX)
 log="$work/log"
 writer=
 daemon=
-guest=
 # Where to complain, whatever the step that failed had redirected.
 exec 3>&2
+
+# shellcheck source=tools/demo/guest.sh
+source "$top/tools/demo/guest.sh"
+# shellcheck source=tools/demo/forks.sh
+source "$top/tools/demo/forks.sh"
 
 stop_writer() {
     if [[ -n $writer ]]; then
@@ -54,7 +58,7 @@ stop_writer() {
 
 stop_processes() {
     stop_writer
-    for process in $guest $daemon; do
+    for process in "${guests[@]}" $daemon; do
         kill -9 "$process" 2>/dev/null || true
         wait "$process" 2>/dev/null || true
     done
@@ -66,7 +70,7 @@ finish() {
     stop_processes
     if ((code != 0)); then
         echo >&3
-        tail -n 30 "$log" "$work"/{daemon.log,qemu.log,console} 2>/dev/null >&3 || true
+        tail -n 30 "$log" "$work"/{daemon.log,*.qemu.log,*.console} 2>/dev/null >&3 || true
         echo "demo: FAILED in: ${doing:-start}" >&3
     fi
     rm -rf "$work" "$tail_dir"
@@ -82,10 +86,11 @@ step() { # WHAT COMMAND...: runs the command quietly, says what it showed and ho
     local start what=$1
     shift
     doing=$what
+    detail=
     start=$(now_ms)
     "$@" >>"$log" 2>&1
     local took=$(($(now_ms) - start))
-    printf '  %3d.%02d s  %s\n' $((took / 1000)) $((took % 1000 / 10)) "$what"
+    printf '  %3d.%02d s  %s\n' $((took / 1000)) $((took % 1000 / 10)) "$what$detail"
 }
 
 show() { # COMMAND...: runs the command and shows its output
@@ -219,210 +224,6 @@ look_inside() {
     cmp "$work/sample" "$work/files/$sample"
 }
 
-# --- A guest on the daemon ---
-
-# Whether this machine can run a guest; if not, `why_no_guest` says why.
-can_run_guest() {
-    if ! type -P qemu-system-x86_64 >/dev/null; then
-        why_no_guest="there is no qemu-system-x86_64 here"
-    elif ! image=$("$top/tests/guest/build.sh" 2>"$work/image.log"); then
-        cat "$work/image.log" >>"$log"
-        why_no_guest=$(tail -n 1 "$work/image.log")
-    else
-        return 0
-    fi
-    return 1
-}
-
-import_system() {
-    "$top/tests/guest/build.sh" disk "$work/system.raw"
-    offshoot disk import "$work/system.raw" system
-    offshoot disk seal system
-    offshoot disk create web1 --parent system
-    offshoot disk create data --size 256M
-}
-
-start_daemon() {
-    "${offshoot%/*}/blockd" --store "$work/store" --api "$work/api.sock" >>"$work/daemon.log" 2>&1 &
-    daemon=$!
-    until offshoot daemon status 2>/dev/null; do
-        kill -0 "$daemon"
-        sleep 0.05
-    done
-}
-
-attach_disks() {
-    offshoot disk attach web1 --socket "$work/web1.sock"
-    offshoot disk attach data --socket "$work/data.sock" --queues 2
-}
-
-# Hardware when a guest kernel runs on it: /dev/kvm alone does not say so. QEMU 9.2 and newer
-# look for a daemon that went away more often than once a second.
-choose_emulator() {
-    accel=(-accel 'tcg,thread=multi' -cpu qemu64)
-    by="emulated processors"
-    if grep -qwE 'svm|vmx' /proc/cpuinfo && [[ -r /dev/kvm && -w /dev/kvm ]]; then
-        accel=(-accel kvm -cpu host)
-        by="KVM"
-    fi
-    local version
-    version=$(qemu-system-x86_64 --version | sed -nE 's/.*version ([0-9]+\.[0-9]+).*/\1/p')
-    reconnect="reconnect=1"
-    if [[ $(printf '%s\n' 9.2 "$version" | sort -V | head -n 1) == 9.2 ]]; then
-        reconnect="reconnect-ms=100"
-    fi
-}
-
-vhost_disk() { # NAME QUEUES
-    disks+=(-chardev "socket,id=$1,path=$work/$1.sock,$reconnect"
-        -device "vhost-user-blk-pci,chardev=$1,num-queues=$2")
-}
-
-# The guest's memory is shared: the daemon reads and writes it itself. Its second serial line takes
-# commands, see tests/guest/init.
-boot_guest() {
-    mkfifo "$work/line.in" "$work/line.out"
-    # Both ends stay open here, so that neither side waits for the other to open it.
-    exec {to_guest}<>"$work/line.in" {from_guest}<>"$work/line.out"
-    disks=()
-    vhost_disk web1 1
-    vhost_disk data 2
-    qemu-system-x86_64 "${accel[@]}" -nodefaults -no-user-config -display none -no-reboot \
-        -machine q35,memory-backend=memory -smp 2 -m 256M \
-        -object memory-backend-memfd,id=memory,size=256M,share=on \
-        -serial "file:$work/console" -serial "pipe:$work/line" "${disks[@]}" \
-        -kernel "$image/vmlinuz" -initrd "$image/initramfs.cpio" \
-        -append "console=ttyS0 quiet panic=-1 mitigations=off root=/dev/vda" \
-        </dev/null >"$work/qemu.log" 2>&1 &
-    guest=$!
-    local line=
-    until [[ $line == ready ]]; do
-        read -r -t "$guest_limit" -u "$from_guest" line
-    done
-    in_guest 'grep "^/dev/vda / ext4 rw" /proc/mounts'
-}
-
-in_guest() { # COMMAND: runs a line of shell there, and shows what it says
-    local id code bytes text
-    kill -0 "$guest"
-    echo "1 ${1//$'\n'/ }" >&"$to_guest"
-    read -r -t "$guest_limit" -u "$from_guest" id code bytes
-    text=
-    if ((bytes > 0)); then
-        LC_ALL=C IFS= read -r -t "$guest_limit" -N "$bytes" -u "$from_guest" text
-    fi
-    echo "guest: $1: $code: $text"
-    [[ $id == 1 && $code == 0 ]]
-}
-
-use_file_system() {
-    in_guest 'mke2fs -q -t ext4 /dev/vdb && mount /dev/vdb /mnt'
-    in_guest 'cp -r /bin /usr /mnt; sync; cd / && find bin usr -type f |
-        xargs sha256sum >/run/copied'
-    in_guest "$forget_cache; cd /mnt && sha256sum -c /run/copied >/dev/null"
-}
-
-# Two writers, one with and one without the guest's page cache. The checksum of a file is noted in
-# the guest's memory, once the file was written and synced.
-start_writers() {
-    local writer flags
-    for writer in 1 2; do
-        flags=conv=fsync
-        ((writer == 1)) || flags=oflag=direct
-        in_guest "(i=0; while [ ! -e /run/stop ]; do f=w$writer-\$((i % 32)); i=\$((i + 1));
-            dd if=/dev/urandom of=/run/new$writer bs=1M count=1 || exit;
-            dd if=/run/new$writer of=/mnt/\$f bs=64k $flags || exit;
-            (cd /run; sha256sum <new$writer | sed s/-/\$f/ >sum-\$f; echo \$f >>rounds);
-            done; touch /run/done$writer) >/run/log$writer 2>&1 &"
-    done
-}
-
-rounds() { in_guest 'wc -l </run/rounds' | sed 's/.*: //'; }
-
-# Waits until the guest has written again, so that every kill hits a working guest.
-kill_daemon() {
-    local before now end=$((SECONDS + guest_limit))
-    before=$(rounds)
-    now=$before
-    while ((now == before)); do
-        ((SECONDS < end))
-        sleep 0.05
-        now=$(rounds)
-    done
-    kill -9 "$daemon"
-    wait "$daemon" 2>/dev/null || true
-    daemon=
-    sleep 0.3
-    start_daemon
-}
-
-kill_daemon_in_mid_write() {
-    local kill
-    in_guest 'touch /run/rounds'
-    start_writers
-    for ((kill = 0; kill < daemon_kills; kill++)); do
-        kill_daemon
-    done
-    in_guest 'touch /run/stop; until [ -e /run/done1 ] && [ -e /run/done2 ]; do sleep 0.1; done'
-    written=$(rounds)
-}
-
-verify_in_guest() {
-    in_guest '! find /mnt -maxdepth 1 -name "w*" ! -size 2048 | grep .'
-    in_guest "$forget_cache; cd /mnt && cat /run/sum-* | sha256sum -c && sha256sum -c /run/copied"
-}
-
-power_off() {
-    in_guest 'umount /mnt && mount -o remount,ro /'
-    # It answers no more.
-    echo '1 poweroff -f' >&"$to_guest"
-    local waited
-    for ((waited = 0; waited < guest_limit * 10; waited++)); do
-        kill -0 "$guest" 2>/dev/null || break
-        sleep 0.1
-    done
-    ((waited < guest_limit * 10))
-    wait "$guest"
-    guest=
-}
-
-stop_daemon() {
-    offshoot disk detach web1
-    offshoot disk detach data
-    offshoot daemon stop
-    wait "$daemon"
-    daemon=
-}
-
-check_disks() {
-    offshoot disk compare system "$work/system.raw"
-    offshoot disk scrub system
-    local disk
-    for disk in web1 data; do
-        offshoot disk check "$disk"
-        offshoot disk export "$disk" "$work/$disk.raw"
-        e2fsck -fn "$work/$disk.raw"
-    done
-}
-
-show_guest() {
-    # Reading back must reach the disk: the guest gives up its own copy of it.
-    forget_cache='sync; echo 3 >/proc/sys/vm/drop_caches'
-    choose_emulator
-    echo "The daemon, and a guest on it"
-    step "imported a Linux system as disk system, sealed it, made its child web1" import_system
-    step "started blockd" start_daemon
-    step "it serves web1, and an empty disk, to virtual machines" attach_disks
-    step "booted Linux in QEMU ($by), its root on web1" boot_guest
-    step "the guest made a file system, and reads back what it wrote" use_file_system
-    show disk show web1
-    step "killed blockd under the writing guest, $daemon_kills times" kill_daemon_in_mid_write
-    step "the guest went on ($written more files), and reads what it wrote" verify_in_guest
-    step "the guest shut down" power_off
-    step "stopped blockd" stop_daemon
-    step "disks and file systems are clean, and system did not change" check_disks
-}
-
 main() {
     offshoot=${OFFSHOOT:-}
     if [[ -z $offshoot ]]; then
@@ -458,6 +259,8 @@ main() {
     step "the file system in it is clean, and a file in it is the original" look_inside
     if can_run_guest; then
         show_guest
+        show_forks
+        show_end_of_guest
     fi
     show store df
     local took=$(($(now_ms) - start))
@@ -466,11 +269,12 @@ main() {
     echo "  - $kills kills of a writer in mid-write: $acknowledged acknowledged writes, all there"
     if [[ -n $why_no_guest ]]; then
         echo "NOT shown, because $why_no_guest:"
-        echo "  - a guest on the daemon, and kills of the daemon under it"
+        echo "  - a guest on the daemon, kills of the daemon under it, and forks of its disks"
     else
         echo "  - a Linux guest booted from a child of a sealed disk, over vhost-user"
         echo "  - $daemon_kills kills of the daemon under the writing guest, which went on and" \
             "reads what it wrote"
+        sum_up_forks
     fi
     echo "Nothing is left behind."
 }
