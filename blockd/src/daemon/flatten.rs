@@ -154,7 +154,7 @@ impl Daemon {
             copy.copied += pulled.bytes;
             job.add(pulled.bytes);
             if before / WRITE_BEHIND_BYTES != copy.copied / WRITE_BEHIND_BYTES {
-                disk.write_behind();
+                disk.write_out();
             }
             let next = copy.pace.copied(pulled.bytes, || volume.stats(), Instant::now());
             drop((disk, volume, hold));

@@ -151,6 +151,11 @@ impl Disk {
         self.file.write_behind();
     }
 
+    /// The same beside a guest, whose data stays in memory.
+    pub fn write_out(&self) {
+        self.file.write_out();
+    }
+
     /// Syncs the file; a failure ends this opening of the disk.
     pub(super) fn sync(&self) -> Result<()> {
         self.file.sync().map_err(|e| self.fail(e.tried("sync")))

@@ -31,6 +31,8 @@ use crate::store::{ReadOp, WriteOp};
 
 /// Extents that one pull copies at most: bounds how long a first write waits for it.
 const BATCH: usize = 16;
+/// Bytes of one write: a guest's waits for it when the kernel lets in one at a time.
+const WRITE_STEP: usize = 64 << 10;
 /// How long requests that were planned over older entries may take to end.
 const PASS_MAX: Duration = Duration::from_secs(30);
 /// How often who waits for requests to end looks.
@@ -237,13 +239,14 @@ impl Disk {
         }
         let own = self.map.own();
         let targets = runs(parts, |part, b| Some((own, part.target.block(b))));
-        let writes: Vec<WriteOp<'_>> = targets
-            .iter()
-            .map(|run| WriteOp {
-                offset: run.first.file_offset(),
-                buf: &buf[run.at * block..(run.at + run.count) * block],
-            })
-            .collect();
+        let mut writes: Vec<WriteOp<'_>> = Vec::new();
+        for run in &targets {
+            let content = &buf[run.at * block..(run.at + run.count) * block];
+            let steps = (run.first.file_offset()..).step_by(WRITE_STEP);
+            writes.extend(
+                steps.zip(content.chunks(WRITE_STEP)).map(|(offset, buf)| WriteOp { offset, buf }),
+            );
+        }
         self.file.write_many(&writes)
     }
 

@@ -108,6 +108,10 @@ pub trait File: Send + Sync {
     /// Promises nothing: the next `sync` says what is durable, and reports what went wrong.
     fn write_behind(&self) {}
 
+    /// Begins to move what was written to the device, without waiting for it, and lets go of
+    /// nothing: others read the file. Promises nothing, as [`File::write_behind`].
+    fn write_out(&self) {}
+
     /// Length in bytes.
     ///
     /// # Errors

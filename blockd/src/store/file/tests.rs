@@ -142,6 +142,7 @@ fn long_writes_of_threads_arrive_whole_whatever_is_written_behind_them() {
                 scope.spawn(move || {
                     file.write_at(u64::from(thread) * LEN as u64, &[thread + 1; LEN]).unwrap();
                     file.write_behind();
+                    file.write_out();
                 });
             }
         });
