@@ -33,7 +33,20 @@ pub async fn open(
     Extension(client): Extension<Client>,
     Asked(request): Asked<OpenSession>,
 ) -> Answer {
-    let opened = blocking(&daemon, move |d| d.open_session(client.0, &request)).await?;
+    // Goes with this request, and the sessions of a connection end after its requests went. One
+    // that is opened for a client that is gone by then is nobody's, and would stay for ever.
+    let asking = Arc::new(());
+    let asked = Arc::downgrade(&asking);
+    let open = move |d: &Arc<Daemon>| {
+        let opened = d.open_session(client.0, &request)?;
+        if asked.strong_count() == 0 {
+            // One that ended meanwhile is what is wanted.
+            let _ = d.drop_session(opened.value.id);
+        }
+        Ok(opened)
+    };
+    let opened = blocking(&daemon, open).await?;
+    drop(asking);
     Ok((StatusCode::CREATED, opened).into_response())
 }
 
