@@ -155,7 +155,8 @@ fn one_request(
     (disk, purpose): (String, SessionUse),
     accept_lost_tail: bool,
 ) -> Result<(OneRequest, Noted<u64>)> {
-    let request = OpenSession { disk, purpose, size: None, total: None, accept_lost_tail };
+    let request =
+        OpenSession { disk, purpose, size: None, parent: None, total: None, accept_lost_tail };
     let Noted { value, notes } = daemon.open_session(NO_CLIENT, &request)?;
     let guard = OneRequest { daemon: Arc::clone(daemon), id: value.id };
     Ok((guard, Noted { value: value.size, notes }))

@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::NOTE;
 use super::reply::{Answer, Asked, Named, Params, Refused, blocking, failure, note_header};
 use super::types::{
-    ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk, DiskDetails,
+    ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Digested, Disk, DiskDetails,
     FailureBody, ForkDisks, ForkMode, ForkedDisks, Job, JobKind, LostTail, ReleasedFork,
     RemovedDisk, RenameDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed,
 };
@@ -252,6 +252,22 @@ pub async fn scrub(
 ) -> Answer {
     let what = (JobKind::Scrub, format!("disk {name}"));
     as_job(daemon, what, waiting, move |d, job| d.scrub(&name, job)).await
+}
+
+/// The digest of a sealed disk's content
+///
+/// It does not depend on where and how the content is stored, nor on the store.
+#[utoipa::path(post, path = "/v1/disks/{name}/digest", tag = "disks",
+    params(("name" = String, Path, description = "Name of the disk"), Waiting),
+    responses((status = 200, body = Digested), (status = 202, body = Job),
+        (status = "default", body = FailureBody)))]
+pub async fn digest(
+    State(daemon): Shared,
+    Named(name): Named<String>,
+    Params(waiting): Params<Waiting>,
+) -> Answer {
+    let what = (JobKind::Digest, format!("disk {name}"));
+    as_job(daemon, what, waiting, move |d, job| d.digest(&name, job)).await
 }
 
 /// Compare the contents of two disks

@@ -67,6 +67,7 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/disks/{name}/check", post(disks::check))
         .route("/v1/disks/{name}/repair", post(disks::repair))
         .route("/v1/disks/{name}/scrub", post(disks::scrub))
+        .route("/v1/disks/{name}/digest", post(disks::digest))
         .route("/v1/disks/{name}/map", get(content::map))
         .route("/v1/disks/{name}/data", get(content::read).put(content::write))
         .route("/v1/disks/{name}/discard", post(content::discard))

@@ -51,6 +51,7 @@ use super::{content, daemon, disks, exports, flatten, modes, sessions};
         disks::repair,
         disks::scrub,
         disks::compare,
+        disks::digest,
         disks::diff,
         exports::list,
         exports::stats,

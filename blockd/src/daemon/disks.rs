@@ -11,8 +11,9 @@ use super::Daemon;
 use super::holds::Hold;
 use super::jobs::Running;
 use crate::api::types::{
-    ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk as Summary, DiskDetails,
-    MapRange, Moved, RemovedDisk, RenameDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed,
+    ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Digested, Disk as Summary,
+    DiskDetails, MapRange, Moved, RemovedDisk, RenameDisk, RepairDisk, Repaired, ResizeDisk,
+    Scrubbed,
 };
 use crate::disk::Disk;
 use crate::serve::Volume;
@@ -210,6 +211,15 @@ impl Daemon {
         let scrubbed = verbs::scrub(&*self.dir()?, name, job)?;
         self.tell_of_damage(name, scrubbed.report.clean);
         Ok(scrubbed)
+    }
+
+    /// The digest of a sealed disk's content.
+    ///
+    /// # Errors
+    /// As [`verbs::digest`].
+    pub fn digest(&self, name: &str, job: &Running) -> Result<Digested> {
+        let _hold = self.hold(name, Access::Read).context("digest", object(name))?;
+        verbs::digest(&*self.dir()?, name, job)
     }
 
     fn tell_of_damage(&self, name: &str, clean: bool) {

@@ -37,7 +37,8 @@ const EXTENTS_MAX: usize = 4096;
 enum Body {
     Read(Opened),
     Write(Opened),
-    Import(Box<Import<Arc<StoreDir>>>, Hold),
+    /// The disk being filled, and what is held for it.
+    Import(Box<Import<Arc<StoreDir>>>, Vec<Hold>),
 }
 
 impl Body {
@@ -211,10 +212,18 @@ impl Daemon {
                     Error::invalid("an import needs the size of the disk").on(name.clone())
                 })?;
                 let begin = || -> Result<Body> {
-                    let hold = self.hold(name, Access::Write)?;
-                    let new = NewDisk::root(name, size);
-                    let import = Import::begin(self.dir()?, &new, lanes())?;
-                    Ok(Body::Import(Box::new(import), hold))
+                    // The parent is held as well: it must not go, nor become another one of the
+                    // same name, while the disk over it is not in the catalogue yet.
+                    let parent = request.parent.as_ref().filter(|parent| *parent != name);
+                    let parent =
+                        parent.map(|parent| self.hold(parent, Access::Read)).transpose()?;
+                    let holds = parent.into_iter().chain([self.hold(name, Access::Write)?]);
+                    let holds = holds.collect();
+                    let import = match &request.parent {
+                        None => Import::begin(self.dir()?, &NewDisk::root(name, size), lanes())?,
+                        Some(parent) => Import::over(self.dir()?, (name, size), parent, lanes())?,
+                    };
+                    Ok(Body::Import(Box::new(import), holds))
                 };
                 let value = begin().context("import", || format!("disk {name}"))?;
                 Ok(Noted { value, notes: Vec::new() })
@@ -245,12 +254,12 @@ impl Daemon {
             None => Err(gone(id)),
             Some(Body::Read(opened)) => opened.close().map(|()| None),
             Some(Body::Write(opened)) => opened.close().context("write", object).map(|()| None),
-            Some(Body::Import(import, hold)) => {
+            Some(Body::Import(import, holds)) => {
                 let publish = || {
                     // Asked to stop before this moment, it leaves nothing.
                     content.entry.check()?;
                     let row = import.finish()?;
-                    drop(hold);
+                    drop(holds);
                     verbs::summary(&*self.dir()?, &row).map(Some)
                 };
                 publish().context("import", object)

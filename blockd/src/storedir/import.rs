@@ -55,6 +55,23 @@ impl<D: Deref<Target = StoreDir>> Import<D> {
         Import::fill(dir, segment, lanes)
     }
 
+    /// As [`Import::begin`], with a disk that holds what the sealed disk `parent` does, and zeroes
+    /// where it is larger.
+    ///
+    /// # Errors
+    /// As [`StoreDir::create`] and [`Disk::resize`].
+    pub fn over(dir: D, (name, size): (&str, u64), parent: &str, lanes: usize) -> Result<Self> {
+        let inherited = dir.disk(parent)?.virtual_size;
+        let new =
+            NewDisk { parent: Some(parent.to_owned()), ..NewDisk::root(name, size.max(inherited)) };
+        let import = Import::begin(dir, &new, lanes)?;
+        if size < inherited {
+            // What lies past the end must not come back when the disk is made larger again.
+            import.disk().resize(size, true)?;
+        }
+        Ok(import)
+    }
+
     /// Begins to fill a new segment that exists under its `.new` name.
     ///
     /// # Errors

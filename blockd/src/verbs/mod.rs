@@ -7,6 +7,7 @@
 mod bytes;
 mod check;
 mod compare;
+mod digest;
 mod disks;
 mod flatten;
 mod inherit;
@@ -23,6 +24,8 @@ use crate::storedir::StoreDir;
 pub use bytes::{check_end, write_bytes, zero};
 pub use check::{check, repair, scrub, verify};
 pub use compare::{Contents, compare, content_ranges, disk_ranges};
+pub use digest::digest;
+use disks::hex;
 pub(crate) use disks::take_tail;
 pub use disks::{
     create, details, df, fork, forked, forks, freed, list, named, resize, resize_open, seal,

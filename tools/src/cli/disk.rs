@@ -23,11 +23,17 @@ pub enum DiskVerb {
     ///
     /// With `--format auto` the format is told by the first bytes. A guest can write any bytes into
     /// its raw disk: name the format of images that you do not trust.
+    ///
+    /// With `--over`, the image is a difference that `disk export --diff-from --format qcow2` made
+    /// from a sealed disk, here or in another store. The new disk stands on BASE, which must be
+    /// sealed and hold what that disk held, whatever their names. Another base is refused, and so
+    /// is a file that is not as it was exported.
     #[command(after_help = "\
 Examples:
   offshoot disk import debian-13.qcow2 debian
   offshoot disk import /dev/vg0/old-server old-server --format raw
-  offshoot disk import small.raw data --size 100G")]
+  offshoot disk import small.raw data --size 100G
+  offshoot disk import monday.qcow2 web1-monday --over web1-sunday")]
     Import(Import),
 
     /// Create an empty disk, or one that stands on a sealed disk
@@ -184,7 +190,8 @@ Examples:
     /// With `--diff-from`, only what was changed since that disk is written, by comparing the two
     /// maps. A raw file then holds the changed ranges at their places and holes elsewhere; the list
     /// of ranges is printed, and is needed to apply it. A qcow2 file is a whole overlay: it gives
-    /// the disk back when it is put over an export of the other disk.
+    /// the disk back when it is put over an export of the other disk, or when `disk import --over`
+    /// applies it to a disk of the same content, for which the other disk must be sealed.
     #[command(after_help = "\
 Examples:
   offshoot disk export web1 /tmp/web1.raw

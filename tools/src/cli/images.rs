@@ -22,6 +22,9 @@ pub struct Import {
     /// Make the disk this large; not smaller than the image
     #[arg(long, value_parser = size::parse)]
     pub size: Option<u64>,
+    /// The image is a difference: apply it to what this sealed disk holds
+    #[arg(long, value_name = "BASE", conflicts_with = "size")]
+    pub over: Option<String>,
 }
 
 /// The format of an image that is read.

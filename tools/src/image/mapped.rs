@@ -22,6 +22,9 @@ pub(super) struct Mapped {
     pub(super) access: FormatAccess<ImageFile>,
     pub(super) format: Format,
     pub(super) object: String,
+    /// It is one layer, without those below: what the file system has no blocks for are zeroes of
+    /// this layer then, and no hole in it.
+    pub(super) alone: bool,
 }
 
 impl Mapped {
@@ -31,6 +34,7 @@ impl Mapped {
             return Err(Error::corrupt(format!("its map has no entry for offset {offset}")));
         }
         let kind = match mapping {
+            Mapping::Raw { .. } if self.alone => RunKind::Data,
             Mapping::Raw { storage, offset, .. } => {
                 let extent = storage.extent(offset, len)?;
                 let kind = if extent.stored { RunKind::Data } else { RunKind::Hole };
@@ -76,7 +80,12 @@ pub(super) fn open_flat_vmdk(file: ImageFile) -> Result<Mapped> {
     let folder = file.sibling("");
     let gate = BesideOnly { folder: &folder, object: &object, refused: &mut refused };
     match Vmdk::<ImageFile>::builder(file).open(gate) {
-        Ok(vmdk) => Ok(Mapped { access: FormatAccess::new(vmdk), format: Format::Vmdk, object }),
+        Ok(vmdk) => Ok(Mapped {
+            access: FormatAccess::new(vmdk),
+            format: Format::Vmdk,
+            object,
+            alone: false,
+        }),
         Err(e) => Err(refused.unwrap_or_else(|| not_understood(e))),
     }
 }

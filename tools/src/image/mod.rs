@@ -12,10 +12,12 @@
 //! - A panic inside a library that reads is reported as a corrupt image.
 //! - A sink appears under its name complete and synced, or not at all (see `staged.rs`).
 
+mod changes;
 mod content;
 mod file;
 mod grains;
 mod mapped;
+mod origin;
 mod qcow2;
 mod raw;
 mod staged;
@@ -31,8 +33,10 @@ use blockd::content::{Run, RunKind};
 use clap::ValueEnum;
 use format::{Context, Error, Kind, Result};
 
+pub use changes::Changes;
 pub use content::Image;
 use file::ImageFile;
+pub use origin::{Base, CLUSTER, Origin, without_base};
 
 /// Every image is a whole number of these many bytes.
 const SECTOR: u64 = 512;
@@ -121,6 +125,14 @@ pub trait Sink: Send + Sync {
     /// # Errors
     /// `Invalid` if the range ends past the end, `NoSpace`, `Io`.
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<()>;
+
+    /// Has the image say what it was made over.
+    ///
+    /// # Errors
+    /// `Unsupported` for a format that cannot.
+    fn set_origin(&mut self, _: Origin) -> Result<()> {
+        Err(Error::new(Kind::Unsupported, "an image of this format cannot say what it stands on"))
+    }
 
     /// Syncs the image and gives it its name.
     ///

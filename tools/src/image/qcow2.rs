@@ -21,6 +21,7 @@ use imago::{
 
 use super::file::ImageFile;
 use super::mapped::Mapped;
+use super::origin::{CLUSTER, Origin};
 use super::staged::{BUFFERED_STEP, Staged};
 use super::{Format, Sink, check_range, detect_file, library_error};
 
@@ -69,7 +70,33 @@ pub(super) fn open(file: ImageFile) -> Result<Mapped> {
         Some(FormatAccess::new(image))
     });
     let access = access.ok_or_else(|| Error::corrupt("it has no layers"))?;
-    Ok(Mapped { access, format: Format::Qcow2, object })
+    Ok(Mapped { access, format: Format::Qcow2, object, alone: false })
+}
+
+/// Opens a difference, without what it may have been put over meanwhile.
+pub(super) fn open_difference(file: ImageFile) -> Result<(Mapped, Origin)> {
+    let object = file.object().to_owned();
+    let context = || object.clone();
+    vet(&file).context("open", context)?;
+    let origin = Origin::read(&file).context("open", context)?;
+    let origin = origin.ok_or_else(|| {
+        Error::new(Kind::Unsupported, "it does not say what it was made from")
+            .hint("export it with `--diff-from`, from a sealed disk")
+    });
+    let origin = origin.context("open", context)?;
+    let mut head = [0; HEADER_LEN];
+    file.read_exact(&mut head, 0).context("open", context)?;
+    let mut image: Qcow2<ImageFile> =
+        Qcow2::open_image(file, false).map_err(library_error).context("open", context)?;
+    // What is exported has neither: somebody has made something else of it.
+    if image.requires_external_data_file() || 1_u64 << be32(&head, 20) != CLUSTER {
+        return Err(Error::new(Kind::Unsupported, "it is not as it was exported"))
+            .context("open", context);
+    }
+    image.set_backing(None);
+    image.set_data_file(None);
+    let access = FormatAccess::new(image);
+    Ok((Mapped { access, format: Format::Qcow2, object, alone: true }, origin))
 }
 
 fn open_backing(path: &Path, upper: &str, seen: &mut Vec<(u64, u64)>) -> Result<ImageFile> {
@@ -221,6 +248,7 @@ pub(super) struct Qcow2Sink {
     access: FormatAccess<imago::file::File>,
     staged: Staged,
     size: u64,
+    origin: Option<Origin>,
 }
 
 impl Qcow2Sink {
@@ -239,7 +267,7 @@ impl Qcow2Sink {
             Ok(FormatAccess::new(image))
         };
         let access = created().context("create", || staged.object())?;
-        Ok(Qcow2Sink { access, staged, size })
+        Ok(Qcow2Sink { access, staged, size, origin: None })
     }
 
     fn write(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
@@ -281,10 +309,19 @@ impl Sink for Qcow2Sink {
             .context("write", || self.staged.object())
     }
 
+    fn set_origin(&mut self, origin: Origin) -> Result<()> {
+        self.origin = Some(origin);
+        Ok(())
+    }
+
     fn finish(self: Box<Self>) -> Result<()> {
-        let Qcow2Sink { access, staged, .. } = *self;
+        let Qcow2Sink { access, staged, origin, .. } = *self;
         access.flush().map_err(library_error).context("write", || staged.object())?;
         drop(access);
+        if let Some(origin) = origin {
+            // The library writes its header once, when it makes the image.
+            origin.write(staged.file()).context("write", || staged.object())?;
+        }
         staged.publish()
     }
 }

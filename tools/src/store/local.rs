@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use blockd::api::types::{
-    ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk as Summary, DiskDetails,
-    FlattenDisk, Flattened, ForkDisks, ForkedDisks, MapRange, Moved, RemovedDisk, RepairDisk,
-    Repaired, ResizeDisk, Scrubbed, SessionUse, SetFlattenPolicy, SetMode,
+    ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Digested, Disk as Summary,
+    DiskDetails, FlattenDisk, Flattened, ForkDisks, ForkedDisks, MapRange, Moved, RemovedDisk,
+    RepairDisk, Repaired, ResizeDisk, Scrubbed, SessionUse, SetFlattenPolicy, SetMode,
 };
 use blockd::content::Content;
 use blockd::disk::Disk;
@@ -134,6 +134,10 @@ impl Store for Local {
         verbs::scrub(&self.dir, name, watch)
     }
 
+    fn digest(&self, name: &str, watch: &dyn Watch) -> Result<Digested> {
+        verbs::digest(&self.dir, name, watch)
+    }
+
     fn repair(&self, name: &str, request: RepairDisk, _: &dyn Watch) -> Result<Repaired> {
         verbs::repair(&self.dir, name, request)
     }
@@ -183,8 +187,11 @@ impl Store for Local {
         Ok(Box::new(self.disk(name, Access::Write, lost_tail)?))
     }
 
-    fn import(&self, name: &str, size: u64) -> Result<Box<dyn Filling + '_>> {
-        Ok(Box::new(self.dir.import(&NewDisk::root(name, size), lanes())?))
+    fn import(&self, name: &str, size: u64, parent: Option<&str>) -> Result<Box<dyn Filling + '_>> {
+        Ok(Box::new(match parent {
+            None => self.dir.import(&NewDisk::root(name, size), lanes())?,
+            Some(parent) => Import::over(&self.dir, (name, size), parent, lanes())?,
+        }))
     }
 }
 

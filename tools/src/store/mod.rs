@@ -7,7 +7,7 @@ mod local;
 mod remote;
 
 use blockd::api::types::{
-    ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk, DiskDetails,
+    ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Digested, Disk, DiskDetails,
     FlattenDisk, Flattened, ForkDisks, ForkedDisks, Job, MapRange, Moved, RemovedDisk, RepairDisk,
     Repaired, ResizeDisk, Scrubbed, SessionUse, SetFlattenPolicy, SetMode,
 };
@@ -133,6 +133,9 @@ pub trait Store {
     /// Compares sealed data with its checksums.
     fn scrub(&self, name: &str, watch: &dyn Watch) -> Result<Scrubbed>;
 
+    /// The digest of a sealed disk's content.
+    fn digest(&self, name: &str, watch: &dyn Watch) -> Result<Digested>;
+
     /// Repairs a disk.
     fn repair(&self, name: &str, request: RepairDisk, watch: &dyn Watch) -> Result<Repaired>;
 
@@ -167,6 +170,7 @@ pub trait Store {
     /// Opens a disk for writing.
     fn open_for_writing(&self, name: &str, lost_tail: bool) -> Result<Box<dyn Writing + '_>>;
 
-    /// Begins a new disk of `size` bytes.
-    fn import(&self, name: &str, size: u64) -> Result<Box<dyn Filling + '_>>;
+    /// Begins a new disk of `size` bytes, which holds what the sealed disk `parent` does if there
+    /// is to be one.
+    fn import(&self, name: &str, size: u64, parent: Option<&str>) -> Result<Box<dyn Filling + '_>>;
 }

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use blockd::api::types::{
-    ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk as Summary, DiskDetails,
-    Extent, FlattenDisk, Flattened, ForkDisks, ForkMode, ForkedDisks, LostTail, MapRange, Moved,
-    OpenSession, RemovedDisk, RenameDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed, Session,
-    SessionUse, SetFlattenPolicy, SetMode, Stored,
+    ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Digested, Disk as Summary,
+    DiskDetails, Extent, FlattenDisk, Flattened, ForkDisks, ForkMode, ForkedDisks, LostTail,
+    MapRange, Moved, OpenSession, RemovedDisk, RenameDisk, RepairDisk, Repaired, ResizeDisk,
+    Scrubbed, Session, SessionUse, SetFlattenPolicy, SetMode, Stored,
 };
 use blockd::content::{Content, Run};
 use blockd::pump::Watch;
@@ -134,6 +134,10 @@ impl Store for Remote {
         self.client.job(&disk(name, "/scrub"), &(), watch)
     }
 
+    fn digest(&self, name: &str, watch: &dyn Watch) -> Result<Digested> {
+        self.client.job(&disk(name, "/digest"), &(), watch)
+    }
+
     fn repair(&self, name: &str, request: RepairDisk, watch: &dyn Watch) -> Result<Repaired> {
         self.client.job(&disk(name, "/repair"), &request, watch)
     }
@@ -198,14 +202,16 @@ impl Store for Remote {
         Ok(Box::new(self.session(&asked(name, SessionUse::Write, lost_tail))?))
     }
 
-    fn import(&self, name: &str, size: u64) -> Result<Box<dyn Filling + '_>> {
+    fn import(&self, name: &str, size: u64, parent: Option<&str>) -> Result<Box<dyn Filling + '_>> {
+        let parent = parent.map(str::to_owned);
         let request = asked(name, SessionUse::Import, false);
-        Ok(Box::new(self.session(&OpenSession { size: Some(size), ..request })?))
+        Ok(Box::new(self.session(&OpenSession { size: Some(size), parent, ..request })?))
     }
 }
 
 fn asked(name: &str, purpose: SessionUse, accept_lost_tail: bool) -> OpenSession {
-    OpenSession { disk: name.into(), purpose, size: None, total: None, accept_lost_tail }
+    let disk = name.into();
+    OpenSession { disk, purpose, size: None, parent: None, total: None, accept_lost_tail }
 }
 
 fn strange(e: serde_json::Error) -> Error {

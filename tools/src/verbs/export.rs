@@ -2,11 +2,14 @@
 //!
 //! A whole export leaves out what reads as zeroes. A difference must not: over another image, what
 //! is left out shows that image's content, so in an overlay zeroes are written in so many words.
+//!
+//! An overlay made from a sealed disk says what that disk held, for `disk import --over`. What is
+//! not sealed may be another disk tomorrow: such an overlay says nothing, and cannot be imported.
 
 use std::path::Path;
 use std::time::Instant;
 
-use blockd::api::types::{ByteRange, SessionUse};
+use blockd::api::types::{ByteRange, DiskState, SessionUse};
 use blockd::content::{Content, RunKind, zero_runs};
 use blockd::pump::{PIECE, Piece, Walk, Watch as _, part, pump};
 use blockd::store::Access;
@@ -18,14 +21,12 @@ use serde::Serialize;
 
 use super::Session;
 use crate::cli::{Export, SinkFormat};
-use crate::image::{Sink, create_sink};
+use crate::image::{Base, CLUSTER, Changes, Origin, Sink, create_sink};
 use crate::output::{Outcome, Verdict};
 use crate::progress::Progress;
 use crate::signals;
 use crate::size::show;
-
-/// Bytes of a qcow2 cluster as this program makes them.
-const CLUSTER: u64 = 64 << 10;
+use crate::store::Store;
 
 #[derive(Serialize)]
 struct Exported<'a> {
@@ -37,6 +38,9 @@ struct Exported<'a> {
     /// The changed ranges; only for a difference.
     #[serde(skip_serializing_if = "Option::is_none")]
     ranges: Option<Vec<ByteRange>>,
+    /// What the disk that it was made from holds, as the file says it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    base_digest: Option<String>,
     /// Bytes of data written to the file.
     data_written: u64,
     elapsed_ms: u64,
@@ -50,6 +54,8 @@ struct Plan {
     grain: u64,
     /// What reads as zeroes is written as zeroes, not left out.
     overlay: bool,
+    /// The name of the disk and what the file is to say about its base.
+    base: Option<(String, Base)>,
 }
 
 /// `disk export`
@@ -69,7 +75,12 @@ pub fn export(s: &Session, args: &Export) -> Outcome {
         Some(from) => Some(store.diff(&args.name, from, lost_tail).context("export", object)?),
         None => None,
     };
-    let plan = plan(disk.size(), args.format, changed.as_deref());
+    let mut plan = plan(disk.size(), args.format, changed.as_deref());
+    if let Some(from) = args.diff_from.as_deref().filter(|_| plan.overlay) {
+        let base = base_of(s, &*store, from).context("export", object)?;
+        plan.base = base.map(|base| (args.name.clone(), base));
+    }
+    let base_digest = plan.base.as_ref().map(|(_, base)| base.digest.clone());
     let (format, size) = (args.format.format(), disk.size());
     let sink = create_sink(&args.dest, format, size, args.overwrite)?;
     let progress = Progress::new(s.out, "exporting");
@@ -82,6 +93,7 @@ pub fn export(s: &Session, args: &Export) -> Outcome {
         size,
         diff_from: args.diff_from.as_deref(),
         ranges: changed,
+        base_digest,
         data_written: written,
         elapsed_ms: started.elapsed().as_millis().try_into().unwrap_or(u64::MAX),
     };
@@ -112,7 +124,20 @@ fn plan(size: u64, format: SinkFormat, changed: Option<&[ByteRange]>) -> Plan {
         Some(ranges) if overlay => widen(&ranges, CLUSTER, size),
         Some(ranges) => ranges,
     };
-    Plan { ranges, grain, overlay }
+    Plan { ranges, grain, overlay, base: None }
+}
+
+/// What a file can say about the disk that it is made from.
+fn base_of(s: &Session, store: &dyn Store, from: &str) -> Result<Option<Base>> {
+    let sealed = |d: &blockd::api::types::Disk| d.name == from && d.state == DiskState::Sealed;
+    if !store.list()?.iter().any(sealed) {
+        s.out.note(&format!(
+            "disk {from} is not sealed, and may change: `disk import --over` will not take the file"
+        ));
+        return Ok(None);
+    }
+    let found = store.digest(from, &Progress::new(s.out, "looking at the base"))?;
+    Ok(Some(Base { name: from.to_owned(), size: found.size, digest: found.digest }))
 }
 
 /// The ranges in whole units, up to `end`, joined where they meet.
@@ -130,9 +155,15 @@ fn widen(ranges: &[(u64, u64)], unit: u64, end: u64) -> Vec<(u64, u64)> {
 }
 
 /// Fills the sink and publishes it; gives back how many bytes of data it holds.
-fn run(disk: &dyn Content, plan: Plan, sink: Box<dyn Sink>, progress: &Progress) -> Result<u64> {
+fn run(
+    disk: &dyn Content,
+    plan: Plan,
+    mut sink: Box<dyn Sink>,
+    progress: &Progress,
+) -> Result<u64> {
     use std::sync::atomic::{AtomicU64, Ordering};
-    let Plan { ranges, grain, overlay } = plan;
+    let Plan { ranges, grain, overlay, base } = plan;
+    let changes = base.as_ref().map(|_| Changes::new(disk.size()));
     if progress.wants_total() {
         progress.expect(Walk::over(disk, grain, ranges.clone()).data_bytes(progress)?);
     }
@@ -144,10 +175,12 @@ fn run(disk: &dyn Content, plan: Plan, sink: Box<dyn Sink>, progress: &Progress)
         || walk.next_piece(),
         |lane, piece: Piece, buf| {
             if piece.kind != RunKind::Data {
+                changes.as_ref().inspect(|c| c.zero(piece.offset, piece.len));
                 return if overlay { explicit(&*sink, piece.offset, piece.len) } else { Ok(()) };
             }
             let bytes = part(buf, piece.len);
             disk.read_at(lane, piece.offset, bytes)?;
+            changes.as_ref().inspect(|c| c.add(piece.offset, bytes));
             zero_runs(bytes, grain, &mut |at, run, zero| match zero {
                 true if overlay => explicit(&*sink, piece.offset + at, run.len() as u64),
                 true => Ok(()),
@@ -162,6 +195,9 @@ fn run(disk: &dyn Content, plan: Plan, sink: Box<dyn Sink>, progress: &Progress)
         },
     )?;
     signals::check()?;
+    if let Some(((name, base), changes)) = base.zip(changes) {
+        sink.set_origin(Origin::new(&name, base, changes.digest()))?;
+    }
     sink.finish()?;
     // Relaxed: the threads that counted were joined.
     Ok(written.load(Ordering::Relaxed))

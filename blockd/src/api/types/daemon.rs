@@ -95,6 +95,8 @@ pub enum JobKind {
     Seal,
     /// Comparing two disks.
     Compare,
+    /// Making the digest of a disk's content.
+    Digest,
     /// Making children of disks that inherit.
     Fork,
     /// Copying what a disk stands on into it.
@@ -123,6 +125,7 @@ impl JobKind {
             JobKind::Scrub => "scrub",
             JobKind::Seal => "seal",
             JobKind::Compare => "compare",
+            JobKind::Digest => "digest",
             JobKind::Fork => "fork",
             JobKind::Flatten => "flatten",
             JobKind::Sum => "sum",

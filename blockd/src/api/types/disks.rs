@@ -279,6 +279,17 @@ pub struct Scrubbed {
     pub report: ScrubReport,
 }
 
+/// Identity of the content of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Digested {
+    /// The name of the disk.
+    pub disk: String,
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Equal for equal content, wherever and however it is stored: 64 hexadecimal digits.
+    pub digest: String,
+}
+
 /// What a range of a map says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
@@ -435,6 +446,8 @@ pub struct OpenSession {
     pub purpose: SessionUse,
     /// Bytes of the disk to be made; for an import only.
     pub size: Option<u64>,
+    /// The sealed disk that the one to be made stands on; for an import only.
+    pub parent: Option<String>,
     /// Bytes that will be moved, if that is known: for whoever looks at the job.
     pub total: Option<u64>,
     /// Go on although completed writes of a live session are missing.

@@ -16,10 +16,10 @@ mod socket;
 
 pub use daemon::{Event, EventKind, HandOver, HandedOver, Health, Job, JobKind, JobState, Version};
 pub use disks::{
-    ByteRange, ChainRow, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Disk, DiskDetails,
-    DiskSpace, DiskState, Extent, FeatureBits, JournalUse, LostTail, MapRange, MapState, Moved,
-    NewSize, OpenSession, RemovedDisk, RenameDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed,
-    Session, SessionUse, Stored,
+    ByteRange, ChainRow, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Digested, Disk,
+    DiskDetails, DiskSpace, DiskState, Extent, FeatureBits, JournalUse, LostTail, MapRange,
+    MapState, Moved, NewSize, OpenSession, RemovedDisk, RenameDisk, RepairDisk, Repaired,
+    ResizeDisk, Scrubbed, Session, SessionUse, Stored,
 };
 pub use exports::{AttachDisk, DetachDisk, DiskStats, Export, ExportKind, ExportSpec, ExportState};
 pub use failure::{Failure, FailureBody};
