@@ -1,0 +1,4 @@
+//! Virtual machines that fork while they run.
+//!
+//! One process holds one VM. Its memory is a stack of sealed layers and one writable top, its disks
+//! are blockd's, and a fork takes memory, processors, devices and disks at one instant.
