@@ -5,6 +5,7 @@
 //! first and skipping a set bit could order our look before its clear and our write after its
 //! copy, and the page would be lost.
 
+use std::fmt;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -13,6 +14,17 @@ use format::{Error, Result};
 use crate::memory::GuestAddr;
 use crate::memory::mapping::Mapping;
 use crate::util::wide;
+
+/// Where a ring notes the guest memory that it wrote.
+pub trait WriteLog: fmt::Debug + Send + Sync {
+    /// `len` bytes at the guest address `addr` were written.
+    fn mark(&self, addr: u64, len: u64);
+
+    /// Whether the log's memory is gone, so that marks go nowhere.
+    fn is_lost(&self) -> bool {
+        false
+    }
+}
 
 /// Bytes that one bit of the log stands for.
 pub const LOG_PAGE: u64 = 4096;
@@ -44,19 +56,6 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Marks every page of `len` bytes at `addr`. Pages without a bit are left out; only a front
-    /// end that set a wrong log address for a ring gets there (see [`DirtyLog::check_covers`]).
-    pub fn mark(&self, addr: u64, len: u64) {
-        let Some(last) = len.checked_sub(1).and_then(|l| addr.checked_add(l)) else { return };
-        for page in addr / LOG_PAGE..=last / LOG_PAGE {
-            let Some(byte) = self.map.range(page / 8, 1) else { return };
-            // SAFETY: the byte lies inside the mapping; both sides access it only atomically.
-            let byte = unsafe { AtomicU8::from_ptr(byte) };
-            // SeqCst pairs with the exchange by which the migration side clears the bit.
-            byte.fetch_or(1 << (page % 8), Ordering::SeqCst);
-        }
-    }
-
     /// Whether the bit of `page` is set.
     #[must_use]
     pub fn is_marked(&self, page: u64) -> bool {
@@ -83,7 +82,7 @@ impl DirtyLog {
     /// The shared file, for handing it to another process.
     #[must_use]
     pub fn file(&self) -> BorrowedFd<'_> {
-        self.map.file()
+        self.map.file().expect("the log was mapped from a file")
     }
 
     /// Offset of the log in its file, in bytes.
@@ -97,8 +96,23 @@ impl DirtyLog {
     pub fn size(&self) -> usize {
         self.map.len()
     }
+}
 
-    pub(crate) fn is_lost(&self) -> bool {
+impl WriteLog for DirtyLog {
+    /// Marks every page of `len` bytes at `addr`. Pages without a bit are left out; only a front
+    /// end that set a wrong log address for a ring gets there (see [`DirtyLog::check_covers`]).
+    fn mark(&self, addr: u64, len: u64) {
+        let Some(last) = len.checked_sub(1).and_then(|l| addr.checked_add(l)) else { return };
+        for page in addr / LOG_PAGE..=last / LOG_PAGE {
+            let Some(byte) = self.map.range(page / 8, 1) else { return };
+            // SAFETY: the byte lies inside the mapping; both sides access it only atomically.
+            let byte = unsafe { AtomicU8::from_ptr(byte) };
+            // SeqCst pairs with the exchange by which the migration side clears the bit.
+            byte.fetch_or(1 << (page % 8), Ordering::SeqCst);
+        }
+    }
+
+    fn is_lost(&self) -> bool {
         self.map.is_lost()
     }
 }

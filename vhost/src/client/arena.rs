@@ -9,8 +9,9 @@ use std::os::fd::BorrowedFd;
 use format::{Error, Result};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
-use crate::memory::mapping::{Mapping, copy_in, copy_out};
+use crate::memory::mapping::{Mapping, copy_across, copy_in, copy_out};
 use crate::memory::{GuestAddr, RegionSpec, UserAddr};
+use crate::queue::Segment;
 use crate::util::wide;
 
 /// Where the arena begins in the guest-physical space that the device sees. Neither 0 nor the
@@ -47,7 +48,7 @@ impl Arena {
     /// The shared file.
     #[must_use]
     pub fn file(&self) -> BorrowedFd<'_> {
-        self.map.file()
+        self.map.file().expect("the arena was mapped from a file")
     }
 
     /// The guest-physical address of an offset.
@@ -85,6 +86,27 @@ impl Arena {
     pub fn write(&self, offset: u64, src: &[u8]) {
         // SAFETY: `at` checked the range.
         unsafe { copy_out(self.at(offset, wide(src.len())), src) };
+    }
+
+    /// Copies all of a piece of guest memory into the arena.
+    ///
+    /// # Panics
+    /// When the range is not inside.
+    pub fn write_from(&self, offset: u64, src: &Segment) {
+        let dst = self.at(offset, wide(src.len()));
+        // SAFETY: `at` checked the range; a segment is valid while its chain is out, and guest
+        // memory and arena are mappings of their own.
+        unsafe { copy_across(dst, src.base(), src.len()) };
+    }
+
+    /// Fills all of a piece of guest memory from the arena.
+    ///
+    /// # Panics
+    /// When the range is not inside.
+    pub fn read_into(&self, offset: u64, dst: &Segment) {
+        let src = self.at(offset, wide(dst.len()));
+        // SAFETY: as in `write_from`.
+        unsafe { copy_across(dst.base(), src, dst.len()) };
     }
 
     /// A pointer to `len` bytes at `offset`.

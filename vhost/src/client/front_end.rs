@@ -123,6 +123,12 @@ impl FrontEnd {
     }
 }
 
+impl AsFd for FrontEnd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
 /// Waits until `fd` is readable or closed, at most `time`.
 pub(super) fn readable(fd: impl AsFd, time: Duration) -> bool {
     let Ok(time) = Timespec::try_from(time) else { return false };

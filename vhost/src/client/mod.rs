@@ -368,6 +368,17 @@ impl Client {
         self.doorbells[usize::from(i)].kick.signal();
     }
 
+    /// Descriptors to sleep on, new after every [`Client::reconnect`]: the control connection, which
+    /// becomes readable when the back end is gone, and the channel on which it announces changes of
+    /// the configuration, if there is one.
+    ///
+    /// # Errors
+    /// The host's error when no descriptor is free.
+    pub fn sources(&self) -> Result<(OwnedFd, Option<OwnedFd>)> {
+        let channel = self.channel.as_ref().map(|(fd, _)| fd.try_clone()).transpose()?;
+        Ok((self.front.as_fd().try_clone_to_owned()?, channel))
+    }
+
     /// The control connection, for requests that this type does not have.
     pub fn front_end(&mut self) -> &mut FrontEnd {
         &mut self.front

@@ -151,6 +151,13 @@ impl ClientQueue {
         self.place
     }
 
+    /// The doorbell that the device rings for completions that [`ClientQueue::wait`] asked for, for
+    /// sleeping on more than one.
+    #[must_use]
+    pub fn calls(&self) -> Arc<EventFd> {
+        self.call.clone()
+    }
+
     /// Requests that are in the ring.
     #[must_use]
     pub fn in_work(&self) -> usize {

@@ -100,7 +100,7 @@ impl InflightArea {
     /// The shared file.
     #[must_use]
     pub fn file(&self) -> BorrowedFd<'_> {
-        self.map.file()
+        self.map.file().expect("the area was mapped from a file")
     }
 
     /// Makes the region of queue `index` new, so that the next start takes its position from the

@@ -1,13 +1,17 @@
-//! One shared mapping of a descriptor that another process owns too.
+//! One mapping of memory that somebody else writes too: of a descriptor that another process owns,
+//! or of memory that the caller has mapped for a guest.
 //!
 //! Invariants: `data..data + len` lies inside one mapping that lives as long as the value; the
 //! other side may change every byte at any moment, so nothing here hands out a Rust reference to
 //! plain memory, only volatile copies, atomics and raw pointers; truncation of the file does not
 //! kill the process (see [`super::fault`]).
 
+use std::any::Any;
 use std::ffi::c_void;
+use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use format::{Error, Kind, Result};
 use rustix::fs::FileType;
@@ -18,7 +22,24 @@ use crate::util::{index, wide};
 
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
-/// A mapping of `len` bytes, readable and writable, shared with whoever else maps the file.
+/// Who keeps the pages of a mapping.
+enum Keeper {
+    /// We: the file was mapped here.
+    File(OwnedFd),
+    /// The caller, as long as this lives.
+    Caller(#[allow(dead_code)] Arc<dyn Any + Send + Sync>), // held, never looked at
+}
+
+impl fmt::Debug for Keeper {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Keeper::File(file) => write!(f, "{file:?}"),
+            Keeper::Caller(_) => f.write_str("the caller"),
+        }
+    }
+}
+
+/// A mapping of `len` bytes, readable and writable, shared with whoever else has the memory.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     data: NonNull<u8>,
@@ -26,7 +47,7 @@ pub(crate) struct Mapping {
     map: NonNull<u8>,
     map_len: usize,
     guard: Option<Entry>,
-    file: OwnedFd,
+    keeper: Keeper,
 }
 
 // SAFETY: the value owns its mapping, and all access goes through volatile copies, atomics or raw
@@ -72,12 +93,35 @@ impl Mapping {
             .ok_or_else(|| Error::new(Kind::Io, "the host mapped memory at address 0"))?;
         // SAFETY: `lead` is smaller than one page, which the mapping has.
         let data = unsafe { map.add(index(lead)) };
-        let mut mapping = Mapping { data, len: index(len), map, map_len, guard: None, file };
+        let keeper = Keeper::File(file);
+        let mut mapping = Mapping { data, len: index(len), map, map_len, guard: None, keeper };
         // Guest memory does not belong into a core file. Failure costs only that.
         // SAFETY: the range is exactly the mapping made above; the advice changes no content.
         let _ = unsafe { madvise(map.as_ptr().cast(), map_len, Advice::LinuxDontDump) };
         mapping.guard = Some(Entry::new(map.as_ptr() as usize, map_len)?);
         Ok(mapping)
+    }
+
+    /// Uses `len` bytes at `data` that the caller has mapped, under the same rules.
+    ///
+    /// # Safety
+    /// The range is mapped readable and writable for as long as `keep` lives, though not always with
+    /// the same pages, and nobody has a reference to its bytes.
+    ///
+    /// # Errors
+    /// `Invalid` for no bytes; `Busy` when too many mappings are guarded.
+    pub(crate) unsafe fn over(
+        data: NonNull<u8>,
+        len: u64,
+        keep: Arc<dyn Any + Send + Sync>,
+    ) -> Result<Mapping> {
+        if len == 0 {
+            return Err(Error::invalid("the memory range is empty"));
+        }
+        let len = index(len);
+        let guard = Some(Entry::new(data.as_ptr() as usize, len)?);
+        let keeper = Keeper::Caller(keep);
+        Ok(Mapping { data, len, map: data, map_len: len, guard, keeper })
     }
 
     /// First byte. Valid for [`Mapping::len`] bytes while `self` lives.
@@ -97,9 +141,12 @@ impl Mapping {
         (end <= wide(self.len)).then(|| unsafe { self.data.as_ptr().add(index(offset)) })
     }
 
-    /// The mapped file.
-    pub(crate) fn file(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+    /// The mapped file; `None` when the caller mapped the memory.
+    pub(crate) fn file(&self) -> Option<BorrowedFd<'_>> {
+        match &self.keeper {
+            Keeper::File(file) => Some(file.as_fd()),
+            Keeper::Caller(_) => None,
+        }
     }
 
     /// Whether the other side cut the file short; the mapping then shows zeros.
@@ -112,8 +159,10 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // The guard goes first: it must not outlive the range that it guards.
         self.guard = None;
-        // SAFETY: the mapping is ours and whoever held pointers into it held `self` as well.
-        let _ = unsafe { munmap(self.map.as_ptr().cast::<c_void>(), self.map_len) };
+        if let Keeper::File(_) = self.keeper {
+            // SAFETY: the mapping is ours and whoever held pointers into it held `self` as well.
+            let _ = unsafe { munmap(self.map.as_ptr().cast::<c_void>(), self.map_len) };
+        }
     }
 }
 
@@ -185,6 +234,25 @@ pub(crate) unsafe fn copy_out(dst: *mut u8, src: &[u8]) {
     bytes(tail, &mut at);
 }
 
+/// Copies from one piece of shared memory to another.
+///
+/// # Safety
+/// Both are valid for `len` bytes and do not overlap.
+pub(crate) unsafe fn copy_across(dst: *mut u8, src: *const u8, len: usize) {
+    // Others may write both at any moment, so this is no copy that the compiler may reason about.
+    // SAFETY: the instruction touches the two ranges that the caller vouches for, and the direction
+    // flag is clear, as everywhere between two instructions of Rust code.
+    unsafe {
+        std::arch::asm!(
+            "rep movsb",
+            inout("rcx") len => _,
+            inout("rdi") dst => _,
+            inout("rsi") src => _,
+            options(nostack, preserves_flags)
+        );
+    }
+}
+
 /// Writes zeroes to shared memory.
 ///
 /// # Safety
@@ -248,6 +316,31 @@ mod tests {
                 assert_eq!(seen, source[..len]);
             }
         }
+    }
+
+    #[test]
+    fn memory_of_the_caller_is_used_where_it_is_and_stays_mapped() {
+        let keep = Arc::new(Mapping::new(memfd(8192), 0, 8192).unwrap());
+        let data = NonNull::new(keep.range(4096, 4096).unwrap()).unwrap();
+        // SAFETY: the second half of a mapping that `keep` keeps.
+        let over = unsafe { Mapping::over(data, 4096, keep.clone()) }.unwrap();
+        assert!(over.file().is_none() && over.range(0, 4097).is_none());
+        // SAFETY: inside both mappings, and apart from each other.
+        unsafe {
+            copy_out(over.as_ptr(), b"needle");
+            copy_across(keep.as_ptr(), over.as_ptr(), 6);
+        }
+        drop(over);
+        let mut seen = [[0u8; 6]; 2];
+        // SAFETY: inside the mapping, which is still there.
+        unsafe {
+            copy_in(&mut seen[0], keep.as_ptr());
+            copy_in(&mut seen[1], keep.range(4096, 6).unwrap());
+        }
+        assert_eq!(seen, [*b"needle"; 2]);
+        assert_eq!(Arc::strong_count(&keep), 1);
+        // SAFETY: never made, because it would be empty.
+        assert!(unsafe { Mapping::over(data, 0, keep) }.is_err());
     }
 
     #[test]

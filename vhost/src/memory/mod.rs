@@ -12,7 +12,9 @@ pub(crate) mod mapping;
 
 pub mod fault;
 
+use std::any::Any;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use format::{Error, Result};
@@ -76,15 +78,34 @@ impl Region {
         Ok(Region { spec, map: Mapping::new(file, spec.offset, spec.size)? })
     }
 
+    /// A region of memory that the caller has mapped at `data`; the offset in `spec` means nothing.
+    /// It cannot be handed to another process.
+    ///
+    /// # Safety
+    /// The range is mapped readable and writable for as long as `keep` lives, though not always with
+    /// the same pages, and nobody has a reference to its bytes.
+    ///
+    /// # Errors
+    /// `Invalid` when the numbers wrap or the region is empty.
+    pub unsafe fn over(
+        spec: RegionSpec,
+        data: NonNull<u8>,
+        keep: Arc<dyn Any + Send + Sync>,
+    ) -> Result<Region> {
+        spec.check()?;
+        // SAFETY: as the caller vouches for.
+        Ok(Region { spec, map: unsafe { Mapping::over(data, spec.size, keep)? } })
+    }
+
     /// What the front end said about the region.
     #[must_use]
     pub fn spec(&self) -> RegionSpec {
         self.spec
     }
 
-    /// The shared file, for handing it to another process.
+    /// The shared file, for handing it to another process; `None` for [`Region::over`].
     #[must_use]
-    pub fn file(&self) -> BorrowedFd<'_> {
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
         self.map.file()
     }
 }

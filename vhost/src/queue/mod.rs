@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use format::{Error, Result};
 
-use crate::dirty_log::DirtyLog;
+use crate::dirty_log::WriteLog;
 use crate::inflight::InflightArea;
 use crate::memory::{Memory, OutsideMemory, UserAddr};
 use packed::PackedQueue;
@@ -88,7 +88,7 @@ pub struct RingAddrs {
 #[derive(Debug, Clone, Default)]
 pub struct LogTarget {
     /// The log for buffers that the device writes.
-    pub log: Option<Arc<DirtyLog>>,
+    pub log: Option<Arc<dyn WriteLog>>,
     /// The guest address that stands for the start of the used ring, if its writes are logged.
     pub ring: Option<u64>,
 }

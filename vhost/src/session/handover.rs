@@ -111,7 +111,8 @@ impl Session {
         for region in self.memory.regions() {
             let s = region.spec();
             w.words([s.guest.0, s.user.0, s.size, s.offset]);
-            w.file(Some(region.file().try_clone_to_owned()?));
+            // A front end's region has a file; without one the other side refuses the hand-over.
+            w.file(region.file().map(|f| f.try_clone_to_owned()).transpose()?);
         }
         w.words([wide(self.rings.len())]);
         for ring in self.rings {

@@ -33,7 +33,7 @@ use format::{Error, Kind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::blk::Capabilities;
-use crate::dirty_log::DirtyLog;
+use crate::dirty_log::{DirtyLog, WriteLog};
 use crate::event::EventFd;
 use crate::inflight::InflightArea;
 use crate::memory::Memory;
