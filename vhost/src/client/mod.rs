@@ -368,9 +368,9 @@ impl Client {
         self.doorbells[usize::from(i)].kick.signal();
     }
 
-    /// Descriptors to sleep on, new after every [`Client::reconnect`]: the control connection, which
-    /// becomes readable when the back end is gone, and the channel on which it announces changes of
-    /// the configuration, if there is one.
+    /// Descriptors to sleep on, new after every [`Client::reconnect`]: the control connection,
+    /// which becomes readable when the back end is gone, and the channel on which it announces
+    /// changes of the configuration, if there is one.
     ///
     /// # Errors
     /// The host's error when no descriptor is free.

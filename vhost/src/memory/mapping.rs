@@ -105,8 +105,8 @@ impl Mapping {
     /// Uses `len` bytes at `data` that the caller has mapped, under the same rules.
     ///
     /// # Safety
-    /// The range is mapped readable and writable for as long as `keep` lives, though not always with
-    /// the same pages, and nobody has a reference to its bytes.
+    /// The range is mapped readable and writable for as long as `keep` lives, though not always
+    /// with the same pages, and nobody has a reference to its bytes.
     ///
     /// # Errors
     /// `Invalid` for no bytes; `Busy` when too many mappings are guarded.

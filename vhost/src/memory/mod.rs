@@ -82,8 +82,8 @@ impl Region {
     /// It cannot be handed to another process.
     ///
     /// # Safety
-    /// The range is mapped readable and writable for as long as `keep` lives, though not always with
-    /// the same pages, and nobody has a reference to its bytes.
+    /// The range is mapped readable and writable for as long as `keep` lives, though not always
+    /// with the same pages, and nobody has a reference to its bytes.
     ///
     /// # Errors
     /// `Invalid` when the numbers wrap or the region is empty.
