@@ -185,7 +185,7 @@ fn page_size(file: &OwnedFd) -> Result<u64> {
 ///
 /// # Safety
 /// `src` is valid for `dst.len()` bytes.
-pub(crate) unsafe fn copy_in(dst: &mut [u8], src: *const u8) {
+pub unsafe fn copy_in(dst: &mut [u8], src: *const u8) {
     let lead = src.align_offset(8).min(dst.len());
     let (head, rest) = dst.split_at_mut(lead);
     let mut at = src;
@@ -211,7 +211,7 @@ pub(crate) unsafe fn copy_in(dst: &mut [u8], src: *const u8) {
 ///
 /// # Safety
 /// `dst` is valid for `src.len()` bytes.
-pub(crate) unsafe fn copy_out(dst: *mut u8, src: &[u8]) {
+pub unsafe fn copy_out(dst: *mut u8, src: &[u8]) {
     let lead = dst.align_offset(8).min(src.len());
     let (head, rest) = src.split_at(lead);
     let mut at = dst;

@@ -20,7 +20,8 @@ use std::sync::Arc;
 use format::{Error, Result};
 
 use crate::util::{index, wide};
-use mapping::{Mapping, copy_in, copy_out};
+use mapping::Mapping;
+pub use mapping::{copy_in, copy_out};
 
 /// Most regions of one table, and the answer to "how many memory slots".
 pub const REGIONS_MAX: usize = 256;

@@ -1,0 +1,408 @@
+//! Freezing the memory of a machine at one instant, while it goes on.
+//!
+//! The first cut of a machine whose memory is one shared file: that file becomes the image, and
+//! the machine maps it privately from then on. Nothing is copied.
+//!
+//! Later cuts: what the machine wrote since is in private pages that have no name. They are copied
+//! into a new file while the machine runs, then what it wrote meanwhile, until little is left; only
+//! that rest is copied in the pause. The machine keeps its pages. What it wrote is known from KVM's
+//! log and from the devices' marks; what it ever wrote, from the page tables.
+//!
+//! Invariants:
+//! - Every method that freezes is called while processors are parked and devices quiet.
+//! - Logging is on before the pages to copy are looked up: a write is either in what is copied
+//!   first or in the log.
+//! - A cut that fails leaves the machine with the content it had, and the next one starts from the
+//!   page tables, not from a log of which a part is lost.
+//! - No layer is handed out before it is sealed.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use format::{Error, Result};
+
+use super::dirty::PageSet;
+use super::image::{
+    self, DEPTH_MAX, Layer, Piece, SPANS_MAX, Span, few_data_spans, memory_file, resolve,
+};
+use super::{GuestRam, HUGE_PAGE, PAGE, index, wide};
+use crate::kvm::vm::Vm;
+
+/// What may be left to copy in the pause: 64 pages are about 0.2 ms.
+const REST_PAGES: u64 = 64;
+/// Most rounds of copying before the pause.
+const ROUNDS_MAX: u32 = 8;
+
+/// What guest memory is made of now.
+#[derive(Debug, Default)]
+pub(crate) enum Top {
+    /// Nothing is mapped.
+    #[default]
+    Empty,
+    /// One file, shared: the machine has not been cut yet.
+    Shared(Arc<OwnedFd>),
+    /// Private pages over sealed layers.
+    Private(PrivateTop),
+}
+
+#[derive(Debug)]
+pub(crate) struct PrivateTop {
+    /// The layers that are mapped.
+    mapped: Vec<Layer>,
+    /// The layers of the last image.
+    published: Vec<Layer>,
+    /// Whether KVM's log is on.
+    logging: bool,
+    /// Whether the log and the devices' marks hold everything since the last image.
+    complete: bool,
+}
+
+impl Top {
+    /// A fresh shared file under all of RAM.
+    pub(crate) fn shared(ram: &GuestRam) -> Result<Top> {
+        let file = Arc::new(memory_file("guest-memory", ram.size())?);
+        ram.map_shared(&file)?;
+        Ok(Top::Shared(file))
+    }
+
+    /// The layers of an image, copy-on-write.
+    pub(crate) fn over(ram: &GuestRam, layers: &[Layer]) -> Result<Top> {
+        image::activate(ram, layers)?;
+        Ok(Top::private(layers.to_vec()))
+    }
+
+    fn private(layers: Vec<Layer>) -> Top {
+        let published = layers.clone();
+        Top::Private(PrivateTop { mapped: layers, published, logging: false, complete: false })
+    }
+
+    /// Does what can be done before the pause.
+    pub(crate) fn prepare(&mut self, ram: &GuestRam, vm: &Vm) -> Result<Plan> {
+        match self {
+            Top::Empty => Err(Error::invalid("it has no memory yet").tried("cut")),
+            Top::Shared(file) => Ok(Plan::Remap(few_data_spans(&**file, ram.size())?)),
+            Top::Private(top) => Ok(Plan::Copy(top.copy_ahead(ram, vm)?)),
+        }
+    }
+
+    /// Fixes the content of the image. Processors are parked, devices quiet.
+    pub(crate) fn freeze(&mut self, plan: &mut Plan, ram: &GuestRam, vm: &Vm) -> Result<()> {
+        match (&*self, plan) {
+            (Top::Shared(file), Plan::Remap(spans)) => {
+                let file = Arc::clone(file);
+                refresh(spans, &file, ram.size())?;
+                let layers = vec![Layer::unsealed(Arc::clone(&file), spans.clone())];
+                if let Err(e) = image::map(ram, &layers) {
+                    // The content is all in the file still: nobody ran since.
+                    ram.map_shared(&file)?;
+                    return Err(e);
+                }
+                *self = Top::private(layers);
+                Ok(())
+            }
+            (Top::Private(_), Plan::Copy(delta)) => delta.copy_rest(ram, vm),
+            _ => Err(Error::invalid("memory changed between plan and cut").tried("cut")),
+        }
+    }
+
+    /// The layers of the frozen image, sealed. The machine runs again.
+    pub(crate) fn publish(&mut self, plan: Plan) -> Result<Vec<Layer>> {
+        let Top::Private(top) = self else {
+            return Err(Error::invalid("memory was not frozen").tried("cut"));
+        };
+        if let Plan::Copy(delta) = plan {
+            top.published = delta.into_layers()?;
+            top.complete = true;
+        }
+        top.published.iter().try_for_each(Layer::seal)?;
+        Ok(top.published.clone())
+    }
+}
+
+/// What a cut is going to do.
+#[derive(Debug)]
+pub(crate) enum Plan {
+    /// Map the shared file privately; these parts of it hold data.
+    Remap(Vec<Span>),
+    /// Copy what was written.
+    Copy(Delta),
+}
+
+impl Plan {
+    /// Bytes that are copied in the pause at least.
+    pub(crate) fn rest_bytes(&self) -> u64 {
+        match self {
+            Plan::Remap(_) => 0,
+            Plan::Copy(delta) => delta.rest.len() * PAGE,
+        }
+    }
+}
+
+/// A layer in the making.
+#[derive(Debug)]
+pub(crate) struct Delta {
+    file: OwnedFd,
+    /// The layers below it in the image.
+    below: Vec<Layer>,
+    copied: PageSet,
+    rest: PageSet,
+    ram_bytes: u64,
+}
+
+impl PrivateTop {
+    fn copy_ahead(&mut self, ram: &GuestRam, vm: &Vm) -> Result<Delta> {
+        let since_last = self.logging && self.complete && self.published.len() < DEPTH_MAX;
+        // From here on a part of the log is in this cut only.
+        self.complete = false;
+        if !self.logging {
+            vm.log_dirty(true)?;
+            self.logging = true;
+        }
+        let mut pages = PageSet::new(ram.size());
+        take_written(ram, vm, &mut pages)?;
+        let below = if since_last {
+            self.published.clone()
+        } else {
+            // What the log says so far is in the page tables as well.
+            pages.clear();
+            insert_private(ram, &mut pages)?;
+            if self.mapped.len() < DEPTH_MAX {
+                self.mapped.clone()
+            } else {
+                insert_covered(&self.mapped, ram.size(), &mut pages);
+                Vec::new()
+            }
+        };
+        let mut delta = Delta {
+            file: memory_file("guest-memory-delta", ram.size())?,
+            below,
+            copied: PageSet::new(ram.size()),
+            rest: PageSet::new(ram.size()),
+            ram_bytes: ram.size(),
+        };
+        let mut last = u64::MAX;
+        for _ in 0..ROUNDS_MAX {
+            delta.copy(ram, &pages)?;
+            pages.clear();
+            take_written(ram, vm, &mut pages)?;
+            let left = pages.len();
+            // A guest that writes as fast as we copy gains nothing from more rounds.
+            if left <= REST_PAGES || left > last / 4 * 3 {
+                break;
+            }
+            last = left;
+        }
+        delta.rest = pages;
+        Ok(delta)
+    }
+}
+
+impl Delta {
+    fn copy(&mut self, ram: &GuestRam, pages: &PageSet) -> Result<()> {
+        for (first, count) in pages.runs() {
+            // A set is a multiple of 64 pages long, RAM need not be.
+            let start = first * PAGE;
+            let end = ((first + count) * PAGE).min(ram.size());
+            let mut at = start;
+            while at < end {
+                let from = ram.at_offset(at).as_ptr();
+                let (fd, len) = (self.file.as_raw_fd(), index(end - at));
+                let to = i64::try_from(at).map_err(|_| Error::invalid("offset too large"))?;
+                // SAFETY: `len` bytes from `from` are inside RAM; the kernel copies them, so that
+                // the guest may write at the same time.
+                let n = unsafe { libc::pwrite(fd, from.cast(), len, to) };
+                match u64::try_from(n) {
+                    Ok(n) if n > 0 => at += n,
+                    _ => {
+                        let e = std::io::Error::last_os_error();
+                        return Err(Error::from(e).tried("copy").on("guest memory"));
+                    }
+                }
+            }
+        }
+        self.copied.insert_all(pages);
+        Ok(())
+    }
+
+    fn copy_rest(&mut self, ram: &GuestRam, vm: &Vm) -> Result<()> {
+        let mut rest = std::mem::replace(&mut self.rest, PageSet::new(0));
+        take_written(ram, vm, &mut rest)?;
+        self.copy(ram, &rest)
+    }
+
+    /// The layers of the image: those below and this one, if there is anything in it.
+    fn into_layers(mut self) -> Result<Vec<Layer>> {
+        let mut layers = std::mem::take(&mut self.below);
+        if self.copied.is_empty() && !layers.is_empty() {
+            return Ok(layers);
+        }
+        let spans = few_spans(&self.copied, self.ram_bytes);
+        self.fill(&layers, &spans)?;
+        layers.push(Layer::unsealed(Arc::new(self.file), spans));
+        Ok(layers)
+    }
+
+    /// Gives the pages between the copied ones the content that the layers below have there, which
+    /// is what the machine saw at the cut: it had not written them.
+    fn fill(&self, below: &[Layer], spans: &[Span]) -> Result<()> {
+        let pieces = resolve(below, self.ram_bytes);
+        let mut buffer = vec![0; index(64 * PAGE)];
+        for span in spans {
+            let flags = rustix::fs::FallocateFlags::empty();
+            rustix::fs::fallocate(&self.file, flags, span.start, span.len).map_err(|e| {
+                Error::from(std::io::Error::from(e)).tried("fill").on("memory layer")
+            })?;
+            let (mut page, end) = (span.start / PAGE, span.end() / PAGE);
+            while page < end {
+                let gap = (page..end).take_while(|page| !self.copied.contains(*page)).count();
+                let gap = Span { start: page * PAGE, len: wide(gap) * PAGE };
+                self.copy_up(below, &pieces, gap, &mut buffer)?;
+                page = gap.end() / PAGE + 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn copy_up(
+        &self,
+        below: &[Layer],
+        pieces: &[Piece],
+        gap: Span,
+        buffer: &mut [u8],
+    ) -> Result<()> {
+        let first = pieces.partition_point(|piece| piece.span.end() <= gap.start);
+        for piece in pieces[first..].iter().take_while(|piece| piece.span.start < gap.end()) {
+            let Some(layer) = piece.layer else { continue };
+            let (mut at, end) = (gap.start.max(piece.span.start), gap.end().min(piece.span.end()));
+            while at < end {
+                let part = &mut buffer[..index((end - at).min(64 * PAGE))];
+                let copied = rustix::io::pread(below[layer].file(), &mut *part, at)
+                    .and_then(|n| rustix::io::pwrite(&self.file, &part[..n], at));
+                let n = copied.map_err(|e| Error::from(std::io::Error::from(e)))?;
+                if n == 0 {
+                    return Err(Error::corrupt("a memory layer ends early"));
+                }
+                at += wide(n);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Adds what processors and devices wrote since the last call.
+fn take_written(ram: &GuestRam, vm: &Vm, into: &mut PageSet) -> Result<()> {
+    vm.take_dirty(into)?;
+    ram.device_dirty().take_into(into);
+    Ok(())
+}
+
+/// Adds the pages that are the process's own, from `/proc/self/pagemap`.
+fn insert_private(ram: &GuestRam, into: &mut PageSet) -> Result<()> {
+    const PRESENT: u64 = 1 << 63;
+    const SWAPPED: u64 = 1 << 62;
+    const OF_FILE: u64 = 1 << 61;
+    let map = std::fs::File::open("/proc/self/pagemap")
+        .map_err(|e| Error::from(e).tried("read").on("/proc/self/pagemap"))?;
+    let base = ram.at_offset(0).as_ptr() as u64 / PAGE;
+    let pages = ram.size() / PAGE;
+    let mut entries = vec![0; 64 << 10];
+    let mut page = 0;
+    while page < pages {
+        let want = index((pages - page) * 8).min(entries.len());
+        let n = rustix::io::pread(&map, &mut entries[..want], (base + page) * 8)
+            .map_err(|e| Error::from(std::io::Error::from(e)).tried("read").on("page table"))?;
+        if n < 8 {
+            return Err(Error::corrupt("the page table ends early"));
+        }
+        for entry in entries[..n].chunks_exact(8) {
+            let entry = u64::from_ne_bytes(entry.try_into().expect("8 bytes"));
+            if entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0 {
+                into.insert(page);
+            }
+            page += 1;
+        }
+    }
+    Ok(())
+}
+
+/// Adds the pages that any layer decides.
+fn insert_covered(layers: &[Layer], ram_bytes: u64, into: &mut PageSet) {
+    for piece in resolve(layers, ram_bytes).iter().filter(|piece| piece.layer.is_some()) {
+        (piece.span.start / PAGE..piece.span.end() / PAGE).for_each(|page| into.insert(page));
+    }
+}
+
+/// The pages as spans: exact if they are few, else with gaps filled until they are.
+fn few_spans(pages: &PageSet, ram_bytes: u64) -> Vec<Span> {
+    let mut granule = PAGE;
+    loop {
+        let mut spans: Vec<Span> = Vec::new();
+        for (first, count) in pages.runs() {
+            let start = first * PAGE / granule * granule;
+            let end = ((first + count) * PAGE).next_multiple_of(granule).min(ram_bytes);
+            match spans.last_mut() {
+                Some(last) if last.end() >= start => last.len = end - last.start,
+                _ => spans.push(Span { start, len: end - start }),
+            }
+        }
+        if spans.len() <= SPANS_MAX || granule >= HUGE_PAGE {
+            return spans;
+        }
+        granule *= 2;
+    }
+}
+
+/// Brings the spans with data up to date, cheaply if no data came between them.
+fn refresh(spans: &mut Vec<Span>, file: &OwnedFd, size: u64) -> Result<()> {
+    let mut at = 0;
+    let ends: Vec<u64> = spans.iter().map(Span::end).collect();
+    let starts = spans.iter().map(|span| span.start).chain([size]);
+    for (i, start) in starts.enumerate() {
+        if at < start && image::next_data(file, at)?.is_some_and(|data| data < start) {
+            *spans = few_data_spans(file, size)?;
+            return Ok(());
+        }
+        at = ends.get(i).copied().unwrap_or(size);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scattered_pages_become_few_spans_that_hold_them_all() {
+        let bytes = 64 * HUGE_PAGE;
+        let mut pages = PageSet::new(bytes);
+        (0..bytes / PAGE).step_by(7).for_each(|page| pages.insert(page));
+        let spans = few_spans(&pages, bytes);
+        assert!(spans.len() <= SPANS_MAX, "{}", spans.len());
+        let held = |page: u64| {
+            spans.iter().any(|s| s.start <= page * PAGE && (page + 1) * PAGE <= s.end())
+        };
+        assert!((0..bytes / PAGE).step_by(7).all(held));
+        let mut few = PageSet::new(bytes);
+        few.insert(3);
+        few.insert(9);
+        let exact = few_spans(&few, bytes);
+        assert_eq!(exact, [3, 9].map(|page| Span { start: page * PAGE, len: PAGE }));
+    }
+
+    #[test]
+    fn only_written_pages_are_private() {
+        let ram = GuestRam::reserve(32 * PAGE).unwrap();
+        let file = memory_file("test", ram.size()).unwrap();
+        rustix::io::pwrite(&file, &vec![1; index(16 * PAGE)], 0).unwrap();
+        let layer = Layer::unsealed(Arc::new(file), vec![Span { start: 0, len: 16 * PAGE }]);
+        image::activate(&ram, &[layer]).unwrap();
+        let mut byte = [0];
+        ram.read(crate::memory::Gpa(4 * PAGE), &mut byte).unwrap();
+        for page in [2, 15, 20] {
+            ram.write(crate::memory::Gpa(page * PAGE), &[9]).unwrap();
+        }
+        let mut found = PageSet::new(ram.size());
+        insert_private(&ram, &mut found).unwrap();
+        assert_eq!(found.runs().collect::<Vec<_>>(), [(2, 1), (15, 1), (20, 1)]);
+    }
+}

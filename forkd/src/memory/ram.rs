@@ -1,0 +1,275 @@
+//! The address space in which a guest's memory is mapped.
+//!
+//! Invariants: the reservation never moves and lives as long as the value, so a host address of
+//! guest RAM stays valid across every change of what is mapped there (a change is one `mmap` over
+//! the old mapping, which is atomic for whoever accesses it); it begins at a multiple of
+//! [`HUGE_PAGE`]; the guest may change every byte at any moment, so nothing here hands out a
+//! reference to plain memory. Before a mapping is activated the reservation is inaccessible: a
+//! processor or device that ran too early would fault, not see another guest's bytes.
+
+use std::os::fd::AsFd;
+use std::ptr::NonNull;
+
+use format::{Error, Result};
+use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
+use vhost_blk::memory::{copy_in, copy_out};
+
+use super::dirty::DirtyPages;
+use super::{Gpa, HIGH_START, HUGE_PAGE, LOW_END, PAGE, index, wide};
+
+/// One stretch of guest-physical addresses that is RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bank {
+    /// First guest-physical address.
+    pub start: Gpa,
+    /// Offset of its first byte in RAM, in bytes.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+/// The memory of one guest.
+#[derive(Debug)]
+pub struct GuestRam {
+    base: NonNull<u8>,
+    /// What was asked of the kernel, to give back.
+    whole: (NonNull<u8>, usize),
+    size: u64,
+    dirty: DirtyPages,
+}
+
+// SAFETY: the value owns its reservation; all access goes through volatile copies or raw pointers
+// whose users answer for themselves.
+unsafe impl Send for GuestRam {}
+// SAFETY: as above.
+unsafe impl Sync for GuestRam {}
+
+impl GuestRam {
+    /// Address space for `size` bytes of RAM, inaccessible until something is mapped into it.
+    ///
+    /// # Errors
+    /// `Invalid` when `size` is 0 or no multiple of a page; the host's error otherwise.
+    pub fn reserve(size: u64) -> Result<GuestRam> {
+        if size == 0 || !size.is_multiple_of(PAGE) || size > 1 << 44 {
+            return Err(Error::invalid("guest memory is no multiple of 4096 bytes")
+                .tried("reserve")
+                .on(format!("{size} bytes of guest memory")));
+        }
+        let len = index(size + HUGE_PAGE);
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a fresh mapping at an address the kernel picks aliases nothing.
+        let start = unsafe {
+            rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::empty(), flags)
+        };
+        let start = start.map_err(|e| host("reserve", e))?.cast::<u8>();
+        let lead = start.align_offset(index(HUGE_PAGE));
+        let whole = NonNull::new(start).ok_or_else(|| Error::invalid("memory at address 0"))?;
+        // SAFETY: `lead` is smaller than a huge page, by which the reservation is larger than RAM.
+        let base = unsafe { whole.add(lead) };
+        Ok(GuestRam { base, whole: (whole, len), size, dirty: DirtyPages::new(size) })
+    }
+
+    /// Memory of `size` bytes in a shared file of its own, all zero.
+    ///
+    /// # Errors
+    /// As [`GuestRam::reserve`].
+    pub fn new(size: u64) -> Result<GuestRam> {
+        let ram = GuestRam::reserve(size)?;
+        ram.map_shared(&super::image::memory_file("guest-memory", size)?)?;
+        Ok(ram)
+    }
+
+    /// Bytes of RAM.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Where RAM is in guest-physical space, in order.
+    pub fn banks(&self) -> impl Iterator<Item = Bank> + use<> {
+        let low = Bank { start: Gpa(0), offset: 0, len: self.size.min(LOW_END) };
+        let high = Bank { start: Gpa(HIGH_START), offset: low.len, len: self.size - low.len };
+        [low, high].into_iter().filter(|bank| bank.len > 0)
+    }
+
+    /// The offset in RAM of `len` bytes at `at`, if one bank holds them all.
+    fn offset_of(&self, at: Gpa, len: u64) -> Option<u64> {
+        self.banks().find_map(|bank| {
+            let inside = at.0.checked_sub(bank.start.0)?;
+            (inside.checked_add(len)? <= bank.len).then_some(bank.offset + inside)
+        })
+    }
+
+    fn checked(&self, at: Gpa, len: u64) -> Result<u64> {
+        self.offset_of(at, len)
+            .ok_or_else(|| outside().on(format!("{len} bytes at guest address {:#x}", at.0)))
+    }
+
+    /// Copies guest memory into `dst`.
+    ///
+    /// # Errors
+    /// `Invalid` when a byte of the range is not RAM.
+    pub fn read(&self, at: Gpa, dst: &mut [u8]) -> Result<()> {
+        let offset = self.checked(at, wide(dst.len()))?;
+        // SAFETY: the range is inside RAM, by `checked`.
+        unsafe { copy_in(dst, self.at_offset(offset).as_ptr()) };
+        Ok(())
+    }
+
+    /// Copies `src` into guest memory and marks the pages dirty for the device log.
+    ///
+    /// # Errors
+    /// `Invalid` when a byte of the range is not RAM.
+    pub fn write(&self, at: Gpa, src: &[u8]) -> Result<()> {
+        let offset = self.checked(at, wide(src.len()))?;
+        // SAFETY: the range is inside RAM, by `checked`.
+        unsafe { copy_out(self.at_offset(offset).as_ptr(), src) };
+        self.dirty.mark(offset, wide(src.len()));
+        Ok(())
+    }
+
+    /// The host address of `len` bytes of RAM, valid while `self` lives. Whoever writes there
+    /// calls [`GuestRam::mark_dirty`] afterwards.
+    ///
+    /// # Errors
+    /// `Invalid` when a byte of the range is not RAM, or it crosses the hole below 4 GiB.
+    pub fn host(&self, at: Gpa, len: u64) -> Result<NonNull<u8>> {
+        self.checked(at, len).map(|offset| self.at_offset(offset))
+    }
+
+    /// Marks what was written through a host address. Bytes outside RAM are left out.
+    pub fn mark_dirty(&self, at: Gpa, len: u64) {
+        if let Some(offset) = self.offset_of(at, len) {
+            self.dirty.mark(offset, len);
+        }
+    }
+
+    /// The pages that devices wrote.
+    pub(crate) fn device_dirty(&self) -> &DirtyPages {
+        &self.dirty
+    }
+
+    /// The host address of an offset in RAM.
+    pub(crate) fn at_offset(&self, offset: u64) -> NonNull<u8> {
+        debug_assert!(offset <= self.size);
+        // SAFETY: offsets inside RAM are inside the reservation.
+        unsafe { self.base.add(index(offset)) }
+    }
+
+    /// Maps all of `file` shared over all of RAM: the top of a first generation.
+    pub(crate) fn map_shared(&self, file: impl AsFd) -> Result<()> {
+        self.map_file(0, self.size, &file, MapFlags::SHARED)?;
+        // Huge pages are a wish: a host whose policy denies them gives ordinary ones.
+        // SAFETY: the range is the mapping just made; the advice changes no content.
+        let _ = unsafe {
+            let (base, size) = (self.base.as_ptr().cast(), index(self.size));
+            rustix::mm::madvise(base, size, Advice::LinuxHugepage)
+        };
+        self.keep_out_of_cores();
+        Ok(())
+    }
+
+    /// Maps `len` bytes of `file` from the same offset privately over RAM.
+    pub(crate) fn map_private(&self, offset: u64, len: u64, file: impl AsFd) -> Result<()> {
+        self.map_file(offset, len, &file, MapFlags::PRIVATE)
+    }
+
+    fn map_file(&self, offset: u64, len: u64, file: &impl AsFd, how: MapFlags) -> Result<()> {
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.size));
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = how | MapFlags::FIXED | MapFlags::NORESERVE;
+        let at = self.at_offset(offset).as_ptr().cast();
+        // SAFETY: the range lies in our reservation; whoever holds host addresses into it expects
+        // the content under them to be exchanged (see the file head).
+        unsafe { rustix::mm::mmap(at, index(len), prot, flags, file, offset) }
+            .map_err(|e| host("map", e))?;
+        Ok(())
+    }
+
+    /// Puts zeroed private memory over `len` bytes of RAM.
+    pub(crate) fn map_anonymous(&self, offset: u64, len: u64) -> Result<()> {
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.size));
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+        let at = self.at_offset(offset).as_ptr().cast();
+        // SAFETY: as in `map_file`.
+        unsafe { rustix::mm::mmap_anonymous(at, index(len), prot, flags) }
+            .map_err(|e| host("map", e))?;
+        Ok(())
+    }
+
+    /// Makes RAM inaccessible again after an activation that failed half-way.
+    pub(crate) fn close(&self) {
+        // SAFETY: the range is ours; from here an access faults, which is the purpose. Failure
+        // leaves private memory of a machine that never runs.
+        let _ = unsafe {
+            let (base, size) = (self.base.as_ptr().cast(), index(self.size));
+            rustix::mm::mprotect(base, size, MprotectFlags::empty())
+        };
+    }
+
+    /// Guest memory does not belong into a core file. Failure costs only that.
+    pub(crate) fn keep_out_of_cores(&self) {
+        // SAFETY: the range is our reservation; the advice changes no content.
+        let _ = unsafe {
+            let (base, size) = (self.base.as_ptr().cast(), index(self.size));
+            rustix::mm::madvise(base, size, Advice::LinuxDontDump)
+        };
+    }
+}
+
+impl Drop for GuestRam {
+    fn drop(&mut self) {
+        // SAFETY: the reservation is ours, and whoever holds addresses into it holds `self`.
+        let _ = unsafe { rustix::mm::munmap(self.whole.0.as_ptr().cast(), self.whole.1) };
+    }
+}
+
+fn outside() -> Error {
+    Error::invalid("the range is not guest memory").tried("access")
+}
+
+fn host(tried: &'static str, e: rustix::io::Errno) -> Error {
+    Error::from(std::io::Error::from(e)).tried(tried).on("guest memory")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::dirty::PageSet;
+
+    #[test]
+    fn reads_give_back_what_was_written_and_writes_are_marked() {
+        let ram = GuestRam::new(16 * PAGE).unwrap();
+        ram.write(Gpa(PAGE - 2), b"story").unwrap();
+        let mut seen = [0; 5];
+        ram.read(Gpa(PAGE - 2), &mut seen).unwrap();
+        assert_eq!(&seen, b"story");
+        ram.mark_dirty(Gpa(5 * PAGE), 1);
+        let mut dirty = PageSet::new(ram.size());
+        ram.device_dirty().take_into(&mut dirty);
+        assert_eq!(dirty.runs().collect::<Vec<_>>(), [(0, 2), (5, 1)]);
+    }
+
+    #[test]
+    fn ranges_outside_ram_are_refused() {
+        let ram = GuestRam::new(16 * PAGE).unwrap();
+        for (at, len) in [(16 * PAGE, 1), (16 * PAGE - 1, 2), (u64::MAX, 1), (0, 16 * PAGE + 1)] {
+            assert!(ram.host(Gpa(at), len).is_err(), "{at:#x} {len}");
+        }
+        assert!(ram.read(Gpa(u64::MAX - 1), &mut [0; 8]).is_err());
+        assert!(ram.host(Gpa(0), 16 * PAGE).is_ok());
+    }
+
+    #[test]
+    fn memory_beyond_three_gib_goes_on_at_four() {
+        let ram = GuestRam::reserve(LOW_END + (1 << 30)).unwrap();
+        let banks: Vec<Bank> = ram.banks().collect();
+        assert_eq!(banks[1], Bank { start: Gpa(HIGH_START), offset: LOW_END, len: 1 << 30 });
+        assert!(ram.host(Gpa(LOW_END), 1).is_err());
+        assert!(ram.host(Gpa(LOW_END - 1), 2).is_err());
+        let (low, high) = (ram.host(Gpa(0), 1).unwrap(), ram.host(Gpa(HIGH_START), 1).unwrap());
+        assert_eq!(high.as_ptr() as usize - low.as_ptr() as usize, index(LOW_END));
+        assert_eq!(low.as_ptr() as usize % index(HUGE_PAGE), 0);
+    }
+}
