@@ -5,7 +5,6 @@
 //! touched that another daemon has; then the socket; then the file that names it, so that whoever
 //! finds the file finds somebody at the socket. The end runs the other way.
 
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -14,12 +13,12 @@ use std::time::Duration;
 use blockd::api::{Access, ApiSocket, group_id, serve};
 use blockd::daemon::sandbox::{self, Folders};
 use blockd::daemon::{Daemon, DaemonFile, Predecessor};
+use blockd::program;
 use blockd::store::file::CacheMode;
 use blockd::storedir::{IDENTITY_FILE, Identity};
 use clap::builder::PossibleValue;
 use clap::{Parser, ValueEnum};
-use format::{Context as _, Error, Result};
-use tokio::signal::unix::{SignalKind, signal};
+use format::{Context as _, Result};
 
 /// Threads for requests that take time, and for jobs.
 const BLOCKING_THREADS_MAX: usize = 64;
@@ -88,22 +87,8 @@ enum Cache {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .with_target(false)
-        // A log that cannot be written, on a full host for one, must not end the daemon: to say so
-        // on the same stream does.
-        .log_internal_errors(false)
-        .init();
-    match run(&args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // Nobody to read it is no reason to fail differently.
-            let _ = writeln!(std::io::stderr(), "blockd: {error}");
-            ExitCode::from(error.kind().exit_code())
-        }
-    }
+    program::log_to_standard_error();
+    program::ended("blockd", run(&args))
 }
 
 fn run(args: &Args) -> Result<()> {
@@ -132,16 +117,16 @@ fn run(args: &Args) -> Result<()> {
         version: env!("CARGO_PKG_VERSION").into(),
     };
     let served = runtime.block_on(async {
-        watch_signals(&daemon)?;
+        program::watch_signals(&daemon)?;
         // On a full host, above all, the daemon is needed: it is found at its socket without.
         if let Err(error) = file.write(&store) {
             tracing::warn!(%error, "who looks in the store does not find this daemon");
         }
-        tell_the_service_manager("READY=1");
+        program::tell_the_service_manager("READY=1");
         tracing::info!(store = %store.display(), api = %api.display(), "ready");
         serve(Arc::clone(&daemon), socket).await
     });
-    tell_the_service_manager("STOPPING=1");
+    program::tell_the_service_manager("STOPPING=1");
     daemon.end_service();
     if !daemon.has_handed_over() {
         DaemonFile::remove(&store);
@@ -230,40 +215,4 @@ fn tail_folder(store: &Path) -> PathBuf {
     let identity = std::fs::read(store.join(IDENTITY_FILE)).ok();
     let identity = identity.and_then(|text| serde_json::from_slice::<Identity>(&text).ok());
     identity.map_or_else(|| "/dev/shm".into(), |identity| identity.tail_dir)
-}
-
-/// The first signal asks the daemon to stop, a second one ends the process.
-fn watch_signals(daemon: &Arc<Daemon>) -> Result<()> {
-    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
-        let mut signals = signal(kind).context("handle", || "signals".into())?;
-        let daemon = Arc::clone(daemon);
-        tokio::spawn(async move {
-            while signals.recv().await.is_some() {
-                if *daemon.stopping().borrow() {
-                    std::process::exit(1);
-                }
-                daemon.stop();
-            }
-        });
-    }
-    Ok(())
-}
-
-/// Tells systemd how far the daemon is, when it was started by it.
-fn tell_the_service_manager(state: &str) {
-    use std::os::linux::net::SocketAddrExt as _;
-    use std::os::unix::ffi::OsStrExt as _;
-    use std::os::unix::net::{SocketAddr, UnixDatagram};
-    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
-    let told = match path.as_bytes().strip_prefix(b"@") {
-        Some(name) => SocketAddr::from_abstract_name(name),
-        None => SocketAddr::from_pathname(&path),
-    };
-    let told = told.and_then(|address| {
-        UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address).map(|_| ())
-    });
-    if let Err(e) = told {
-        let error = Error::from(e).tried("tell").on("the service manager");
-        tracing::warn!(%error, "going on without");
-    }
 }

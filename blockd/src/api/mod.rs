@@ -8,7 +8,7 @@
 //!   headers named [`NOTE`].
 //! - `docs/openapi.json` describes every route; tests compare the two.
 
-mod body;
+pub mod body;
 mod content;
 mod daemon;
 mod disks;
@@ -16,7 +16,7 @@ mod exports;
 mod flatten;
 mod modes;
 mod openapi;
-mod reply;
+pub mod reply;
 mod server;
 mod sessions;
 mod socket;
@@ -26,17 +26,40 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::routing::{delete, get, post, put};
+use tokio::sync::watch;
 
 use crate::daemon::Daemon;
 
 pub use openapi::document;
-pub use server::serve;
+pub use server::{Client, Served, serve};
 pub use socket::{Access, ApiSocket, group_id};
 
 /// The header of a line for the user that is neither a result nor a failure.
 pub const NOTE: &str = "offshoot-note";
 /// Bytes of data that one request of a session may carry or ask for.
 pub const DATA_MAX: usize = 8 << 20;
+
+impl Served for Daemon {
+    fn routes(self: &Arc<Self>) -> Router {
+        router(Arc::clone(self))
+    }
+
+    fn stopping(&self) -> watch::Receiver<bool> {
+        Daemon::stopping(self)
+    }
+
+    fn stop(&self) {
+        Daemon::stop(self);
+    }
+
+    fn ended(&self, client: Client) {
+        self.end_sessions_of(client.0);
+    }
+
+    fn left_its_socket(&self) -> bool {
+        self.has_handed_over()
+    }
+}
 
 /// Every route.
 pub fn router(daemon: Arc<Daemon>) -> Router {

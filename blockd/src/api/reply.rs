@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 
 use super::NOTE;
 use super::types::{Failure, FailureBody};
-use crate::daemon::{Daemon, Noted};
+use crate::daemon::Noted;
 
 /// Bytes of a request that is JSON, at most.
 const JSON_MAX: usize = 1 << 20;
@@ -82,9 +82,9 @@ impl<T: Serialize> IntoResponse for Noted<T> {
 ///
 /// # Errors
 /// What `work` reports; `Failed` when it panics, which is a bug.
-pub async fn blocking<T: Send + 'static>(
-    daemon: &Arc<Daemon>,
-    work: impl FnOnce(&Arc<Daemon>) -> Result<T> + Send + 'static,
+pub async fn blocking<D: Send + Sync + 'static, T: Send + 'static>(
+    daemon: &Arc<D>,
+    work: impl FnOnce(&Arc<D>) -> Result<T> + Send + 'static,
 ) -> Answer<T> {
     let daemon = Arc::clone(daemon);
     let done = tokio::task::spawn_blocking(move || work(&daemon)).await;

@@ -1,5 +1,7 @@
 //! The server: connections, and the end of them.
 //!
+//! It is blockd's, and forkd's as well: what they offer is a [`Served`].
+//!
 //! Invariants:
 //! - What a connection opened (sessions) ends with it.
 //! - When the daemon is going to stop, nobody new is let in, answers under way are finished for
@@ -18,9 +20,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::router;
 use super::socket::ApiSocket;
-use crate::daemon::Daemon;
 
 /// How long answers under way may take when the daemon stops.
 const GRACE: Duration = Duration::from_secs(10);
@@ -33,14 +33,36 @@ const CONNECTIONS_MAX: usize = 512;
 #[derive(Debug, Clone, Copy)]
 pub struct Client(pub u64);
 
+/// A daemon that answers requests.
+pub trait Served: Send + Sync + 'static {
+    /// Every route that it has.
+    fn routes(self: &Arc<Self>) -> Router;
+
+    /// Tells when it is going to end.
+    fn stopping(&self) -> watch::Receiver<bool>;
+
+    /// Asks it to end.
+    fn stop(&self);
+
+    /// Called on a thread that may block when a connection has ended.
+    fn ended(&self, client: Client) {
+        let _ = client;
+    }
+
+    /// True when the socket's file is another process's by now.
+    fn left_its_socket(&self) -> bool {
+        false
+    }
+}
+
 /// Serves until the daemon is asked to stop.
 ///
 /// # Errors
 /// What the host reports about the socket.
-pub async fn serve(daemon: Arc<Daemon>, socket: ApiSocket) -> Result<()> {
+pub async fn serve<D: Served>(daemon: Arc<D>, socket: ApiSocket) -> Result<()> {
     let listener = UnixListener::from_std(socket.listener()?)
         .context("listen on", || "the socket of the interface".into())?;
-    let app = router(Arc::clone(&daemon));
+    let app = daemon.routes();
     let numbers = AtomicU64::new(0);
     let mut stopping = daemon.stopping();
     let mut connections = JoinSet::new();
@@ -64,7 +86,7 @@ pub async fn serve(daemon: Arc<Daemon>, socket: ApiSocket) -> Result<()> {
         }
     }
     drop(listener);
-    if daemon.has_handed_over() {
+    if daemon.left_its_socket() {
         socket.leave();
     } else {
         drop(socket);
@@ -81,20 +103,20 @@ async fn told_to_stop(stopping: &mut watch::Receiver<bool>) {
     let _ = stopping.wait_for(|stop| *stop).await;
 }
 
-/// Ends the sessions of a connection, however it ended.
-struct Ends {
-    daemon: Arc<Daemon>,
+/// Tells of the end of a connection, however it ended.
+struct Ends<D: Served> {
+    daemon: Arc<D>,
     client: Client,
 }
 
-impl Drop for Ends {
+impl<D: Served> Drop for Ends<D> {
     fn drop(&mut self) {
         let (daemon, client) = (Arc::clone(&self.daemon), self.client);
-        tokio::task::spawn_blocking(move || daemon.end_sessions_of(client.0));
+        tokio::task::spawn_blocking(move || daemon.ended(client));
     }
 }
 
-async fn converse(daemon: Arc<Daemon>, app: Router, stream: UnixStream, client: Client) {
+async fn converse<D: Served>(daemon: Arc<D>, app: Router, stream: UnixStream, client: Client) {
     let mut stopping = daemon.stopping();
     let _ends = Ends { daemon, client };
     let service = TowerToHyperService::new(app.layer(Extension(client)));

@@ -30,6 +30,12 @@ impl Page {
         }
     }
 
+    /// All of it.
+    #[must_use]
+    pub fn text(self) -> String {
+        self.0
+    }
+
     fn line(&mut self, line: std::fmt::Arguments<'_>) {
         // Writing to memory cannot fail.
         let _ = writeln!(self.0, "{line}");
@@ -63,7 +69,7 @@ impl Daemon {
         let stats = self.stats();
         gauges(&mut page, &stats);
         requests(&mut page, &stats);
-        Ok(page.0)
+        Ok(page.text())
     }
 }
 

@@ -57,6 +57,7 @@ pub use events::Events;
 pub use handover::{Inheritance, Predecessor};
 pub use holds::{Hold, Holds, PATIENCE};
 pub use jobs::{Entry, Jobs, Running};
+pub use metrics::Page;
 pub use served::Service;
 pub use sessions::{Content, Sessions};
 pub use state::{DaemonFile, FILE};

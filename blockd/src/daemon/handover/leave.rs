@@ -13,9 +13,10 @@ use super::super::Daemon;
 use super::super::doors::Door;
 use super::super::holds::{Hold, PATIENCE};
 use super::super::served::{Kept, Served};
-use super::{Free, HandedDisk, Hello, LAYOUT, Progress, State, side_by_side, wire};
+use super::{Free, HandedDisk, Hello, LAYOUT, Progress, State, side_by_side};
 use crate::api::types::{EventKind, ExportKind, HandOver, HandedOver};
 use crate::disk::Vouched;
+use crate::messages;
 use crate::sockets::Peer;
 
 /// How long a successor may take for its first word.
@@ -54,7 +55,7 @@ fn all_left(left: &[Left]) -> Result<()> {
 
 /// Waits until the successor has got so far.
 fn expect(successor: &UnixStream, step: Progress) -> Result<()> {
-    match wire::receive::<Progress>(successor)? {
+    match messages::receive::<Progress>(successor)? {
         (told, _) if told == step => Ok(()),
         (told, _) => Err(Error::corrupt(format!("the successor tells of {told:?} too early"))),
     }
@@ -68,7 +69,7 @@ fn greet(path: &Path) -> Result<(UnixStream, Hello)> {
         return Err(Error::invalid(format!("a process of user {} waits there", peer.uid)));
     }
     socket.set_read_timeout(Some(HELLO_MAX))?;
-    let (hello, _) = wire::receive::<Hello>(&socket)?;
+    let (hello, _) = messages::receive::<Hello>(&socket)?;
     socket.set_read_timeout(None)?;
     if !hello.layouts.contains(&LAYOUT) {
         let reason = format!("version {} does not take over from this one", hello.version);
@@ -100,7 +101,7 @@ impl Daemon {
             let _closed = self.holds.close(&served)?;
             self.each_door(Door::pause_nbd);
             let ready = self.close_dir().and_then(|()| {
-                wire::send(&successor, &Free, &[])?;
+                messages::send(&successor, &Free, &[])?;
                 expect(&successor, Progress::Ready)
             });
             if let Err(error) = ready {
@@ -164,7 +165,7 @@ impl Daemon {
         self.handed_over.store(true, Ordering::Release); // pairs with `has_handed_over`
         let (disks, front_ends) =
             left.iter().fold((0, 0), |(d, f), l| (d + 1, f + l.handed.front_ends()));
-        let serving = wire::receive::<Progress>(successor);
+        let serving = messages::receive::<Progress>(successor);
         let blackout = began.elapsed();
         tracing::info!(?disks_left, ?opened, serving = ?blackout, "handed over");
         self.stop();
@@ -216,7 +217,7 @@ impl Daemon {
         let files: Vec<_> = std::iter::once(control.as_fd())
             .chain(left.iter().flat_map(|l| l.handed.files()))
             .collect();
-        wire::send(successor, &state, &files)?;
+        messages::send(successor, &state, &files)?;
         expect(successor, Progress::Opened)
     }
 

@@ -2,7 +2,7 @@
 //! run.
 //!
 //! The successor listens on a socket of its own; the one in charge is told where, connects, and
-//! they speak (`wire.rs`):
+//! they speak (`messages.rs`):
 //!
 //! ```text
 //! successor    in charge
@@ -35,7 +35,6 @@
 
 mod leave;
 mod take;
-mod wire;
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 

@@ -11,8 +11,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::super::Daemon;
 use super::super::served::Kept;
-use super::{Free, HandedDisk, Hello, LAYOUT, Progress, State, side_by_side, wire};
+use super::{Free, HandedDisk, Hello, LAYOUT, Progress, State, side_by_side};
 use crate::api::types::EventKind;
+use crate::messages;
 use crate::sockets::{self, Peer};
 
 /// How long a predecessor may take to come.
@@ -60,8 +61,8 @@ impl Predecessor {
                 accept(&listener)?
             };
             let version = env!("CARGO_PKG_VERSION").to_owned();
-            wire::send(&socket, &Hello { layouts: vec![LAYOUT], version }, &[])?;
-            wire::receive::<Free>(&socket)?;
+            messages::send(&socket, &Hello { layouts: vec![LAYOUT], version }, &[])?;
+            messages::receive::<Free>(&socket)?;
             Ok(Predecessor { socket })
         };
         meet().context("take over at", || format!("socket {}", path.display()))
@@ -73,8 +74,8 @@ impl Predecessor {
     /// `Failed` when it changed its mind, or what the host reports.
     pub fn inherit(self) -> Result<Inheritance> {
         let socket = self.socket;
-        wire::send(&socket, &Progress::Ready, &[])?;
-        let (state, files) = wire::receive::<State>(&socket)?;
+        messages::send(&socket, &Progress::Ready, &[])?;
+        let (state, files) = messages::receive::<State>(&socket)?;
         let mut files = files.into_iter();
         let control = files.next();
         let disks = state.disks.into_iter().map(|d| HandedDisk::assemble(d, &mut files));
@@ -130,7 +131,7 @@ impl Daemon {
         });
         let opened = opened.into_iter().collect::<Result<Vec<_>>>()?;
         // From here on the predecessor does not come back: rings may run.
-        wire::send(&socket, &Progress::Opened, &[])?;
+        messages::send(&socket, &Progress::Opened, &[])?;
         side_by_side(opened, |(name, served, disk)| {
             let HandedDisk { attachment, doors, .. } = disk;
             self.go_on(&name, Ok(served), attachment, doors);
@@ -139,7 +140,7 @@ impl Daemon {
         let detail = format!("from version {version}");
         self.events.add(EventKind::Upgraded, format!("store {}", self.path().display()), detail);
         // It may have ended meanwhile; nothing is needed from it any more.
-        let _ = wire::send(&socket, &Progress::Serving, &[]);
+        let _ = messages::send(&socket, &Progress::Serving, &[]);
         // What could not be served before may be possible now.
         self.serve_again()
     }

@@ -1,8 +1,9 @@
-//! Messages with open files between two daemons of one host.
+//! Messages with open files between two processes of one host.
 //!
 //! A message is its length and its number of files (two 32-bit little-endian words), its bytes, and
 //! then the files in groups, each with one byte of its own: the kernel bounds how many files travel
-//! with one byte, and a busy host has more.
+//! with one byte, and a busy host has more. Between two `blockd` at a hand-over, and between `forkd`
+//! and the processes of its machines.
 
 use std::io::{IoSlice, IoSliceMut, Read as _, Write as _};
 use std::mem::MaybeUninit;
@@ -38,18 +39,14 @@ fn broken(e: std::io::Error) -> Error {
 }
 
 fn cut_short() -> Error {
-    Error::new(Kind::Failed, "the other daemon ended, or closed the connection")
+    Error::new(Kind::Failed, "the other process ended, or closed the connection")
 }
 
 /// Sends a message.
 ///
 /// # Errors
 /// What the host reports, among it that the other one is gone.
-pub(super) fn send(
-    socket: &UnixStream,
-    message: &impl Serialize,
-    files: &[BorrowedFd<'_>],
-) -> Result<()> {
+pub fn send(socket: &UnixStream, message: &impl Serialize, files: &[BorrowedFd<'_>]) -> Result<()> {
     let put = || -> Result<()> {
         let body = serde_json::to_vec(message).map_err(std::io::Error::from)?;
         let too_much = || Error::new(Kind::Unsupported, "it is more than one message holds");
@@ -62,7 +59,7 @@ pub(super) fn send(
         (&mut &*socket).write_all(&bytes).map_err(broken)?;
         files.chunks(GROUP).try_for_each(|group| send_group(socket, group))
     };
-    put().context("tell", || "the other daemon".into())
+    put().context("tell", || "the other process".into())
 }
 
 fn send_group(socket: &UnixStream, group: &[BorrowedFd<'_>]) -> Result<()> {
@@ -83,7 +80,7 @@ fn send_group(socket: &UnixStream, group: &[BorrowedFd<'_>]) -> Result<()> {
 /// # Errors
 /// `Failed` when the other one is gone, `Corrupt` when it says something that is not understood, or
 /// what the host reports.
-pub(super) fn receive<T: DeserializeOwned>(socket: &UnixStream) -> Result<(T, Vec<OwnedFd>)> {
+pub fn receive<T: DeserializeOwned>(socket: &UnixStream) -> Result<(T, Vec<OwnedFd>)> {
     let get = || -> Result<(T, Vec<OwnedFd>)> {
         let mut head = [0; 8];
         fill(socket, &mut head)?;
@@ -103,7 +100,7 @@ pub(super) fn receive<T: DeserializeOwned>(socket: &UnixStream) -> Result<(T, Ve
             .map_err(|e| Error::corrupt("a message that is not known here").caused_by(e))?;
         Ok((message, files))
     };
-    get().context("hear from", || "the other daemon".into())
+    get().context("hear from", || "the other process".into())
 }
 
 fn fill(mut socket: &UnixStream, buf: &mut [u8]) -> Result<()> {
