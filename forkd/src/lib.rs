@@ -3,6 +3,7 @@
 //! One process holds one VM. Its memory is a stack of sealed layers and one writable top, its disks
 //! are blockd's, and a fork takes memory, processors, devices and disks at one instant.
 
+pub mod boot;
 pub mod devices;
 pub mod kvm;
 pub mod machine;

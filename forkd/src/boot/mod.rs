@@ -1,0 +1,5 @@
+//! How a guest is started.
+
+pub mod acpi;
+pub mod linux;
+mod processor;
