@@ -11,7 +11,9 @@ use crate::memory::{Gpa, GuestRam};
 
 /// An edge-triggered interrupt of a guest.
 pub trait Interrupt: Send + Sync {
-    /// Raises it once.
+    /// Raises it once. KVM delivers it from a worker of its own, soon: what is raised right before
+    /// a machine is cut may not be in the image, so devices raise theirs again in
+    /// [`Devices::resume`].
     ///
     /// # Errors
     /// The host's error; the guest may then have missed the interrupt.

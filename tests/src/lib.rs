@@ -18,6 +18,7 @@ pub mod model;
 pub mod mount;
 pub mod nbd;
 pub mod pattern;
+pub mod payload;
 pub mod rng;
 pub mod served;
 pub mod sim;

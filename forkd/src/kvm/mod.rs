@@ -13,6 +13,11 @@ pub mod state;
 pub mod vcpu;
 pub mod vm;
 
+/// The registers of processors, as KVM lays them out: what a [`crate::machine::Loader`] sets.
+pub mod bindings {
+    pub use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
+}
+
 use std::sync::OnceLock;
 
 use format::{Error, Kind, Result};

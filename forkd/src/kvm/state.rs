@@ -8,9 +8,10 @@
 //! both (one interrupt too many, which a guest shrugs off); the other way round it could be in
 //! neither, and the guest would sleep for ever. Events last.
 //!
-//! Restore, per processor: MP state, general registers before events (setting them drops a pending
-//! exception), special registers before the local controller (its base address), that before the
-//! model-specific registers (a deadline sticks only in a configured controller), events last. Then
+//! Restore, per processor: MP state, special registers before the local controller (its base
+//! address), that before the model-specific registers (a deadline sticks only in a configured
+//! controller), general registers when the mode they belong to is in place, and before events
+//! (setting them drops a pending exception), events last. Then
 //! the I/O controllers (they may deliver into the local ones at once), then the clock, which needs
 //! the processors.
 //!
@@ -166,7 +167,6 @@ fn restore_clock(vm: &Vm, saved: kvm_clock_data) -> Result<()> {
 fn restore_processor(fd: &VcpuFd, number: u32, state: &Reader<'_>) -> Result<usize> {
     let set = |e| failed("restore a processor of", e);
     fd.set_mp_state(one(state, tag::MP, number)?).map_err(set)?;
-    fd.set_regs(&one(state, tag::REGS, number)?).map_err(set)?;
     fd.set_sregs(&one(state, tag::SREGS, number)?).map_err(set)?;
     fd.set_xcrs(&one(state, tag::XCRS, number)?).map_err(set)?;
     // SAFETY: a `kvm_xsave` of 4096 bytes is what KVM reads from guests that have no permission
@@ -176,6 +176,7 @@ fn restore_processor(fd: &VcpuFd, number: u32, state: &Reader<'_>) -> Result<usi
     fd.set_lapic(&one(state, tag::LAPIC, number)?).map_err(set)?;
     let msrs: Vec<kvm_msr_entry> = many(state, tag::MSRS, number)?;
     let refused = msr::write(fd, &deadline_last(msrs))?;
+    fd.set_regs(&one(state, tag::REGS, number)?).map_err(set)?;
     fd.set_vcpu_events(&one(state, tag::EVENTS, number)?).map_err(set)?;
     Ok(refused)
 }

@@ -9,10 +9,11 @@
 
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use format::{Error, Result};
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
-use vhost_blk::memory::{copy_in, copy_out};
+use vhost_blk::memory::{GuestAddr, Memory, Region, RegionSpec, UserAddr, copy_in, copy_out};
 
 use super::dirty::DirtyPages;
 use super::{Gpa, HIGH_START, HUGE_PAGE, LOW_END, PAGE, index, wide};
@@ -137,6 +138,23 @@ impl GuestRam {
         self.checked(at, len).map(|offset| self.at_offset(offset))
     }
 
+    /// The same RAM as rings see it, in guest-physical addresses. Ring addresses are the guest's
+    /// own as well.
+    ///
+    /// # Errors
+    /// Never but for a bug: the banks do not overlap.
+    pub fn memory(self: &Arc<Self>) -> Result<Memory> {
+        let region = |bank: Bank| {
+            let (guest, user) = (GuestAddr(bank.start.0), UserAddr(bank.start.0));
+            let spec = RegionSpec { guest, user, size: bank.len, offset: 0 };
+            // SAFETY: the bank lies in the reservation, which lives as long as `self`, and nobody
+            // has references to its bytes.
+            let region = unsafe { Region::over(spec, self.at_offset(bank.offset), self.clone()) };
+            region.map(Arc::new)
+        };
+        Memory::new(self.banks().map(region).collect::<Result<_>>()?)
+    }
+
     /// Marks what was written through a host address. Bytes outside RAM are left out.
     pub fn mark_dirty(&self, at: Gpa, len: u64) {
         if let Some(offset) = self.offset_of(at, len) {
@@ -259,6 +277,17 @@ mod tests {
         }
         assert!(ram.read(Gpa(u64::MAX - 1), &mut [0; 8]).is_err());
         assert!(ram.host(Gpa(0), 16 * PAGE).is_ok());
+    }
+
+    #[test]
+    fn rings_see_the_same_bytes() {
+        let ram = Arc::new(GuestRam::new(16 * PAGE).unwrap());
+        let memory = ram.memory().unwrap();
+        memory.write(GuestAddr(5000), b"ring").unwrap();
+        let mut seen = [0; 4];
+        ram.read(Gpa(5000), &mut seen).unwrap();
+        assert_eq!(&seen, b"ring");
+        assert!(memory.write(GuestAddr(16 * PAGE - 1), b"ab").is_err());
     }
 
     #[test]
