@@ -2,8 +2,8 @@
 //!
 //! A message is its length and its number of files (two 32-bit little-endian words), its bytes, and
 //! then the files in groups, each with one byte of its own: the kernel bounds how many files travel
-//! with one byte, and a busy host has more. Between two `blockd` at a hand-over, and between `forkd`
-//! and the processes of its machines.
+//! with one byte, and a busy host has more. Two `blockd` speak like this at a hand-over, and
+//! `forkd` with the processes of its machines.
 
 use std::io::{IoSlice, IoSliceMut, Read as _, Write as _};
 use std::mem::MaybeUninit;

@@ -1,0 +1,325 @@
+//! What goes over the wire, and what the command line prints as JSON: one set of types for both.
+//!
+//! Invariants: those of blockd's types. Sizes are bytes, times seconds since 1970, identities
+//! UUIDs. Fields may be added; none is removed or changes its meaning. A request with a field that
+//! is not known is refused.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+/// A virtual machine to boot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RunVm {
+    /// Its name.
+    pub name: String,
+    /// What it boots: a Linux kernel (bzImage, or vmlinux with a PVH entry), or another ELF file
+    /// with one. An absolute path.
+    #[schema(value_type = String)]
+    pub kernel: PathBuf,
+    /// The first file system of a Linux kernel. An absolute path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub initrd: Option<PathBuf>,
+    /// The command line of the kernel; without it, what suits most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cmdline: Option<String>,
+    /// Its disks, in the order in which it sees them.
+    #[serde(default)]
+    pub disks: Vec<UseDisk>,
+    /// Bytes of memory, whole MiB.
+    pub memory_bytes: u64,
+    /// Processors.
+    pub vcpus: u8,
+    /// Do not let it run yet.
+    #[serde(default)]
+    pub paused: bool,
+}
+
+/// A disk of blockd's for a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct UseDisk {
+    /// Its name.
+    pub disk: String,
+    /// Refuse writes.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// How a machine is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum VmState {
+    /// It runs.
+    Running,
+    /// It does not run, and can go on.
+    Paused,
+    /// It is gone; what it was is known until it is removed.
+    Ended,
+}
+
+impl VmState {
+    /// The name that people and programs see.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            VmState::Running => "running",
+            VmState::Paused => "paused",
+            VmState::Ended => "ended",
+        }
+    }
+}
+
+/// How a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmEnd {
+    /// The stable name of the reason: `power-off`, `reset`, `stopped`, `killed`, `triple-fault`,
+    /// `failed`.
+    pub reason: String,
+    /// What else there is to say.
+    pub detail: String,
+    /// Seconds since 1970.
+    pub at: u64,
+}
+
+/// How the requests of a machine's disk reach blockd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskPath {
+    /// Data is copied through memory that only forkd and blockd share; blockd never maps the
+    /// machine's own.
+    Arena,
+}
+
+/// A disk of a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmDisk {
+    /// Its name in blockd's store.
+    pub disk: String,
+    /// Its identity there.
+    pub id: Uuid,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// It was made for this machine, and goes with it.
+    pub own: bool,
+    /// How requests reach blockd.
+    pub path: DiskPath,
+}
+
+/// The machine that another one was forked from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmParent {
+    /// Its name at that time.
+    pub name: String,
+    /// Its identity.
+    pub id: Uuid,
+}
+
+/// A virtual machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Vm {
+    /// Its name.
+    pub name: String,
+    /// Its identity.
+    pub id: Uuid,
+    /// How it is.
+    pub state: VmState,
+    /// How it ended, if it did.
+    pub end: Option<VmEnd>,
+    /// Its process, while there is one.
+    pub pid: Option<u32>,
+    /// Bytes of its memory.
+    pub memory_bytes: u64,
+    /// Its processors.
+    pub vcpus: u8,
+    /// Its disks, in the order in which it sees them.
+    pub disks: Vec<VmDisk>,
+    /// The identity that tells its guest that it was forked or restored.
+    pub generation_id: Uuid,
+    /// The address of its network card.
+    pub mac: String,
+    /// What it was forked from.
+    pub parent: Option<VmParent>,
+    /// Sealed layers of memory below its own.
+    pub layers: u64,
+    /// Seconds since 1970 at its making.
+    pub created: u64,
+    /// The socket of its serial console.
+    #[schema(value_type = String)]
+    pub console: PathBuf,
+}
+
+/// Children to make of a machine: all of them, or none.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ForkVm {
+    /// Their names.
+    pub children: Vec<String>,
+    /// Do not let them run yet.
+    #[serde(default)]
+    pub paused: bool,
+}
+
+/// Children that were made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ForkedVms {
+    /// The children, in the order in which they were asked for.
+    pub children: Vec<Vm>,
+    /// Microseconds for which the parent did not run.
+    pub pause_us: u64,
+    /// Microseconds of that which its disks took.
+    pub disks_us: u64,
+    /// Microseconds from the request until all children ran.
+    pub ready_us: u64,
+    /// Microseconds that the whole fork took, until everything was durable.
+    pub took_us: u64,
+    /// Children for which no shell was ready.
+    pub cold: u64,
+}
+
+/// Whether what belongs to a machine goes with it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(default, deny_unknown_fields)]
+pub struct RemoveVm {
+    /// End it first, if it has not ended.
+    pub force: bool,
+    /// Keep the disks that were made for it.
+    pub keep_disks: bool,
+}
+
+/// What was removed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RemovedVm {
+    /// The name of the machine.
+    pub removed: String,
+    /// Disks that went with it.
+    pub disks: Vec<String>,
+}
+
+/// What a machine uses of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmStats {
+    /// The machine.
+    pub name: String,
+    /// How it is.
+    pub state: VmState,
+    /// Bytes of the host's memory that only its process uses.
+    pub private_bytes: u64,
+    /// Bytes that it shares with others.
+    pub shared_bytes: u64,
+    /// Its share of all of that: what it shares counts by the number of those who do.
+    pub proportional_bytes: u64,
+    /// Page faults of its process that needed no I/O.
+    pub faults: u64,
+    /// Nanoseconds of processor time of its process.
+    pub cpu_ns: u64,
+}
+
+/// Shells that wait for a fork.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PoolClass {
+    /// Bytes of memory of a machine that one is for.
+    pub memory_bytes: u64,
+    /// Its processors.
+    pub vcpus: u8,
+    /// How many are ready.
+    pub ready: u64,
+}
+
+/// How the daemon is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Health {
+    /// Version of the daemon.
+    pub version: String,
+    /// Its process.
+    pub pid: u32,
+    /// Its folder.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+    /// The socket of the blockd that has the disks.
+    #[schema(value_type = String)]
+    pub blockd: PathBuf,
+    /// Seconds since 1970 at its start.
+    pub started: u64,
+    /// Machines that have not ended.
+    pub vms: u64,
+    /// Shells that wait, by the machines that they are for.
+    pub pool: Vec<PoolClass>,
+    /// Machines that are wanted ready of each kind.
+    pub pool_size: u64,
+    /// Things that are to be removed and could not be yet.
+    pub unfinished: u64,
+    /// What confines the daemon: `landlock`, `seccomp`, both or nothing.
+    pub sandbox: Vec<String>,
+}
+
+/// What kind of thing happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum EventKind {
+    /// The daemon started.
+    Started,
+    /// The daemon is going to stop.
+    Stopping,
+    /// A machine was booted.
+    Booted,
+    /// A machine was found again after a restart of the daemon.
+    Found,
+    /// A machine was forked.
+    Forked,
+    /// A machine was paused.
+    Paused,
+    /// It goes on.
+    Resumed,
+    /// A machine ended.
+    Ended,
+    /// A machine was removed.
+    Removed,
+    /// No shell was ready when one was needed.
+    PoolEmpty,
+    /// Something failed.
+    Failed,
+    /// What was left of something that failed was removed.
+    CleanedUp,
+}
+
+impl EventKind {
+    /// The name that people and programs see.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            EventKind::Started => "started",
+            EventKind::Stopping => "stopping",
+            EventKind::Booted => "booted",
+            EventKind::Found => "found",
+            EventKind::Forked => "forked",
+            EventKind::Paused => "paused",
+            EventKind::Resumed => "resumed",
+            EventKind::Ended => "ended",
+            EventKind::Removed => "removed",
+            EventKind::PoolEmpty => "pool-empty",
+            EventKind::Failed => "failed",
+            EventKind::CleanedUp => "cleaned-up",
+        }
+    }
+}
+
+/// Something that happened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Event {
+    /// Its number; numbers go up by one.
+    pub seq: u64,
+    /// Milliseconds since 1970.
+    pub time_ms: u64,
+    /// What happened.
+    pub kind: EventKind,
+    /// To what.
+    pub object: String,
+    /// What else there is to say.
+    pub detail: String,
+}

@@ -1,0 +1,153 @@
+//! The daemon that has the disks, as this one sees it.
+
+use std::fmt::Write as _;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use blockd::api::types::{
+    AttachDisk, DetachDisk, Disk, DiskDetails, Export, ExportKind, ExportSpec, RemovedDisk,
+    SocketName,
+};
+use format::{Context as _, Result};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::http;
+
+/// How long it may take for an answer. A machine that is forked waits for one.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// Where it listens.
+#[derive(Debug)]
+pub struct Blockd {
+    socket: PathBuf,
+}
+
+impl Blockd {
+    /// The one that listens at `socket`.
+    #[must_use]
+    pub fn at(socket: PathBuf) -> Self {
+        Blockd { socket }
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    fn object(&self) -> String {
+        format!("blockd at {}", self.socket.display())
+    }
+
+    /// A connection to it.
+    ///
+    /// # Errors
+    /// `NotFound` when it does not answer, or what the host reports.
+    pub fn connect(&self) -> Result<UnixStream> {
+        http::connect(&self.socket, PATIENCE).context("reach", || self.object())
+    }
+
+    fn ask<T: DeserializeOwned>(
+        &self,
+        method: &str,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T> {
+        let stream = self.connect()?;
+        let reply = http::request(method, path, body)
+            .and_then(|request| http::exchange(&stream, &request))
+            .context("ask", || self.object())?;
+        reply.read()
+    }
+
+    /// Has it serve a disk at a socket.
+    ///
+    /// # Errors
+    /// What it says.
+    pub fn attach(&self, disk: &str, socket: &Path, read_only: bool) -> Result<()> {
+        let request = AttachDisk {
+            export: ExportSpec {
+                kind: ExportKind::VhostUser,
+                socket: SocketName::Unix(socket.to_owned()),
+                tls: None,
+                read_only,
+                queues: 1,
+                poll_us_max: None,
+                packed: true,
+            },
+            limits: None,
+            accept_lost_tail: false,
+        };
+        self.ask::<Export>("POST", &disk_path(disk, "/attach"), &request).map(drop)
+    }
+
+    /// Has it serve a disk at a socket no longer, whoever is connected there.
+    ///
+    /// # Errors
+    /// What it says.
+    pub fn detach(&self, disk: &str, socket: &SocketName) -> Result<()> {
+        let request = DetachDisk { socket: Some(socket.clone()), force: true };
+        self.ask::<Vec<Export>>("POST", &disk_path(disk, "/detach"), &request).map(drop)
+    }
+
+    /// The sockets below a folder at which it serves disks.
+    ///
+    /// # Errors
+    /// What it says.
+    pub fn exports_below(&self, folder: &Path) -> Result<Vec<Export>> {
+        let mut exports: Vec<Export> = self.ask("GET", "/v1/exports", &())?;
+        exports.retain(|e| matches!(&e.socket, SocketName::Unix(at) if at.starts_with(folder)));
+        Ok(exports)
+    }
+
+    /// Everything about a disk.
+    ///
+    /// # Errors
+    /// What it says.
+    pub fn show(&self, disk: &str) -> Result<DiskDetails> {
+        self.ask("GET", &disk_path(disk, ""), &())
+    }
+
+    /// Its disks.
+    ///
+    /// # Errors
+    /// What it says.
+    pub fn list(&self) -> Result<Vec<Disk>> {
+        self.ask("GET", "/v1/disks", &())
+    }
+
+    /// Removes a disk.
+    ///
+    /// # Errors
+    /// What it says.
+    pub fn remove(&self, disk: &str) -> Result<()> {
+        self.ask::<RemovedDisk>("DELETE", &disk_path(disk, ""), &()).map(drop)
+    }
+}
+
+/// The path of a disk, whose name may be anything.
+fn disk_path(disk: &str, what: &str) -> String {
+    let mut path = "/v1/disks/".to_owned();
+    for byte in disk.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => {
+                path.push(char::from(byte));
+            }
+            // Writing to memory cannot fail.
+            _ => drop(write!(path, "%{byte:02X}")),
+        }
+    }
+    path + what
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_name_fits_into_a_path() {
+        assert_eq!(disk_path("a b/../?", "/attach"), "/v1/disks/a%20b%2F..%2F%3F/attach");
+    }
+}

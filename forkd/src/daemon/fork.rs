@@ -1,0 +1,382 @@
+//! Forking a machine: all of its children, or none.
+//!
+//! The order, and what each step defends against:
+//! 1. names are reserved, shells taken, identities made: what can be refused is refused before
+//!    anything changes. Without new random numbers there is no fork;
+//! 2. what is going to be made is written down durably (`undo.rs`), before a disk can be;
+//! 3. the parent's process is told to cut. It stops the machine, has blockd fork the disks on a
+//!    connection that is open already, and lets the machine go on; then it answers. Nobody else has
+//!    a part in the pause: a daemon that is killed or slow does not prolong it;
+//! 4. each shell becomes a child, with its disks attached and its identity in place, and stands;
+//! 5. when all of them are there, each is described and begins to run. One that runs is not undone
+//!    by a failure of another: all that could fail has been done before;
+//! 6. descriptions are made durable, and what was written down in 2 goes. Only then is somebody
+//!    told.
+//!
+//! Whatever fails on the way, the parent goes on, and what was made of children is removed. A
+//! daemon that is killed leaves shells that end with it, children that the next one removes, and
+//! the record that says so.
+
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use blockd::api::types::{FlattenWhen, ForkDisk, ForkDisks, ForkMode, ForkedDisks};
+use format::{Error, Kind, Result};
+use parking_lot::Mutex;
+use uuid::Uuid;
+
+use super::Daemon;
+use super::run::lent;
+use super::state::Description;
+use super::table::{Machine, object};
+use super::undo::{Undo, UndoDisk, Which};
+use crate::api::types::{EventKind, ForkVm, ForkedVms, VmDisk, VmParent, VmState};
+use crate::process::Process;
+use crate::process::wire::{Ask, BecomeChild, CutVm, Cutting, DisksAre, WasCut};
+use crate::wires::Identity;
+use crate::{clock, http, identity};
+
+/// Children of one fork at most.
+const CHILDREN_MAX: usize = 1024;
+/// Children that are made side by side.
+const LANES: usize = 4;
+
+/// Counts of forks.
+#[derive(Debug, Default)]
+pub struct Forks(Mutex<ForkCounts>);
+
+/// What became of forks so far.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct ForkCounts {
+    /// Done.
+    pub done: u64,
+    /// Given up.
+    pub failed: u64,
+    /// Children that were made.
+    pub children: u64,
+    /// Microseconds for which parents stood.
+    pub pause_us: u64,
+}
+
+impl Forks {
+    /// The counts of now.
+    #[must_use]
+    pub fn snapshot(&self) -> ForkCounts {
+        *self.0.lock()
+    }
+
+    fn add(&self, outcome: &Result<ForkedVms>) {
+        let mut counts = self.0.lock();
+        match outcome {
+            Ok(forked) => {
+                counts.done += 1;
+                counts.children += forked.children.len() as u64;
+                counts.pause_us += forked.pause_us;
+            }
+            Err(_) => counts.failed += 1,
+        }
+    }
+}
+
+/// A disk that is going to be forked.
+struct Frozen {
+    /// Its number in the machine.
+    i: usize,
+    /// Its name.
+    disk: String,
+    /// The segment of its that the fork is going to freeze.
+    segment: Uuid,
+}
+
+/// What came of making children: the machines, the cut, and when all of them ran.
+type Made = (Vec<Arc<Machine>>, WasCut, Instant);
+
+/// A child that is being made.
+struct Child {
+    process: Arc<Process>,
+    identity: Identity,
+    disks: Vec<VmDisk>,
+}
+
+fn us(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+impl Daemon {
+    /// Forks a machine, which goes on if it runs.
+    ///
+    /// # Errors
+    /// `NotFound`; `Exists` when a child's name or disk is taken; `Failed` when the machine has
+    /// ended; or what its process, blockd or a shell says. There are no children then, and the
+    /// machine goes on.
+    pub fn fork(self: &Arc<Self>, name: &str, request: &ForkVm) -> Result<ForkedVms> {
+        let forked = self.fork_counted(name, request);
+        self.forks.add(&forked);
+        let forked = forked.map_err(|e| e.within("fork", object(name)))?;
+        let children = request.children.join(", ");
+        self.events.add(EventKind::Forked, object(name), format!("into {children}"));
+        Ok(forked)
+    }
+
+    fn fork_counted(self: &Arc<Self>, name: &str, request: &ForkVm) -> Result<ForkedVms> {
+        let began = Instant::now();
+        let count = request.children.len();
+        if count == 0 || count > CHILDREN_MAX {
+            return Err(Error::invalid(format!("a fork has 1 to {CHILDREN_MAX} children")));
+        }
+        let parent = self.table.get(name)?;
+        let _changing = parent.changing.lock();
+        parent.living_process()?;
+        let _reserved = self.table.reserve(&request.children)?;
+        let frozen = self.segments_of(&parent)?;
+        let (shells, cold) = self.pool.take(&parent.is.class(), count)?;
+        let ids = shells.iter().map(|shell| shell.id).collect();
+        let mut undo = Undo::of(ids, !parent.is.disks.is_empty(), to_undo(request, &frozen));
+        let made = self.make_children(&parent, request, (shells, &frozen), &mut undo);
+        match made {
+            Ok((children, was_cut, ready)) => Ok(ForkedVms {
+                children: children.iter().map(|child| child.describe(&self.state)).collect(),
+                pause_us: was_cut.pause.whole,
+                disks_us: was_cut.pause.disks,
+                ready_us: us(ready - began),
+                took_us: us(began.elapsed()),
+                cold: cold as u64,
+            }),
+            Err(e) => {
+                // What cannot be removed now is told of by health, and removed later.
+                let _ = self.give_up(undo);
+                Err(e)
+            }
+        }
+    }
+
+    /// The machine's disks that are going to be forked, by number, and the segments of theirs that
+    /// the fork is going to freeze.
+    fn segments_of(&self, parent: &Machine) -> Result<Vec<Frozen>> {
+        let disks = parent.is.disks.iter().enumerate().filter(|(_, disk)| !disk.read_only);
+        let segment = |(i, disk): (usize, &VmDisk)| {
+            let segment = self.blockd.show(&disk.disk)?.disk.segment;
+            Ok(Frozen { i, disk: disk.disk.clone(), segment })
+        };
+        disks.map(segment).collect()
+    }
+
+    fn make_children(
+        self: &Arc<Self>,
+        parent: &Machine,
+        request: &ForkVm,
+        (shells, frozen): (Vec<Arc<Process>>, &[Frozen]),
+        undo: &mut Undo,
+    ) -> Result<Made> {
+        shells.iter().for_each(|shell| self.janitor.know(Arc::clone(shell)));
+        let fresh = |(name, shell): (&String, &Arc<Process>)| identity::fresh(name, shell.id);
+        let identities: Result<Vec<_>> = request.children.iter().zip(&shells).map(fresh).collect();
+        let identities = identities?;
+        self.janitor.begin(undo)?;
+        let cut = self.cut(parent, &cut_request(request, frozen)?, &mut undo.disks);
+        let (was_cut, files) = cut?;
+        let forked = match &was_cut.disks {
+            Some((status, body)) => {
+                let reply = http::Reply { status: *status, body: body.clone().into_bytes() };
+                reply.read::<ForkedDisks>()?.children
+            }
+            None => Vec::new(),
+        };
+        let children: Vec<Child> = shells
+            .into_iter()
+            .zip(identities)
+            .enumerate()
+            .map(|(n, (process, identity))| {
+                let of = |(k, i): (usize, usize)| {
+                    // blockd answers disk by disk, with the children of each in their order.
+                    forked.get(k * request.children.len() + n).map(|disk| (i, disk))
+                };
+                let own = frozen.iter().enumerate().filter_map(|(k, f)| of((k, f.i)));
+                let mut disks = parent.is.disks.clone();
+                for (i, disk) in own {
+                    let (id, name) = (disk.disk, disk.name.clone());
+                    disks[i] = VmDisk { disk: name, id, own: true, ..disks[i].clone() };
+                }
+                Child { process, identity, disks }
+            })
+            .collect();
+        if forked.len() != frozen.len() * children.len() {
+            return Err(Error::new(
+                Kind::Unsupported,
+                "blockd answers with other disks than asked",
+            ));
+        }
+        side_by_side(&children, &|child| self.fill(child, &was_cut, &files))?;
+        self.let_run(parent, children, &was_cut, request, undo)
+    }
+
+    /// Has a machine cut. The disks that may have been forked stay in `undo`.
+    fn cut(
+        &self,
+        parent: &Machine,
+        request: &Option<String>,
+        undo: &mut Vec<UndoDisk>,
+    ) -> Result<(WasCut, Vec<OwnedFd>)> {
+        let connection = request.as_ref().map(|_| self.blockd.connect()).transpose();
+        let connection = connection.inspect_err(|_| undo.clear())?;
+        let lent: Vec<BorrowedFd> = connection.iter().map(|c| c.as_fd()).collect();
+        let ask = Ask::Cut(CutVm { request: request.clone() });
+        match parent.living_process()?.ask_with::<Cutting>(&ask, &lent)? {
+            (Cutting::Cut(was_cut), files) => Ok((was_cut, files)),
+            (Cutting::Failed { failure, disks }, _) => {
+                if disks == DisksAre::Untouched {
+                    // Whatever has such a name is somebody else's.
+                    undo.clear();
+                }
+                Err(failure.into())
+            }
+        }
+    }
+
+    /// Makes a shell a child that stands.
+    fn fill(&self, child: &Child, was_cut: &WasCut, files: &[OwnedFd]) -> Result<()> {
+        let fill = || -> Result<()> {
+            let hardware = self.attach_disks(&child.process, &child.disks)?;
+            let become_child = BecomeChild {
+                layers: was_cut.layers.clone(),
+                hardware,
+                identity: child.identity.clone(),
+            };
+            let ask = Ask::Become(Box::new(become_child));
+            child.process.ask_with::<()>(&ask, &lent(files)).map(drop)
+        };
+        fill().map_err(|e| e.within("make", object(&child.identity.name)))
+    }
+
+    fn let_run(
+        self: &Arc<Self>,
+        parent: &Machine,
+        children: Vec<Child>,
+        was_cut: &WasCut,
+        request: &ForkVm,
+        undo: &Undo,
+    ) -> Result<Made> {
+        let describe = |child: &Child| Description {
+            layout: Description::LAYOUT,
+            name: child.identity.name.clone(),
+            id: child.identity.id,
+            disks: child.disks.clone(),
+            generation_id: Uuid::from_bytes(child.identity.generation_id),
+            mac: child.identity.mac,
+            parent: Some(VmParent { name: parent.is.name.clone(), id: parent.is.id }),
+            layers: was_cut.layers.len() as u64,
+            created: clock::now(),
+            ..parent.is.clone()
+        };
+        let described: Vec<Description> = children.iter().map(describe).collect();
+        // Not durable yet: after a power cut there is no child, and the record of step 2 stands.
+        described.iter().try_for_each(|is| self.state.describe(is, false))?;
+        let begin = Ask::Begin { paused: request.paused };
+        side_by_side(&children, &|child| child.process.ask::<()>(&begin))?;
+        let ready = Instant::now();
+        described.iter().try_for_each(|is| self.state.sync(is.id))?;
+        self.janitor.done(undo)?;
+        let state = if request.paused { VmState::Paused } else { VmState::Running };
+        let added = described.into_iter().zip(children);
+        let added = added.map(|(is, child)| self.add(is, child.process, state));
+        Ok((added.collect::<Result<Vec<_>>>()?, was_cut.clone(), ready))
+    }
+}
+
+/// The name of the disk that a child gets for disk number `i` of its parent.
+fn disk_name(child: &str, i: usize) -> String {
+    format!("{child}-disk{i}")
+}
+
+fn to_undo(request: &ForkVm, frozen: &[Frozen]) -> Vec<UndoDisk> {
+    let of = |f: &Frozen| {
+        let (i, is) = (f.i, Which::Over(f.segment));
+        let child = move |child: &String| UndoDisk { name: disk_name(child, i), is };
+        request.children.iter().map(child).collect::<Vec<_>>()
+    };
+    frozen.iter().flat_map(of).collect()
+}
+
+/// The request to blockd that forks the disks; `None` when there is nothing to fork.
+fn cut_request(request: &ForkVm, frozen: &[Frozen]) -> Result<Option<String>> {
+    if frozen.is_empty() {
+        return Ok(None);
+    }
+    let disk = |f: &Frozen| ForkDisk {
+        disk: f.disk.clone(),
+        children: request.children.iter().map(|child| disk_name(child, f.i)).collect(),
+    };
+    let body = ForkDisks {
+        disks: frozen.iter().map(disk).collect(),
+        mode: ForkMode::Live,
+        flatten: FlattenWhen::Auto,
+        ..ForkDisks::default()
+    };
+    let bytes = http::request("POST", "/v1/forks", &body)?;
+    String::from_utf8(bytes).map(Some).map_err(|_| Error::invalid("a name is no text"))
+}
+
+/// Does something for each child, several at a time; all of it is tried, the first failure counts.
+fn side_by_side(children: &[Child], work: &(dyn Fn(&Child) -> Result<()> + Sync)) -> Result<()> {
+    let lane = |part: &[Child]| {
+        // Every one is tried, so that no other is under way when the failure is told.
+        let outcomes: Vec<Result<()>> = part.iter().map(work).collect();
+        outcomes.into_iter().collect::<Result<()>>()
+    };
+    if children.len() < 2 {
+        return lane(children);
+    }
+    std::thread::scope(|s| {
+        let parts = children.chunks(children.len().div_ceil(LANES));
+        let lanes: Vec<_> = parts.map(|part| s.spawn(move || lane(part))).collect();
+        let outcomes = lanes.into_iter().map(|lane| {
+            // A panic in there is a bug, and is one here as well.
+            lane.join().unwrap_or_else(|e| std::panic::resume_unwind(e))
+        });
+        let outcomes: Vec<Result<()>> = outcomes.collect();
+        outcomes.into_iter().collect()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_disk_of_every_child_is_asked_for_and_can_be_undone() {
+        let children = vec!["a".to_owned(), "b".to_owned()];
+        let request = ForkVm { children, paused: false };
+        let frozen = [
+            Frozen { i: 0, disk: "root".into(), segment: Uuid::from_u128(1) },
+            Frozen { i: 2, disk: "data".into(), segment: Uuid::from_u128(2) },
+        ];
+
+        let asked = cut_request(&request, &frozen).unwrap().unwrap();
+        let undo = to_undo(&request, &frozen);
+
+        let body = asked.split_once("\r\n\r\n").unwrap().1;
+        let body: ForkDisks = serde_json::from_str(body).unwrap();
+        let names = |d: &ForkDisk| (d.disk.clone(), d.children.join(" "));
+        let asked: Vec<_> = body.disks.iter().map(names).collect();
+        assert_eq!(
+            asked,
+            [
+                ("root".to_owned(), "a-disk0 b-disk0".to_owned()),
+                ("data".to_owned(), "a-disk2 b-disk2".to_owned()),
+            ]
+        );
+        let undone: Vec<_> = undo.iter().map(|u| (u.name.as_str(), u.is)).collect();
+        let over = |n| Which::Over(Uuid::from_u128(n));
+        assert_eq!(
+            undone,
+            [
+                ("a-disk0", over(1)),
+                ("b-disk0", over(1)),
+                ("a-disk2", over(2)),
+                ("b-disk2", over(2)),
+            ]
+        );
+        assert_eq!(cut_request(&request, &[]).unwrap(), None);
+    }
+}

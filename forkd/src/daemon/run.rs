@@ -1,0 +1,150 @@
+//! Booting a machine.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use format::{Context as _, Error, Result};
+use uuid::Uuid;
+
+use super::Daemon;
+use super::state::Description;
+use super::table::{Machine, object};
+use super::undo::Undo;
+use crate::api::types::{DiskPath, EventKind, RunVm, UseDisk, Vm, VmDisk, VmState};
+use crate::clock;
+use crate::devices::DiskConfig;
+use crate::identity;
+use crate::machine::SizeClass;
+use crate::process::Process;
+use crate::process::wire::{Ask, BootVm, Hardware, Program};
+
+/// Bytes of memory come in whole ones of these.
+const MIB: u64 = 1 << 20;
+
+impl Daemon {
+    /// Boots a machine.
+    ///
+    /// # Errors
+    /// `Invalid` for what cannot be one, `Exists` when its name is taken; what blockd says about a
+    /// disk, and what the host says about a kernel or a machine. Nothing is left then.
+    pub fn run(self: &Arc<Self>, request: &RunVm) -> Result<Vm> {
+        self.run_checked(request).map_err(|e| e.within("run", object(&request.name)))
+    }
+
+    fn run_checked(self: &Arc<Self>, request: &RunVm) -> Result<Vm> {
+        check(request)?;
+        let _reserved = self.table.reserve(std::slice::from_ref(&request.name))?;
+        let class = SizeClass { memory_bytes: request.memory_bytes, vcpus: request.vcpus };
+        let disks = self.disks_of(request)?;
+        let (mut shells, _) = self.pool.take(&class, 1)?;
+        let shell = shells.pop().ok_or_else(|| Error::invalid("no machine was asked for"))?;
+        let undo = Undo::of(vec![shell.id], !disks.is_empty(), Vec::new());
+        let made = self.make(&undo, &shell, request, disks);
+        let machine = match made {
+            Ok(machine) => machine,
+            Err(e) => {
+                // What cannot be removed now is told of by health, and removed later.
+                let _ = self.give_up(undo);
+                return Err(e);
+            }
+        };
+        self.events.add(EventKind::Booted, machine.object(), "");
+        Ok(machine.describe(&self.state))
+    }
+
+    fn disks_of(&self, request: &RunVm) -> Result<Vec<VmDisk>> {
+        let disk = |asked: &UseDisk| -> Result<VmDisk> {
+            let found = self.blockd.show(&asked.disk)?;
+            let (disk, read_only) = (asked.disk.clone(), asked.read_only);
+            Ok(VmDisk { disk, id: found.disk.disk, read_only, own: false, path: DiskPath::Arena })
+        };
+        request.disks.iter().map(disk).collect()
+    }
+
+    fn make(
+        self: &Arc<Self>,
+        undo: &Undo,
+        shell: &Arc<Process>,
+        request: &RunVm,
+        disks: Vec<VmDisk>,
+    ) -> Result<Arc<Machine>> {
+        self.janitor.know(Arc::clone(shell));
+        self.janitor.begin(undo)?;
+        let identity = identity::fresh(&request.name, shell.id)?;
+        let hardware = self.attach_disks(shell, &disks)?;
+        let program = Program {
+            kernel: request.kernel.clone(),
+            initrd: request.initrd.clone(),
+            cmdline: request.cmdline.clone(),
+        };
+        let description = Description {
+            layout: Description::LAYOUT,
+            name: request.name.clone(),
+            id: shell.id,
+            memory_bytes: request.memory_bytes,
+            vcpus: request.vcpus,
+            disks,
+            generation_id: Uuid::from_bytes(identity.generation_id),
+            mac: identity.mac,
+            parent: None,
+            layers: 0,
+            created: clock::now(),
+        };
+        let boot = BootVm { program, hardware, identity };
+        shell.ask::<()>(&Ask::Boot(Box::new(boot)))?;
+        self.state.describe(&description, true)?;
+        shell.ask::<()>(&Ask::Begin { paused: request.paused })?;
+        self.janitor.done(undo)?;
+        let state = if request.paused { VmState::Paused } else { VmState::Running };
+        self.add(description, Arc::clone(shell), state)
+    }
+
+    /// Has blockd serve disks in the folder of a machine.
+    pub(super) fn attach_disks(&self, machine: &Process, disks: &[VmDisk]) -> Result<Hardware> {
+        let attach = |(i, disk): (usize, &VmDisk)| -> Result<DiskConfig> {
+            let socket = machine.folder().disk(i);
+            self.blockd
+                .attach(&disk.disk, &socket, disk.read_only)
+                .context("use", || format!("disk {}", disk.disk))?;
+            let (name, read_only) = (disk.disk.clone(), disk.read_only);
+            Ok(DiskConfig { name, socket, read_only })
+        };
+        let disks = disks.iter().enumerate().map(attach).collect::<Result<Vec<_>>>()?;
+        Ok(Hardware { disks })
+    }
+
+    /// Adds a machine that lives to the table, and watches over it.
+    pub(super) fn add(
+        self: &Arc<Self>,
+        is: Description,
+        process: Arc<Process>,
+        state: VmState,
+    ) -> Result<Arc<Machine>> {
+        let machine = Arc::new(Machine::living(is, process, state));
+        self.table.add(Arc::clone(&machine));
+        self.watch(&machine)?;
+        Ok(machine)
+    }
+}
+
+fn check(request: &RunVm) -> Result<()> {
+    let size = request.memory_bytes;
+    if size == 0 || !size.is_multiple_of(MIB) {
+        return Err(Error::invalid("the memory of a machine is a whole number of MiB"));
+    }
+    let files = [Some(&request.kernel), request.initrd.as_ref()];
+    if let Some(path) = files.into_iter().flatten().find(|path| !path.is_absolute()) {
+        return Err(Error::invalid("the path is not absolute").on(path.display().to_string()));
+    }
+    let mut names: Vec<&str> = request.disks.iter().map(|d| d.disk.as_str()).collect();
+    names.sort_unstable();
+    match names.windows(2).find(|w| w[0] == w[1]) {
+        Some(twice) => Err(Error::invalid("it is named twice").on(format!("disk {}", twice[0]))),
+        None => Ok(()),
+    }
+}
+
+/// Files as they are lent to a message.
+pub(super) fn lent(files: &[OwnedFd]) -> Vec<BorrowedFd<'_>> {
+    files.iter().map(AsFd::as_fd).collect()
+}
