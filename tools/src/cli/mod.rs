@@ -10,6 +10,7 @@ mod fork;
 mod images;
 mod modes;
 mod serve;
+mod vm;
 
 use std::path::PathBuf;
 
@@ -24,6 +25,7 @@ pub use fork::Fork;
 pub use images::{Diff, Export, Import, SinkFormat};
 pub use modes::Mode;
 pub use serve::{Attach, Detach, ExportNbd, Limit};
+pub use vm::{ForkVm, RemoveVm, RunVm, VmName, VmVerb};
 
 const ABOUT_CODES: &str = "\
 Exit codes (stable; with --json, failures also come as an object {\"error\": …}):
@@ -92,6 +94,13 @@ pub struct Global {
     #[arg(long, global = true, value_name = "SOCK", help_heading = "General options")]
     pub api: Option<PathBuf>,
 
+    /// The socket of the forkd to ask, for `vm` verbs
+    ///
+    /// Without it, it is what OFFSHOOT_FORKD says, or /run/offshoot/forkd.sock.
+    #[arg(long, global = true, env = "OFFSHOOT_FORKD", hide_env = true, value_name = "SOCK")]
+    #[arg(help_heading = "General options")]
+    pub forkd: Option<PathBuf>,
+
     /// Print one JSON value instead of text
     ///
     /// Results and failures go to standard output as JSON. The exceptions are `disk read`, whose
@@ -144,6 +153,10 @@ Examples:
     /// Look after a store as a whole
     #[command(subcommand)]
     Store(StoreVerb),
+
+    /// Boot, fork and look after virtual machines
+    #[command(subcommand)]
+    Vm(VmVerb),
 
     /// Start, look at and end the daemon of a store
     #[command(subcommand)]

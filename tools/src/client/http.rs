@@ -20,6 +20,21 @@ use blockd::api::types::FailureBody;
 
 use crate::output::{Outcome, Stop};
 
+/// A kind of daemon.
+#[derive(Debug)]
+pub struct Whom {
+    /// What messages call it.
+    pub called: &'static str,
+    /// What to do when there is none.
+    pub hint: &'static str,
+}
+
+/// The daemon that has a store.
+pub const BLOCKD: Whom = Whom { called: "the daemon", hint: "start one: `offshoot daemon start`" };
+/// The daemon that has machines.
+pub const FORKD: Whom =
+    Whom { called: "forkd", hint: "start it: `forkd --state DIR`, or name its socket: --forkd" };
+
 /// What is asked for.
 #[derive(Debug, Clone)]
 pub struct Ask {
@@ -56,15 +71,15 @@ impl Connection {
     /// # Errors
     /// `NotFound` when nobody answers there, `ReadOnly` when it is not permitted, or what the host
     /// reports.
-    pub fn open(socket: &Path) -> Result<Self> {
-        let object = format!("the daemon at {}", socket.display());
+    pub fn open(whom: &Whom, socket: &Path) -> Result<Self> {
+        let object = format!("{} at {}", whom.called, socket.display());
         let wrong = |e: Error| e.tried("reach").on(object.clone());
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_io()
             .build()
             .map_err(|e| wrong(e.into()))?;
         let sender = runtime.block_on(async {
-            let stream = UnixStream::connect(socket).await.map_err(|e| wrong(nobody(e)))?;
+            let stream = UnixStream::connect(socket).await.map_err(|e| wrong(nobody(whom, e)))?;
             let (sender, connection) = http1::Builder::new()
                 .max_headers(256)
                 .handshake(TokioIo::new(stream))
@@ -158,11 +173,12 @@ fn lost(e: hyper::Error) -> Error {
     Error::new(Kind::Io, "it went away before it had answered").caused_by(e)
 }
 
-fn nobody(e: std::io::Error) -> Error {
+fn nobody(whom: &Whom, e: std::io::Error) -> Error {
     use std::io::ErrorKind as E;
     match e.kind() {
-        E::NotFound | E::ConnectionRefused => Error::new(Kind::NotFound, "nobody answers there")
-            .hint("start one: `offshoot daemon start`"),
+        E::NotFound | E::ConnectionRefused => {
+            Error::new(Kind::NotFound, "nobody answers there").hint(whom.hint)
+        }
         _ => e.into(),
     }
 }

@@ -20,13 +20,16 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::output::{Outcome, Output};
-use http::{Answer, Ask, Connection};
+use http::{Answer, Ask, BLOCKD, Connection, Whom};
+
+pub use http::FORKD;
 
 /// How long one question about a job waits for its end. Signals are looked at in between.
 const JOB_WAIT_MS: u64 = 200;
 
 /// A daemon that answers.
 pub struct Client {
+    whom: &'static Whom,
     socket: PathBuf,
     out: Output,
     lanes: Vec<Mutex<Option<Connection>>>,
@@ -70,10 +73,18 @@ impl Client {
     /// # Errors
     /// As [`Connection::open`].
     pub fn open(socket: &Path, out: Output) -> Result<Self> {
-        let first = Connection::open(socket)?;
+        Self::open_to(&BLOCKD, socket, out)
+    }
+
+    /// Connects to a daemon of another kind.
+    ///
+    /// # Errors
+    /// As [`Connection::open`].
+    pub fn open_to(whom: &'static Whom, socket: &Path, out: Output) -> Result<Self> {
+        let first = Connection::open(whom, socket)?;
         let mut all = vec![Mutex::new(Some(first))];
         all.extend((0..lanes()).map(|_| Mutex::new(None)));
-        Ok(Client { socket: socket.to_owned(), out, lanes: all })
+        Ok(Client { whom, socket: socket.to_owned(), out, lanes: all })
     }
 
     /// Where the daemon listens.
@@ -87,7 +98,7 @@ impl Client {
         let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
         let connection = match slot.take() {
             Some(connection) => connection,
-            None => Connection::open(&self.socket)?,
+            None => Connection::open(self.whom, &self.socket)?,
         };
         Ok(work(slot.insert(connection)))
     }

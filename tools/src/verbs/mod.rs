@@ -4,6 +4,7 @@
 mod bytes;
 mod check;
 mod compare;
+mod console;
 mod daemon;
 mod diff;
 mod export;
@@ -18,6 +19,7 @@ mod place;
 mod serve;
 mod store;
 mod top;
+mod vm;
 
 use clap::CommandFactory as _;
 use serde::Serialize;
@@ -43,6 +45,7 @@ pub fn run(cli: Cli, out: Output) -> Outcome {
         Verb::Store(StoreVerb::Rebuild) => store::rebuild(s),
         Verb::Store(StoreVerb::Df) => store::df(s),
         Verb::Store(StoreVerb::FlattenPolicy(args)) => flatten::store_policy(s, &args),
+        Verb::Vm(verb) => vm::vm(s, &verb),
         Verb::Daemon(DaemonVerb::Start(args)) => daemon::start(s, &args),
         Verb::Daemon(DaemonVerb::Status) => daemon::status(s),
         Verb::Daemon(DaemonVerb::Upgrade(args)) => daemon::upgrade(s, &args),

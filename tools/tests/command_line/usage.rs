@@ -74,6 +74,8 @@ fn every_verb_explains_itself_with_examples() {
                 compare check repair scrub read write discard attach export-nbd detach limits \
                 resume";
     let disk = disk.split_whitespace().map(|verb| vec!["disk", verb]);
+    let vm = "run ls show console pause resume fork stop rm stats status";
+    let vm = vm.split_whitespace().map(|verb| vec!["vm", verb]);
     let others = [
         "init",
         "store rebuild",
@@ -89,7 +91,7 @@ fn every_verb_explains_itself_with_examples() {
         "top",
     ];
     let others = others.map(|verb| verb.split(' ').collect());
-    for verb in disk.chain(others) {
+    for verb in disk.chain(vm).chain(others) {
         for help in ["--help", "-h"] {
             let ran = run(&mut offshoot(&[&verb[..], &[help]].concat())).ok();
             let text = ran.text();

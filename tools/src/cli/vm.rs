@@ -1,0 +1,184 @@
+//! The verbs on virtual machines.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use crate::size;
+
+/// `vm …`
+#[derive(Debug, Subcommand)]
+pub enum VmVerb {
+    /// Boot a machine
+    ///
+    /// The kernel is a Linux bzImage, or an ELF file (vmlinux or another program) with a PVH entry.
+    /// Disks are blockd's, in the order in which the machine sees them; `:ro` after a name refuses
+    /// writes. The verb ends when the machine runs; `vm console` shows what it prints. Names have
+    /// letters, digits and . _ -, 64 at most.
+    #[command(after_help = "\
+Examples:
+  offshoot vm run web1 --kernel /boot/vmlinuz --initrd /boot/initrd.img --disk web1-root \\
+      --cmdline 'console=ttyS0 root=/dev/vda1' --mem 512M --cpus 2
+  offshoot vm run tool --kernel ./vmlinux --disk data --disk base:ro --mem 128M --console")]
+    Run(RunVm),
+
+    /// List the machines
+    ///
+    /// Those that ended are listed until they are removed.
+    #[command(visible_alias = "list")]
+    #[command(after_help = "\
+Examples:
+  offshoot vm ls
+  offshoot vm ls --json | jq -r '.[] | select(.state == \"running\") | .name'")]
+    Ls,
+
+    /// Show everything about a machine
+    #[command(after_help = "\
+Examples:
+  offshoot vm show web1
+  offshoot vm show web1 --json | jq -r .mac")]
+    Show(VmName),
+
+    /// Attach to the serial console of a machine
+    ///
+    /// First comes what it printed lately. On a terminal, Ctrl-] detaches, and everything else is
+    /// for the machine; it goes on in any case. One may be attached at a time: a new one takes
+    /// over.
+    #[command(after_help = "\
+Examples:
+  offshoot vm console web1
+  offshoot vm console web1 < commands.txt > output.txt")]
+    Console(VmName),
+
+    /// Stop a machine between two instructions
+    ///
+    /// None of its requests is under way then. `vm resume` lets it go on; forks of it can be made
+    /// meanwhile.
+    #[command(after_help = "\
+Examples:
+  offshoot vm pause web1")]
+    Pause(VmName),
+
+    /// Let a paused machine go on
+    #[command(after_help = "\
+Examples:
+  offshoot vm resume web1")]
+    Resume(VmName),
+
+    /// Make children of a machine while it runs
+    ///
+    /// Each child starts out with the memory, the processors and the disks that the machine has at
+    /// one instant; only what is written later is stored twice. A child is another machine from its
+    /// first instruction on: another name, identity, generation, network address and random
+    /// numbers. Its disks are called CHILD-disk0, CHILD-disk1 and so on, and go with it. There are
+    /// all of the children, or none; the machine goes on in any case.
+    #[command(after_help = "\
+Examples:
+  offshoot vm fork web1 web2 web3
+  offshoot vm fork template job-17 --json | jq .pause_us")]
+    Fork(ForkVm),
+
+    /// End a machine as if its power was cut
+    ///
+    /// What it wrote and flushed is on its disks. It is listed as ended until it is removed.
+    #[command(after_help = "\
+Examples:
+  offshoot vm stop web1")]
+    Stop(VmName),
+
+    /// Remove a machine that has ended
+    ///
+    /// The disks that a fork made for it go with it; those that it was started with stay.
+    #[command(visible_alias = "remove")]
+    #[command(after_help = "\
+Examples:
+  offshoot vm rm web2
+  offshoot vm rm web3 --force --keep-disks")]
+    Rm(RemoveVm),
+
+    /// Show what machines use of the host
+    #[command(after_help = "\
+Examples:
+  offshoot vm stats
+  offshoot vm stats --json | jq '[.[].proportional_bytes] | add'")]
+    Stats,
+
+    /// Show how forkd is
+    #[command(after_help = "\
+Examples:
+  offshoot vm status
+  offshoot vm status --json | jq .pool")]
+    Status,
+}
+
+/// `vm run`
+#[derive(Debug, Args)]
+pub struct RunVm {
+    /// Name of the machine
+    pub name: String,
+    /// What it boots
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// The first file system of a Linux kernel
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// The command line of the kernel; without it, one that prints on the serial console
+    #[arg(long, value_name = "TEXT")]
+    pub cmdline: Option<String>,
+    /// A disk; with `:ro`, for reading only. May be said several times
+    #[arg(long = "disk", value_name = "NAME[:ro]", value_parser = disk)]
+    pub disks: Vec<(String, bool)>,
+    /// Bytes of memory, a whole number of MiB
+    #[arg(long, value_name = "BYTES", value_parser = size::parse, default_value = "256M")]
+    pub mem: u64,
+    /// Processors, 1 to 8
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub cpus: u8,
+    /// Do not let it run yet
+    #[arg(long)]
+    pub paused: bool,
+    /// Attach to its console afterwards
+    #[arg(long, conflicts_with = "json")]
+    pub console: bool,
+}
+
+#[allow(clippy::unnecessary_wraps)] // Clap wants a `Result`.
+fn disk(text: &str) -> Result<(String, bool), String> {
+    Ok(match text.strip_suffix(":ro") {
+        Some(name) => (name.to_owned(), true),
+        None => (text.to_owned(), false),
+    })
+}
+
+/// A machine.
+#[derive(Debug, Args)]
+pub struct VmName {
+    /// Name of the machine
+    pub name: String,
+}
+
+/// `vm fork`
+#[derive(Debug, Args)]
+pub struct ForkVm {
+    /// Name of the machine
+    pub parent: String,
+    /// Names of its children
+    #[arg(required = true, value_name = "CHILD")]
+    pub children: Vec<String>,
+    /// Do not let the children run yet
+    #[arg(long)]
+    pub paused: bool,
+}
+
+/// `vm rm`
+#[derive(Debug, Args)]
+pub struct RemoveVm {
+    /// Name of the machine
+    pub name: String,
+    /// End it first, if it has not ended
+    #[arg(long)]
+    pub force: bool,
+    /// Keep the disks that a fork made for it
+    #[arg(long)]
+    pub keep_disks: bool,
+}
