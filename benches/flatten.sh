@@ -9,7 +9,7 @@ set -euo pipefail
 top=$(cd "$(dirname "$0")/.." && pwd)
 rounds=${ROUNDS:-5}
 rate=${RATE:-100}
-for tool in qemu-storage-daemon qemu-img qemu-io fio; do
+for tool in qemu-storage-daemon qemu-img fio; do
     type -P "$tool" >/dev/null || { echo "flatten: $tool is not installed" >&2; exit 1; }
 done
 work=$(mktemp -d "${BENCH_DIR:-/var/tmp}/offshoot-bench.XXXXXX")

@@ -58,11 +58,8 @@ pub(super) async fn as_job<T: Serialize>(
     let entry = Arc::clone(running.entry());
     // Not awaited: the job goes on when its client goes away. A panic ends it as well.
     tokio::task::spawn_blocking(move || {
-        let outcome = work(&daemon, &running).and_then(|value| {
-            serde_json::to_value(value)
-                .map_err(|e| Error::new(Kind::Failed, "the answer cannot be written").caused_by(e))
-        });
-        running.finish(&outcome);
+        // What came of it is told by the job.
+        let _ = running.run(|job| work(&daemon, job));
     });
     if !waiting.wait {
         return Ok((StatusCode::ACCEPTED, Json(entry.describe())).into_response());

@@ -24,16 +24,17 @@ use uuid::Uuid;
 use super::Daemon;
 use super::holds::Hold;
 use super::jobs::Running;
-use super::pace::{Next, Pace};
+use super::pace::Pace;
 use super::served::in_service;
 use crate::api::types::{
-    Disk as Summary, EventKind, FlattenDisk, FlattenWhen, Flattened, JobKind, SetFlattenPolicy,
+    Disk as Summary, EventKind, FlattenDisk, FlattenWhen, Flattened, ForkDisks, JobKind,
+    SetFlattenPolicy,
 };
 use crate::catalogue::{FlattenPolicy, Flattening};
 use crate::pump::Watch as _;
 use crate::serve::Volume;
 use crate::store::Access;
-use crate::storedir::{DEPTH_MAX, Going, WRITE_BEHIND_BYTES};
+use crate::storedir::{DEPTH_MAX, Going, TO_BASE, begins_write_behind};
 use crate::verbs;
 
 /// How often who waits for the end of a flatten looks.
@@ -119,8 +120,8 @@ impl Daemon {
             let mut copy = {
                 let (volume, _hold) = self.in_service_for_now(name)?;
                 let disk = volume.disk();
-                let going = self.dir()?.begin_flatten(name, &disk, how)?;
-                job.expect(copied + disk.bytes_below(&going)?);
+                let (going, bytes) = self.dir()?.begin_flatten(name, &disk, how)?;
+                job.expect(copied + bytes);
                 let pace = Pace::new(how.rate, &volume.stats(), Instant::now());
                 Copy { name, segment: disk.segment(), going, copied, pace }
             };
@@ -153,14 +154,12 @@ impl Daemon {
             let before = copy.copied;
             copy.copied += pulled.bytes;
             job.add(pulled.bytes);
-            if before / WRITE_BEHIND_BYTES != copy.copied / WRITE_BEHIND_BYTES {
+            if begins_write_behind(before, pulled.bytes) {
                 disk.write_out();
             }
-            let next = copy.pace.copied(pulled.bytes, || volume.stats(), Instant::now());
+            let wait = copy.pace.copied(pulled.bytes, || volume.stats(), Instant::now());
             drop((disk, volume, hold));
-            match next {
-                Next::After(wait) | Next::Look(wait) => nap(wait, job)?,
-            }
+            nap(wait, job)?;
         }
     }
 
@@ -221,17 +220,14 @@ impl Daemon {
         if let Some(Flattening { to, rate }) = row.flattening {
             return Ok(Some(FlattenDisk { to: Some(to), rate, accept_lost_tail: false }));
         }
+        let going = || dir.going(&disk, TO_BASE);
         let due = match row.policy.unwrap_or(dir.flatten_policy()) {
             FlattenPolicy::Manual => false,
-            FlattenPolicy::Depth(most) if row.parents.len() as u64 <= most => false,
-            policy => {
-                let going = dir.going(&disk, crate::storedir::TO_BASE)?;
-                match policy {
-                    FlattenPolicy::Bytes(below) => {
-                        !going.is_empty() && disk.bytes_below(&going)? < below
-                    }
-                    _ => !going.is_empty(),
-                }
+            FlattenPolicy::AfterFork => !going()?.is_empty(),
+            FlattenPolicy::Depth(most) => row.parents.len() as u64 > most && !going()?.is_empty(),
+            FlattenPolicy::Bytes(below) => {
+                let going = going()?;
+                !going.is_empty() && disk.bytes_below(&going)? < below
             }
         };
         Ok(due.then(FlattenDisk::default))
@@ -239,12 +235,7 @@ impl Daemon {
 
     fn flatten_as_job(&self, name: &str, how: &FlattenDisk) -> Result<serde_json::Value> {
         let job = self.jobs.start(JobKind::Flatten, &format!("disk {name}"), None);
-        let answer = self.flatten(name, how, &job).and_then(|value| {
-            serde_json::to_value(value)
-                .map_err(|e| Error::new(Kind::Failed, "the answer cannot be written").caused_by(e))
-        });
-        job.finish(&answer);
-        answer
+        job.run(|job| self.flatten(name, how, job))
     }
 
     /// Flattens a disk as a job that nobody waits for.
@@ -284,19 +275,17 @@ impl Daemon {
     }
 
     /// What is to be done about depth after a fork.
-    pub(super) fn flatten_after_fork(
-        self: &Arc<Self>,
-        names: &[(String, Vec<String>)],
-        when: FlattenWhen,
-    ) {
-        for (disk, children) in names {
-            match when {
+    pub(super) fn flatten_after_fork(self: &Arc<Self>, request: &ForkDisks) {
+        for of in &request.disks {
+            match request.flatten {
                 FlattenWhen::Manual => {}
-                FlattenWhen::Auto => self.flatten_by_policy(disk),
+                FlattenWhen::Auto => self.flatten_by_policy(&of.disk),
                 FlattenWhen::Now => {
-                    let how = FlattenDisk::default();
-                    self.flatten_in_background(disk, &how);
-                    children.iter().for_each(|child| self.flatten_in_background(child, &how));
+                    let (names, how) = ([&of.disk], FlattenDisk::default());
+                    names
+                        .into_iter()
+                        .chain(&of.children)
+                        .for_each(|name| self.flatten_in_background(name, &how));
                 }
             }
         }

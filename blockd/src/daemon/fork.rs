@@ -24,7 +24,7 @@ use super::handover::side_by_side;
 use super::holds::Hold;
 use super::served::in_service;
 use super::tokens::lasting;
-use crate::api::types::{EventKind, ForkDisk, ForkDisks, ForkedDisks, JobKind};
+use crate::api::types::{EventKind, ForkDisks, ForkedDisks, JobKind};
 use crate::catalogue::{ForkRow, Forked};
 use crate::disk::gate::Closed;
 use crate::disk::{Disk, HeldDisk};
@@ -125,8 +125,7 @@ impl Daemon {
             // What there is to flatten is looked at when they go on.
             return Ok(forked);
         }
-        let of = |d: &ForkDisk| (d.disk.clone(), d.children.clone());
-        self.flatten_after_fork(&request.disks.iter().map(of).collect::<Vec<_>>(), request.flatten);
+        self.flatten_after_fork(request);
         Ok(forked)
     }
 

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use format::{Error, Kind, Result};
 use parking_lot::Mutex;
+use serde::Serialize;
 use serde_json::Value;
 use tokio::sync::watch;
 
@@ -238,6 +239,19 @@ impl Running {
     /// Adds something that the user should know.
     pub fn note(&self, notes: Vec<String>) {
         self.entry.notes.lock().extend(notes);
+    }
+
+    /// Does the work of the job, and ends it with what came of that, which is given back as well.
+    ///
+    /// # Errors
+    /// What `work` reports.
+    pub fn run<T: Serialize>(self, work: impl FnOnce(&Running) -> Result<T>) -> Result<Value> {
+        let outcome = work(&self).and_then(|value| {
+            serde_json::to_value(value)
+                .map_err(|e| Error::new(Kind::Failed, "the answer cannot be written").caused_by(e))
+        });
+        self.end(&outcome);
+        outcome
     }
 
     /// Ends the job.

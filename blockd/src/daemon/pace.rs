@@ -24,11 +24,9 @@ const SLACK_NS: u64 = 250_000;
 
 /// The next rate, from what 99 of 100 requests took at most while the guest was alone and now.
 fn adjusted(rate: u64, alone_ns: u64, now_ns: u64) -> u64 {
-    let next = match now_ns {
-        // Half as much again is what somebody may notice.
-        _ if now_ns > alone_ns + (alone_ns / 2).max(SLACK_NS) => rate / 10 * 7,
-        _ => rate / 4 * 5,
-    };
+    // Half as much again is what somebody may notice.
+    let disturbs = now_ns > alone_ns + (alone_ns / 2).max(SLACK_NS);
+    let next = if disturbs { rate / 10 * 7 } else { rate / 4 * 5 };
     next.clamp(RATE_MIN, RATE_MAX)
 }
 
@@ -46,15 +44,6 @@ fn since(before: &Histogram, now: &Histogram) -> Histogram {
     let old = |end: u64| before.buckets.iter().find(|(e, _)| *e == end).map_or(0, |(_, n)| *n);
     let new = now.buckets.iter().map(|(end, n)| (*end, n.saturating_sub(old(*end))));
     Histogram { buckets: new.filter(|(_, n)| *n > 0).collect() }
-}
-
-/// What to do before the next piece.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Next {
-    /// Copy it after that time.
-    After(Duration),
-    /// Copy nothing for that time, and look at the guest.
-    Look(Duration),
 }
 
 /// The pace of one copy.
@@ -84,25 +73,26 @@ impl Pace {
         }
     }
 
-    /// Notes that `bytes` were copied, and tells how to go on. `stats` is asked for seldom.
+    /// Notes that `bytes` were copied, and tells how long to wait before the next piece. `stats` is
+    /// asked for seldom.
     pub(super) fn copied(
         &mut self,
         bytes: u64,
         stats: impl FnOnce() -> VolumeStats,
         now: Instant,
-    ) -> Next {
+    ) -> Duration {
         if now.duration_since(self.window.0) >= WINDOW {
             self.judge(&times(&stats()), now);
             if self.looking {
                 self.due = now + WINDOW;
-                return Next::Look(WINDOW);
+                return WINDOW;
             }
         }
         let rate = self.rate.min(self.rate_max).max(1);
         let takes = Duration::from_secs_f64(bytes as f64 / rate as f64);
         // What was not used up in time is not made up for later.
         self.due = self.due.max(now - takes.min(WINDOW)) + takes;
-        Next::After(self.due.saturating_duration_since(now))
+        self.due.saturating_duration_since(now)
     }
 
     /// A window has ended.
@@ -158,9 +148,8 @@ mod tests {
             let latency = Histogram { buckets: sum.into_iter().collect() };
             let kinds = vec![KindStats { requests: done, latency, ..KindStats::default() }];
             let stats = VolumeStats { kinds, ..VolumeStats::default() };
-            now += match pace.copied(1 << 20, || stats, now) {
-                Next::After(wait) | Next::Look(wait) => wait.max(Duration::from_micros(500)),
-            };
+            let wait = pace.copied(1 << 20, || stats, now);
+            now += wait.max(Duration::from_micros(500));
         }
         pace.rate
     }
@@ -182,9 +171,8 @@ mod tests {
         let mut now = start;
         let mut waited = Duration::ZERO;
         for _ in 0..20 {
-            let Next::After(wait) = pace.copied(1 << 18, || stats(7, 100), now) else {
-                panic!("nobody to look at");
-            };
+            let wait = pace.copied(1 << 18, || stats(7, 100), now);
+            assert!(!pace.looking, "nobody to look at");
             now += wait;
             waited += wait;
         }

@@ -23,7 +23,7 @@ use format::units::{BlockId, GuestExtent, SegmentIdx, crc};
 use format::{Context, Error, Kind, Result};
 use uuid::Uuid;
 
-use super::StoreDir;
+use super::{StoreDir, begins_write_behind};
 use crate::catalogue::{Change, DiskRow, FlattenPolicy, Flattening};
 use crate::check::sums::SumReader;
 use crate::disk::{Below, Disk};
@@ -38,8 +38,6 @@ pub const TO_BASE: &str = "base";
 pub const DEPTH_MAX: usize = 256;
 /// What [`Flattening::to`] says for no ancestor at all.
 pub const TO_NOTHING: &str = "nothing";
-/// The device is told to begin after so many bytes.
-pub(crate) const WRITE_BEHIND_BYTES: u64 = 8 << 20;
 /// Space that is left alone, besides what is to be copied: map pages, and other disks.
 const SPARE_BYTES: u64 = 16 << 20;
 
@@ -55,12 +53,6 @@ impl Going {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.table.iter().all(|(_, row)| self.stays.contains(&row.segment))
-    }
-
-    /// Number of segments to let go of.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.table.iter().filter(|(_, row)| !self.stays.contains(&row.segment)).count()
     }
 }
 
@@ -91,27 +83,28 @@ impl StoreDir {
     /// reports.
     pub fn going(&self, disk: &Disk, to: &str) -> Result<Going> {
         let table = disk.table();
-        let mut stays = match self.nearest(&self.chain(disk)?, to)? {
-            None => HashSet::new(),
-            Some(base) => {
-                let row = self.row_of(base)?;
-                row.parents.into_iter().chain([base]).collect()
-            }
-        };
-        stays.insert(disk.segment());
-        let undone = disk.base();
-        if !undone.is_nil() {
-            // What an undo goes back to.
-            stays.extend(self.row_of(undone)?.parents.into_iter().chain([undone]));
+        let base = self.nearest(&self.chain(disk)?, to)?;
+        // What an undo goes back to.
+        let undone = Some(disk.base()).filter(|undone| !undone.is_nil());
+        let mut stays = HashSet::from([disk.segment()]);
+        for segment in base.into_iter().chain(undone) {
+            stays.extend(self.row_of(segment)?.parents.into_iter().chain([segment]));
         }
         let mut sums = HashMap::new();
         for (index, row) in table.iter().filter(|(_, row)| !stays.contains(&row.segment)) {
-            let sealed = self.sealed(row.segment)?;
-            if sealed.superblock.seal == Seal::Done {
-                sums.insert(index, SumReader::open(&sealed.file, &sealed.superblock)?);
-            }
+            sums.extend(self.sums(row.segment)?.map(|of| (index, of)));
         }
         Ok(Going { table, stays, sums })
+    }
+
+    /// The checksums of a sealed segment's data; `None` while they are not made.
+    ///
+    /// # Errors
+    /// As [`Segments::sealed`] and [`SumReader::open`].
+    pub(crate) fn sums(&self, segment: Uuid) -> Result<Option<SumReader>> {
+        let sealed = self.sealed(segment)?;
+        let done = sealed.superblock.seal == Seal::Done;
+        done.then(|| SumReader::open(&sealed.file, &sealed.superblock)).transpose()
     }
 
     /// The segments below a disk, the lowest first. Their rows tell no order: some were used
@@ -147,12 +140,17 @@ impl StoreDir {
         }
     }
 
-    /// Step 1. Refuses what cannot be done.
+    /// Step 1. Refuses what cannot be done; gives back the bytes to copy as well.
     ///
     /// # Errors
     /// `NotFound`; `ReadOnly` for a sealed disk; `Corrupt` for a damaged one; `NoSpace`, with the
     /// bytes that are missing.
-    pub(crate) fn begin_flatten(&self, name: &str, disk: &Disk, how: &Flattening) -> Result<Going> {
+    pub(crate) fn begin_flatten(
+        &self,
+        name: &str,
+        disk: &Disk,
+        how: &Flattening,
+    ) -> Result<(Going, u64)> {
         self.check_writable()?;
         let going = self.going(disk, &how.to)?;
         disk.check_undamaged()?;
@@ -164,7 +162,7 @@ impl StoreDir {
         }
         let row = self.disk(name)?;
         self.catalogue.apply(&[Change::Put(DiskRow { flattening: Some(how.clone()), ..row })])?;
-        Ok(going)
+        Ok((going, needed))
     }
 
     /// Steps 3 to 5. Nobody may fork the disk meanwhile.
@@ -238,12 +236,12 @@ impl StoreDir {
         how: &Flattening,
         watch: &dyn Watch,
     ) -> Result<u64> {
-        let mut going = self.begin_flatten(name, disk, how)?;
-        watch.expect(disk.bytes_below(&going)?);
+        let (mut going, bytes) = self.begin_flatten(name, disk, how)?;
+        watch.expect(bytes);
         let (mut at, mut copied) = (GuestExtent(0), 0);
         while let Some(pulled) = disk.pull(0, at, &mut going)? {
             at = pulled.next;
-            if copied / WRITE_BEHIND_BYTES != (copied + pulled.bytes) / WRITE_BEHIND_BYTES {
+            if begins_write_behind(copied, pulled.bytes) {
                 disk.write_behind();
             }
             copied += pulled.bytes;

@@ -26,6 +26,11 @@ use crate::store::Access;
 /// next to what has to be stored before the work is worth speeding up.
 const WRITE_BEHIND_BYTES: u64 = 8 << 20;
 
+/// Whether the device is to be told to begin, now that `more` bytes were stored after `before`.
+pub(crate) fn begins_write_behind(before: u64, more: u64) -> bool {
+    before / WRITE_BEHIND_BYTES != (before + more) / WRITE_BEHIND_BYTES
+}
+
 /// A disk that is being imported: it appears in the store when finished, or not at all.
 pub struct Import<D: Deref<Target = StoreDir>> {
     dir: D,
@@ -134,7 +139,7 @@ impl<D: Deref<Target = StoreDir>> Import<D> {
         let stored = data.iter().map(|(_, run)| run.len() as u64).sum();
         // Relaxed: decides only when somebody speeds the device up.
         let before = self.stored.fetch_add(stored, Ordering::Relaxed);
-        if before / WRITE_BEHIND_BYTES != (before + stored) / WRITE_BEHIND_BYTES {
+        if begins_write_behind(before, stored) {
             disk.write_behind();
         }
         Ok(stored)

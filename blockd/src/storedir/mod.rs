@@ -36,10 +36,10 @@ use crate::segment::{self, Sealed, Segments, file_name};
 use crate::store::file::{CacheMode, FileStore, FileStoreOptions, LockGuard, LockKind};
 use crate::store::{Access, File, Store};
 
-pub(crate) use flatten::WRITE_BEHIND_BYTES;
 pub use flatten::{DEPTH_MAX, Going, TO_BASE, TO_NOTHING};
 pub use fork::ForkOf;
 pub use import::Import;
+pub(crate) use import::begins_write_behind;
 pub use inherit::{BaseRule, Bequest, InheritOptions, Inherited};
 pub use modes::Keep;
 pub use rebuild::Rebuilt;

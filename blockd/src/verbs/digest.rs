@@ -10,7 +10,6 @@ use std::collections::HashMap;
 
 use format::entry::BlockState;
 use format::limits::BLOCK;
-use format::superblock::Seal;
 use format::units::{BlockId, GuestBlock, crc, index};
 use format::{Context as _, Error, Result};
 use uuid::Uuid;
@@ -21,7 +20,6 @@ use crate::check::sums::SumReader;
 use crate::disk::Disk;
 use crate::disk::map::Piece;
 use crate::pump::Watch;
-use crate::segment::Segments as _;
 use crate::store::Access;
 use crate::store::buf::AlignedBuf;
 use crate::storedir::StoreDir;
@@ -112,11 +110,7 @@ impl<'a> Digester<'a> {
         let sums = match self.sums.get_mut(&segment) {
             Some(sums) => sums,
             None => {
-                let sealed = self.dir.sealed(segment)?;
-                let sums = match sealed.superblock.seal {
-                    Seal::Done => Some(SumReader::open(&sealed.file, &sealed.superblock)?),
-                    Seal::None | Seal::Pending => None,
-                };
+                let sums = self.dir.sums(segment)?;
                 self.sums.entry(segment).or_insert(sums)
             }
         };

@@ -4,14 +4,13 @@
 use blockd::catalogue::Flattening;
 use blockd::pump::Unwatched;
 use blockd::store::Access;
-use blockd::store::sim::{Bounds, CrashWalk, Op, SimStore, drop_syncs};
+use blockd::store::sim::{Op, SimStore, drop_syncs};
 use blockd::storedir::{StoreDir, TO_BASE, TO_NOTHING};
-use offshoot_tests::crash::no_panic;
 use offshoot_tests::pattern::SECTOR;
 use offshoot_tests::sim::{BLOCK, EXTENT};
 
 use super::fork::{change, fork};
-use super::storedir::{Recorder, SECTORS, new_disk, open, recovered};
+use super::storedir::{Recorder, SECTORS, new_disk, open, wrong_states};
 
 fn flatten(dir: &StoreDir, name: &str, to: &str) -> u64 {
     let how = Flattening { to: to.into(), rate: None };
@@ -131,15 +130,6 @@ fn a_segment_removed_before_it_is_let_go_is_caught() {
     let syncs = log[..removal].iter().enumerate().filter(|(_, op)| of_own(op));
     let first = syncs.map(|(at, _)| at).rev().nth(1).expect("two syncs");
     let spoilt = drop_syncs(&log, |at, op| (first..removal).contains(&at) && of_own(op));
-    let mut walk = CrashWalk::new(&recorder.store.base(), &spoilt);
-    let (mut lost, bounds) = (0, Bounds { exhaustive: 6, ..Bounds::default() });
-    loop {
-        walk.visit(&bounds, &mut |_, image| {
-            lost += usize::from(no_panic(|| recovered(image, 1)).is_err());
-        });
-        if !walk.advance() {
-            break;
-        }
-    }
+    let lost = wrong_states(&recorder, &spoilt, &|found| found.is_err());
     assert!(lost > 0, "nobody noticed");
 }

@@ -3,13 +3,12 @@
 
 use blockd::check::{CheckOptions, check};
 use blockd::store::Access;
-use blockd::store::sim::{Bounds, CrashWalk, Op, SimStore, drop_syncs};
+use blockd::store::sim::{Op, SimStore, drop_syncs};
 use blockd::storedir::{ForkOf, StoreDir};
-use offshoot_tests::crash::no_panic;
 use offshoot_tests::inspect::Wrong;
 use offshoot_tests::sim::{BLOCK, EXTENT};
 
-use super::storedir::{Recorder, SECTORS, new_disk, open, recovered, write};
+use super::storedir::{Recorder, SECTORS, new_disk, open, write, wrong_states};
 
 pub(super) fn fork(dir: &StoreDir, wanted: &[(&str, &[&str])]) {
     let of = |(disk, children): &(&str, &[&str])| ForkOf {
@@ -105,20 +104,10 @@ fn a_disk_frozen_before_its_successor_has_a_name_is_caught() {
     let log = recorder.store.log();
     let first = log.iter().position(|op| matches!(op, Op::SyncNames)).unwrap();
     let spoilt = drop_syncs(&log, |at, _| at == first);
-    let mut walk = CrashWalk::new(&recorder.store.base(), &spoilt);
-    let (mut stopped, bounds) = (0, Bounds { exhaustive: 6, ..Bounds::default() });
-    loop {
-        walk.visit(&bounds, &mut |_, image| {
-            // The disk is there, and sealed: it does not go on.
-            let found = no_panic(|| recovered(image, 1));
-            stopped += usize::from(match found {
-                Ok(world) => world["data"].sealed,
-                Err(violation) => violation.wrong == Wrong::Garbage,
-            });
-        });
-        if !walk.advance() {
-            break;
-        }
-    }
+    // The disk is there, and sealed: it does not go on.
+    let stopped = wrong_states(&recorder, &spoilt, &|found| match found {
+        Ok(world) => world["data"].sealed,
+        Err(violation) => violation.wrong == Wrong::Garbage,
+    });
     assert!(stopped > 0, "nobody noticed");
 }

@@ -4,12 +4,11 @@
 
 use blockd::pump::Unwatched;
 use blockd::store::Access;
-use blockd::store::sim::{Bounds, CrashWalk, Op, drop_syncs};
+use blockd::store::sim::{Op, drop_syncs};
 use blockd::storedir::{BaseRule, ForkOf, InheritOptions, StoreDir};
-use offshoot_tests::crash::no_panic;
 use offshoot_tests::sim::{BLOCK, EXTENT};
 
-use super::storedir::{Recorder, SECTORS, new_disk, recovered, write};
+use super::storedir::{Recorder, SECTORS, new_disk, write, wrong_states};
 
 fn inherit(dir: &StoreDir, wanted: &[(&str, &[&str])], base: BaseRule) -> u64 {
     let of = |(disk, children): &(&str, &[&str])| ForkOf {
@@ -89,19 +88,9 @@ fn a_transaction_before_the_names_is_caught() {
     let log = recorder.store.log();
     let first = log.iter().position(|op| matches!(op, Op::SyncNames)).unwrap();
     let spoilt = drop_syncs(&log, |at, _| at == first);
-    let mut walk = CrashWalk::new(&recorder.store.base(), &spoilt);
-    let (mut lost, bounds) = (0, Bounds { exhaustive: 6, ..Bounds::default() });
-    loop {
-        walk.visit(&bounds, &mut |_, image| {
-            let found = no_panic(|| recovered(image, 1));
-            lost += usize::from(match found {
-                Ok(world) => world["data"].sealed != world.contains_key("one"),
-                Err(_) => true,
-            });
-        });
-        if !walk.advance() {
-            break;
-        }
-    }
+    let lost = wrong_states(&recorder, &spoilt, &|found| match found {
+        Ok(world) => world["data"].sealed != world.contains_key("one"),
+        Err(_) => true,
+    });
     assert!(lost > 0, "nobody noticed");
 }

@@ -188,6 +188,24 @@ pub(super) fn recovered(image: Image, print: u128) -> Result<World, Violation> {
     Ok(world)
 }
 
+/// Number of crash states of a log, from the start of a recording on, that `is_wrong` says yes to.
+pub(super) fn wrong_states(
+    recorder: &Recorder,
+    log: &[Op],
+    is_wrong: &dyn Fn(Result<World, Violation>) -> bool,
+) -> usize {
+    let mut walk = CrashWalk::new(&recorder.store.base(), log);
+    let (mut wrong, bounds) = (0, Bounds { exhaustive: 6, ..Bounds::default() });
+    loop {
+        walk.visit(&bounds, &mut |_, image| {
+            wrong += usize::from(is_wrong(no_panic(|| recovered(image, 1))));
+        });
+        if !walk.advance() {
+            return wrong;
+        }
+    }
+}
+
 fn in_bytes(sectors: u64) -> usize {
     usize::try_from(sectors).unwrap() * SECTOR
 }

@@ -4,14 +4,15 @@
 use std::sync::Arc;
 
 use blockd::store::Access;
-use blockd::store::sim::{Bounds, CrashWalk, Image, Op, SimStore, drop_syncs};
+use blockd::store::sim::{Image, Op, SimStore, drop_syncs};
 use blockd::storedir::{ForkOf, Keep, StoreDir};
 use format::superblock::Mode;
-use offshoot_tests::crash::no_panic;
 use offshoot_tests::pattern::SECTOR;
 use offshoot_tests::sim::{BLOCK, EXTENT};
 
-use super::storedir::{Recorder, SECTORS, World, look, new_disk, open, options, recovered, write};
+use super::storedir::{
+    Recorder, SECTORS, World, look, new_disk, open, options, write, wrong_states,
+};
 
 fn change(dir: &StoreDir, tag: u32, first: u64, count: u64) {
     let disk = dir.open_disk("vm", Access::Write, &dir.disk_options()).unwrap();
@@ -128,19 +129,9 @@ fn world(image: Image) -> World {
 }
 
 /// Crash states of a log in which the disk is not what it was or should be.
-fn wrong_states(recorder: &Recorder, log: &[Op]) -> usize {
+fn other_states(recorder: &Recorder, log: &[Op]) -> usize {
     let worlds = [world(recorder.store.base()), world(recorder.store.live_image())];
-    let mut walk = CrashWalk::new(&recorder.store.base(), log);
-    let (mut wrong, bounds) = (0, Bounds { exhaustive: 6, ..Bounds::default() });
-    loop {
-        walk.visit(&bounds, &mut |_, image| {
-            let found = no_panic(|| recovered(image, 1));
-            wrong += usize::from(found.map_or(true, |world| !worlds.contains(&world)));
-        });
-        if !walk.advance() {
-            return wrong;
-        }
-    }
+    wrong_states(recorder, log, &|found| found.map_or(true, |world| !worlds.contains(&world)))
 }
 
 /// Negative control: a delta that goes before the segment that takes its place has a durable name
@@ -150,12 +141,12 @@ fn a_delta_dropped_before_its_successor_has_a_name_is_caught() {
     let mut recorder = disk_of(Mode::NonPersistent);
     recorder.step(undo);
     let log = recorder.store.log();
-    assert_eq!(wrong_states(&recorder, &log), 0);
+    assert_eq!(other_states(&recorder, &log), 0);
 
     let first = log.iter().position(|op| matches!(op, Op::SyncNames)).unwrap();
     let spoilt = drop_syncs(&log, |at, _| at == first);
 
-    assert!(wrong_states(&recorder, &spoilt) > 0, "nobody noticed");
+    assert!(other_states(&recorder, &spoilt) > 0, "nobody noticed");
 }
 
 /// Negative control: a delta whose file goes before the decision is durable takes the disk with it.
@@ -174,5 +165,5 @@ fn a_delta_removed_before_the_decision_is_caught() {
     let rename = log.remove(at);
     log.insert(first, rename);
 
-    assert!(wrong_states(&recorder, &log) > 0, "nobody noticed");
+    assert!(other_states(&recorder, &log) > 0, "nobody noticed");
 }

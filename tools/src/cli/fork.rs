@@ -3,7 +3,6 @@
 use blockd::api::types::{FlattenWhen, ForkDisk, ForkMode};
 use blockd::storedir::BaseRule;
 use clap::{Args, ValueEnum};
-
 use uuid::Uuid;
 
 use super::LostTail;
