@@ -14,7 +14,7 @@ use offshoot_tests::rng::{Rng, seed, soak};
 use offshoot_tests::served::ServedDisk;
 use offshoot_tests::store::TestStore;
 use offshoot_tests::until;
-use serde_json::Value;
+use serde_json::{Value, json};
 use vhost_blk::client::{Client, ClientQueue, Op, Options, Span};
 
 const REPEAT: &str = "cargo test -p offshoot-tests --test fork_under_load";
@@ -217,6 +217,59 @@ fn a_token_holds_the_disk_until_it_is_released_or_runs_out() {
     assert!(daemon.terminate().success());
     assert!(stopped.elapsed() < Duration::from_secs(20));
     bench.compare(&loads);
+}
+
+/// Who forks a whole machine is told of the instant before the fork is durable, and asks for the
+/// children later. The machine goes on in between, and so does a disk that is held.
+#[test]
+fn a_fork_is_answered_at_its_instant() {
+    let bench = ServedDisk::new(TestStore::new());
+    let daemon = bench.daemon();
+    let of = |child: &str, more: Value| {
+        let mut asked =
+            json!({ "disks": [{ "disk": "vm", "children": [child] }], "return": "cut" });
+        asked.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        asked
+    };
+    let none = daemon.ask("POST", "/v1/forks", of("none", json!({})).to_string().as_bytes());
+    assert_eq!(none.status, 400, "nobody serves it");
+    bench.attach();
+    let (client, queues) = bench.connect(false);
+    let (loads, ()) = load::during(bench.loads(queues, 53), |done| {
+        for (child, more) in [("one", json!({})), ("two", json!({ "hold_ms": 30_000 }))] {
+            let held = more.get("hold_ms").is_some();
+            let before = done();
+            until("progress", || done() >= before + 100);
+
+            let cut = daemon.json("POST", "/v1/forks", &of(child, more));
+            let forked = daemon.json("GET", &path_of(&cut), &Value::Null);
+
+            assert_eq!(forked["token"], cut["token"]);
+            assert_eq!(forked["pause_us"], cut["pause_us"]);
+            assert_eq!(forked["children"][0]["name"], child);
+            // Whoever asks again gets the same.
+            assert_eq!(daemon.json("GET", &path_of(&cut), &Value::Null), forked);
+            if held {
+                let at_cut = done();
+                std::thread::sleep(Duration::from_millis(50));
+                assert_eq!(done(), at_cut, "nothing completes while it is held");
+                let path = format!("{}/release", path_of(&cut));
+                daemon.json("POST", &path, &Value::Null);
+            }
+            bench.json(&["disk", "show", child]);
+        }
+    });
+    drop(client);
+    // What fails before the instant is answered at once.
+    let taken = daemon.ask("POST", "/v1/forks", of("one", json!({})).to_string().as_bytes());
+    assert_eq!(taken.status, 409);
+    let unknown = daemon.ask("GET", &format!("/v1/forks/{}", uuid::Uuid::new_v4()), b"");
+    assert_eq!(unknown.status, 404);
+    bench.compare(&loads);
+}
+
+fn path_of(cut: &Value) -> String {
+    format!("/v1/forks/{}", cut["token"].as_str().unwrap())
 }
 
 /// The daemon is killed at random moments of forks under load. The guest's driver connects again

@@ -15,8 +15,8 @@ use super::NOTE;
 use super::reply::{Answer, Asked, Named, Params, Refused, blocking, failure, note_header};
 use super::types::{
     ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Digested, Disk, DiskDetails,
-    FailureBody, ForkDisks, ForkMode, ForkedDisks, Job, JobKind, LostTail, ReleasedFork,
-    RemovedDisk, RenameDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed,
+    FailureBody, ForkAnswer, ForkDisks, ForkMode, ForkedDisks, Job, JobKind, JobOrCut, LostTail,
+    ReleasedFork, RemovedDisk, RenameDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed,
 };
 use crate::daemon::{Daemon, Entry, Noted, Running};
 use crate::verbs;
@@ -133,10 +133,11 @@ pub async fn remove(
 /// Fork disks at one instant: they go on, and children start out with what they hold
 ///
 /// Making children that inherit (`mode`) may take a while, and is a job; any other fork ends before
-/// it is answered.
+/// it is answered, unless the answer is to come at the cut (`return`): then it is durable, and the
+/// children are there, when the other request that takes the token is answered.
 #[utoipa::path(post, path = "/v1/forks", tag = "disks", request_body = ForkDisks,
     params(Waiting),
-    responses((status = 201, body = ForkedDisks), (status = 202, body = Job),
+    responses((status = 201, body = ForkedDisks), (status = 202, body = JobOrCut),
         (status = "default", body = FailureBody)))]
 pub async fn fork(
     State(daemon): Shared,
@@ -144,6 +145,10 @@ pub async fn fork(
     Asked(request): Asked<ForkDisks>,
 ) -> Answer {
     let shared = Arc::clone(&daemon);
+    if request.mode == ForkMode::Live && request.answer == ForkAnswer::Cut {
+        let cut = blocking(&daemon, move |_| shared.fork_to_cut(request)).await?;
+        return Ok((StatusCode::ACCEPTED, Json(cut)).into_response());
+    }
     if request.mode == ForkMode::Live {
         let forked = blocking(&daemon, move |_| shared.fork(&request)).await?;
         return Ok((StatusCode::CREATED, Json(forked)).into_response());
@@ -155,6 +160,14 @@ pub async fn fork(
         *answer.status_mut() = StatusCode::CREATED;
     }
     Ok(answer)
+}
+
+/// Wait until a fork that was answered at its cut is durable, and its children are there
+#[utoipa::path(get, path = "/v1/forks/{token}", tag = "disks",
+    params(("token" = Uuid, Path, description = "What the fork was answered with")),
+    responses((status = 200, body = ForkedDisks), (status = "default", body = FailureBody)))]
+pub async fn forked(State(daemon): Shared, Named(token): Named<Uuid>) -> Answer<Json<ForkedDisks>> {
+    Ok(Json(blocking(&daemon, move |d| d.forked(token)).await?))
 }
 
 /// Let disks go on that are held at the instant of a fork

@@ -76,6 +76,7 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/store", get(disks::df))
         .route("/v1/disks", get(disks::list).post(disks::create))
         .route("/v1/forks", post(disks::fork))
+        .route("/v1/forks/{token}", get(disks::forked))
         .route("/v1/forks/{token}/release", post(disks::release))
         .route("/v1/disks/{name}", get(disks::show).delete(disks::remove))
         .route("/v1/disks/{name}/rename", post(disks::rename))

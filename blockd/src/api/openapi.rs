@@ -36,6 +36,7 @@ use super::{content, daemon, disks, exports, flatten, modes, sessions};
         disks::show,
         disks::remove,
         disks::fork,
+        disks::forked,
         disks::release,
         flatten::flatten,
         flatten::disk_policy,

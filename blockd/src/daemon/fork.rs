@@ -1,90 +1,31 @@
 //! Forks of disks in service and of others, at one instant.
 //!
-//! The order is that of `storedir/fork.rs`. For a disk in service, freezing goes like this:
-//! 1. while its guests run: a checkpoint, so that little is left to be made durable;
-//! 2. its gate is closed and what is in work ends, on all disks of the fork: the instant. No guest
-//!    has an answer to a request that the children do not have, and none of a later one is in them;
-//! 3. it is frozen, the fork is settled, and the volume goes on with the successor;
-//! 4. the old gate sends everybody to the new one.
+//! How they go on is in `cut.rs`.
 //!
-//! A guest waits from 2 to 4, and sees a slow request. No request completes meanwhile, so a process
-//! that is killed then leaves nothing that the segments do not have: whoever opens the store
-//! settles the fork, and a front end that connects again finds its disk going on.
+//! Who takes something else at the same instant, a machine's memory say, needs to know when it is
+//! past, and not when all of it is durable: [`Daemon::fork_to_cut`] answers then, and
+//! [`Daemon::forked`] waits for the rest.
 //!
 //! Tests: `fork_under_load`.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use format::{Context as _, Error, Kind, Result};
+use uuid::Uuid;
 
 use super::Daemon;
-use super::handover::side_by_side;
+use super::cut::{Cut, Then, Volumes, cut};
 use super::holds::Hold;
 use super::served::in_service;
-use super::tokens::lasting;
-use crate::api::types::{EventKind, ForkDisks, ForkedDisks, JobKind};
-use crate::catalogue::{ForkRow, Forked};
-use crate::disk::gate::Closed;
-use crate::disk::{Disk, HeldDisk};
-use crate::serve::Volume;
+use super::tokens::{Outcome, lasting};
+use crate::api::types::{CutForks, EventKind, ForkDisks, ForkedDisks, JobKind};
 use crate::store::Access;
-use crate::storedir::StoreDir;
 use crate::verbs;
 
-/// How long requests in work may take to end.
-pub(super) const DRAIN_MAX: Duration = Duration::from_secs(2);
-
-/// The volumes of the disks that are in service, by name.
-pub(super) type Volumes = BTreeMap<String, Arc<Volume>>;
-
-/// A disk in service at the instant of its fork.
-struct Paused<'a> {
-    volume: &'a Volume,
-    disk: &'a Disk,
-    gate: Closed<'a>,
-}
-
-/// How disks in service go on after their fork.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Then {
-    /// At once.
-    GoOn,
-    /// When somebody says so.
-    Hold,
-}
-
-/// What came of the cut: how long disks in service let nobody in, and those that still do not.
-pub(super) struct Cut {
-    pub(super) pause: Duration,
-    pub(super) held: Vec<HeldDisk>,
-}
-
-impl Paused<'_> {
-    /// Goes on: in the successor if the disk is frozen, else as before.
-    fn go_on(self, dir: &StoreDir, then: Then) -> Option<HeldDisk> {
-        let Paused { volume, disk, gate } = self;
-        let outcome = dir.is_frozen(disk.segment()).and_then(|frozen| match (frozen, then) {
-            (true, Then::GoOn) => volume.go_on(dir).map(|()| (true, None)),
-            (true, Then::Hold) => volume.go_on_held(dir).map(|held| (true, Some(held))),
-            (false, _) => Ok((false, None)),
-        });
-        match outcome {
-            Ok((frozen, held)) => {
-                if frozen {
-                    gate.leave();
-                }
-                held
-            }
-            Err(e) => {
-                // Its requests fail from now on, by name; attaching it again mends that.
-                disk.give_up(e);
-                None
-            }
-        }
-    }
-}
+/// What `fork` does at the instant of the cut.
+type AtCut<'a> = &'a mut dyn FnMut(Duration);
 
 impl Daemon {
     /// Forks disks.
@@ -94,39 +35,85 @@ impl Daemon {
     /// requests in work do not end in time; `ReadOnly` for a disk that is served for reading only;
     /// `Invalid` for a hold of disks that nobody serves.
     pub fn fork(self: &Arc<Self>, request: &ForkDisks) -> Result<ForkedDisks> {
-        let began = Instant::now();
-        let fork = || -> Result<ForkedDisks> {
-            verbs::check_asked(request)?;
-            request.disks.iter().try_for_each(|of| self.bound_depth(&of.disk))?;
-            let _changing = self.service.changing.lock();
-            let hold = request.hold_ms.map(lasting).transpose()?;
-            let (volumes, names) = self.hold_for_fork(request)?;
-            if hold.is_some() && volumes.is_empty() {
-                return Err(Error::invalid(
-                    "no disk of it is in service: there is nothing to hold",
-                ));
-            }
-            let dir = self.dir()?;
-            for of in request.disks.iter().filter(|of| !volumes.contains_key(&of.disk)) {
-                verbs::take_tail(&dir, &of.disk, request.accept_lost_tail)?;
-            }
-            let row = dir.begin_fork(&verbs::forks(request))?;
-            let then = if hold.is_some() { Then::Hold } else { Then::GoOn };
-            let cut = fork_all(&dir, &row, &volumes, then)?;
-            let pause = Some(cut.pause).filter(|_| !volumes.is_empty());
-            let forked = verbs::forked(&dir, &dir.children(&row)?, (began.elapsed(), pause))?;
-            let token = hold.map(|lasts| self.keep_held(cut.held, names, lasts));
-            Ok(ForkedDisks { token, ..forked })
-        };
-        let forked = fork().context("fork", || verbs::named(request))?;
+        self.fork_as(request, request.hold_ms.map(|_| Uuid::new_v4()), &mut |_| ())
+    }
+
+    /// The same, and does `at_cut` at the instant of disks in service. `token` names the cut.
+    fn fork_as(
+        self: &Arc<Self>,
+        request: &ForkDisks,
+        token: Option<Uuid>,
+        at_cut: AtCut<'_>,
+    ) -> Result<ForkedDisks> {
+        let forked = self.fork_now(request, token, at_cut);
+        let forked = forked.context("fork", || verbs::named(request))?;
         self.tell_of_fork(request);
         self.sum_frozen();
-        if forked.token.is_some() {
-            // What there is to flatten is looked at when they go on.
-            return Ok(forked);
+        if token.is_none_or(|token| !self.is_held(token)) {
+            // Else what there is to flatten is looked at when they go on.
+            self.flatten_after_fork(request);
         }
-        self.flatten_after_fork(request);
         Ok(forked)
+    }
+
+    fn fork_now(
+        self: &Arc<Self>,
+        request: &ForkDisks,
+        token: Option<Uuid>,
+        at_cut: AtCut<'_>,
+    ) -> Result<ForkedDisks> {
+        let began = Instant::now();
+        verbs::check_asked(request)?;
+        request.disks.iter().try_for_each(|of| self.bound_depth(&of.disk))?;
+        let _changing = self.service.changing.lock();
+        let hold = request.hold_ms.map(lasting).transpose()?;
+        let (volumes, names) = self.hold_for_fork(request)?;
+        if volumes.is_empty() && (hold.is_some() || token.is_some()) {
+            let reason = "no disk of it is in service: there is no instant to wait for";
+            return Err(Error::invalid(reason));
+        }
+        let dir = self.dir()?;
+        for of in request.disks.iter().filter(|of| !volumes.contains_key(&of.disk)) {
+            verbs::take_tail(&dir, &of.disk, request.accept_lost_tail)?;
+        }
+        let row = dir.begin_fork(&verbs::forks(request))?;
+        let (names, mut pause) = (Arc::new(names), None);
+        let mut told = |Cut { pause: lasted, held }| {
+            pause = Some(lasted);
+            if let (Some(token), Some(lasts)) = (token, hold) {
+                self.keep_held(token, held, Arc::clone(&names), lasts);
+            }
+            at_cut(lasted);
+        };
+        let then = if hold.is_some() { Then::Hold } else { Then::GoOn };
+        cut(&dir, &row, &volumes, then, &mut told)?;
+        let forked = verbs::forked(&dir, &dir.children(&row)?, (began.elapsed(), pause))?;
+        Ok(ForkedDisks { token, ..forked })
+    }
+
+    /// Forks disks in service, and comes back at the instant: [`Daemon::forked`] tells of the rest.
+    ///
+    /// # Errors
+    /// As [`Daemon::fork`], for what fails before the instant.
+    pub fn fork_to_cut(self: &Arc<Self>, request: ForkDisks) -> Result<CutForks> {
+        let (token, outcome) = (Uuid::new_v4(), Arc::new(Outcome::default()));
+        let (tell, told) = mpsc::channel();
+        let (daemon, shared) = (Arc::clone(self), Arc::clone(&outcome));
+        let work = move || {
+            let mut at_cut = |pause| {
+                daemon.keep_outcome(token, &shared);
+                _ = tell.send(Ok(pause));
+            };
+            match daemon.fork_as(&request, Some(token), &mut at_cut) {
+                // Before the instant nobody knows of the token.
+                Err(e) if !daemon.has_outcome(token) => _ = tell.send(Err(e)),
+                forked => shared.set(forked),
+            }
+        };
+        std::thread::Builder::new().name("fork".into()).spawn(work)?;
+        let gone = || Error::new(Kind::Failed, "the thread of the fork ended");
+        let pause = told.recv().map_err(|_| gone())??;
+        Ok(CutForks { token, pause_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX) })
     }
 
     pub(super) fn tell_of_fork(&self, request: &ForkDisks) {
@@ -198,39 +185,4 @@ impl Daemon {
             tracing::warn!(%error, "no thread for the sums of frozen segments");
         }
     }
-}
-
-/// Freezes all disks and lets them go on.
-pub(super) fn fork_all(
-    dir: &StoreDir,
-    fork: &ForkRow,
-    volumes: &Volumes,
-    then: Then,
-) -> Result<Cut> {
-    let disks: Vec<(&Arc<Volume>, Arc<Disk>)> =
-        volumes.values().map(|volume| (volume, volume.disk())).collect();
-    let prepared = side_by_side(disks.iter().collect(), |(_, disk)| disk.prepare_hand_on());
-    let began = Instant::now();
-    let mut paused = Vec::new();
-    let frozen = prepared.into_iter().collect::<Result<()>>().and_then(|()| {
-        for (volume, disk) in &disks {
-            paused.push(Paused { volume, disk, gate: disk.pause(DRAIN_MAX)? });
-        }
-        let freeze = |forked: &Forked| match paused.iter().find(|p| p.volume.name() == forked.name)
-        {
-            Some(paused) => paused.disk.freeze(forked.successor),
-            None => dir.freeze(forked),
-        };
-        side_by_side(fork.disks.iter().collect(), freeze).into_iter().collect::<Result<()>>()
-    });
-    // Also when a disk could not be frozen: those that were must go on.
-    let settled = dir.settle_fork(fork);
-    let held = paused.into_iter().filter_map(|paused| paused.go_on(dir, then)).collect();
-    let pause = began.elapsed();
-    // What is durable counts: there are children when all disks are frozen.
-    if !settled? {
-        frozen?;
-        return Err(Error::new(Kind::Failed, "not all of the disks were frozen"));
-    }
-    Ok(Cut { pause, held })
 }

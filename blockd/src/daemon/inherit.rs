@@ -14,7 +14,7 @@ use std::time::Instant;
 use format::{Context as _, Error, Kind, Result};
 
 use super::Daemon;
-use super::fork::{DRAIN_MAX, Volumes};
+use super::cut::{DRAIN_MAX, Volumes};
 use super::jobs::Running;
 use crate::api::types::{ForkDisks, ForkMode, ForkedDisks};
 use crate::disk::Disk;

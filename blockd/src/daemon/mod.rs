@@ -15,6 +15,7 @@
 
 mod again;
 mod attachments;
+mod cut;
 mod disks;
 mod doors;
 mod events;
@@ -44,7 +45,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
 use flatten::Underway;
-use tokens::Tokens;
+use tokens::{Outcomes, Tokens};
 
 use crate::api::types::{EventKind, ExportState, Health, Version};
 use crate::clock;
@@ -87,6 +88,7 @@ pub struct Daemon {
     summing: Mutex<()>,
     flattening: Underway,
     tokens: Tokens,
+    outcomes: Outcomes,
     stopping: watch::Sender<bool>,
 }
 
@@ -116,6 +118,7 @@ impl Daemon {
             summing: Mutex::default(),
             flattening: Underway::default(),
             tokens: Tokens::default(),
+            outcomes: Outcomes::default(),
             stopping: watch::Sender::new(false),
         };
         daemon.events.add(EventKind::Started, format!("store {}", path.display()), "");

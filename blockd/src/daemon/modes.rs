@@ -16,7 +16,7 @@ use format::{Context as _, Kind, Result};
 
 use super::Daemon;
 use super::attachments::Attachment;
-use super::fork::{Then, fork_all};
+use super::cut::{Then, cut};
 use super::holds::Hold;
 use super::served::{Failed, Served, close};
 use crate::api::types::{Disk as Summary, EventKind, ForkDisk, ForkDisks, SetMode};
@@ -60,7 +60,7 @@ impl Daemon {
             verbs::take_tail(&dir, name, accept_lost_tail)?;
         }
         if let Some(fork) = dir.begin_keep(name, keep)? {
-            fork_all(&dir, &fork, &volumes, Then::GoOn)?;
+            cut(&dir, &fork, &volumes, Then::GoOn, &mut |_| ())?;
             self.sum_frozen();
         }
         dir.disk(name)

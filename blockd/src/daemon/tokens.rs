@@ -1,11 +1,12 @@
-//! Tokens: forks whose disks are held at the instant of the cut until somebody says go.
+//! Tokens name the cut of a fork: whose disks are held at that instant until somebody says go, or
+//! which is made durable while who asked for it goes on.
 //!
 //! Who forks a machine takes its memory at the same instant as its disks. It asks for a fork that
 //! holds, takes the memory while no request of the machine is begun, and releases the token; a
 //! token that nobody releases runs out, so that a machine never waits for one that died.
 //!
-//! Invariant: a token keeps the names of its disks, so nobody forks, resizes or detaches them, or
-//! hands the daemon over, while they are held.
+//! Invariant: while disks are held their names are kept, so nobody forks, resizes or detaches them,
+//! or hands the daemon over.
 //!
 //! Test: `fork_under_load` (`a_token_…`).
 
@@ -14,12 +15,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use format::{Error, Kind, Result};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
 
 use super::Daemon;
 use super::holds::Hold;
-use crate::api::types::{EventKind, ReleasedFork};
+use crate::api::types::{EventKind, Failure, ForkedDisks, ReleasedFork};
 use crate::disk::HeldDisk;
 
 /// How long a token lasts at most.
@@ -30,11 +31,49 @@ pub(super) struct Token {
     // Before the names: the disks go on when others may have them.
     _disks: Vec<HeldDisk>,
     since: Instant,
-    _names: Vec<Hold>,
+    _names: Arc<Vec<Hold>>,
 }
 
 /// All tokens that are out.
 pub(super) type Tokens = Mutex<BTreeMap<Uuid, Token>>;
+
+/// How long the outcome of a fork is kept at least for who asks.
+const OUTCOME_KEPT: Duration = Duration::from_secs(600);
+
+/// What came of a fork that was answered at its cut.
+#[derive(Default)]
+pub(super) struct Outcome {
+    known: Mutex<Option<(Instant, Result<ForkedDisks, Failure>)>>,
+    changed: Condvar,
+}
+
+impl Outcome {
+    /// It is known from now on.
+    pub(super) fn set(&self, outcome: Result<ForkedDisks>) {
+        let outcome = outcome.map_err(|e| Failure::from(&e));
+        *self.known.lock() = Some((Instant::now(), outcome));
+        self.changed.notify_all();
+    }
+
+    /// Waits until it is known.
+    fn wait(&self) -> Result<ForkedDisks> {
+        let mut known = self.known.lock();
+        loop {
+            match &*known {
+                Some((_, Ok(forked))) => return Ok(forked.clone()),
+                Some((_, Err(failure))) => return Err(failure.clone().into()),
+                None => self.changed.wait(&mut known),
+            }
+        }
+    }
+
+    fn is_old(&self) -> bool {
+        self.known.lock().as_ref().is_some_and(|(since, _)| since.elapsed() > OUTCOME_KEPT)
+    }
+}
+
+/// All outcomes that are kept.
+pub(super) type Outcomes = Mutex<BTreeMap<Uuid, Arc<Outcome>>>;
 
 /// How long to hold, from milliseconds that were asked for.
 ///
@@ -50,14 +89,44 @@ pub(super) fn lasting(ms: u64) -> Result<Duration> {
 }
 
 impl Daemon {
+    /// Keeps what is to come of a fork, and forgets what is old.
+    pub(super) fn keep_outcome(&self, token: Uuid, outcome: &Arc<Outcome>) {
+        let mut outcomes = self.outcomes.lock();
+        outcomes.retain(|_, outcome| !outcome.is_old());
+        outcomes.insert(token, Arc::clone(outcome));
+    }
+
+    pub(super) fn has_outcome(&self, token: Uuid) -> bool {
+        self.outcomes.lock().contains_key(&token)
+    }
+
+    /// Waits until a fork that was answered at its cut is durable.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such token, or it is long past; as [`Daemon::fork`].
+    pub fn forked(&self, token: Uuid) -> Result<ForkedDisks> {
+        let outcome = self.outcomes.lock().get(&token).map(Arc::clone);
+        let outcome = outcome.ok_or_else(|| {
+            Error::new(Kind::NotFound, "there is no such token, or it is long past")
+                .tried("wait for")
+                .on(format!("token {token}"))
+        })?;
+        outcome.wait()
+    }
+
+    /// Whether disks are held under a token.
+    pub(super) fn is_held(&self, token: Uuid) -> bool {
+        self.tokens.lock().contains_key(&token)
+    }
+
     /// Keeps disks held under a token for as long as that at most.
     pub(super) fn keep_held(
         self: &Arc<Self>,
+        id: Uuid,
         disks: Vec<HeldDisk>,
-        names: Vec<Hold>,
+        names: Arc<Vec<Hold>>,
         lasts: Duration,
-    ) -> Uuid {
-        let id = Uuid::new_v4();
+    ) {
         let token = Token { _disks: disks, since: Instant::now(), _names: names };
         self.tokens.lock().insert(id, token);
         let daemon = Arc::clone(self);
@@ -76,7 +145,6 @@ impl Daemon {
             tracing::warn!(%error, "a fork is not held");
             self.tokens.lock().remove(&id);
         }
-        id
     }
 
     /// Lets the disks of a token go on.

@@ -45,6 +45,7 @@ impl Disk {
     /// `NoSpace` (nothing is lost; try again), or `Failed` when a sync or the superblock failed.
     pub fn checkpoint(&self) -> Result<()> {
         self.check_writable()?;
+        self.await_ground()?;
         self.run_checkpoint(|_| ()).map_err(|e| e.within("make a checkpoint of", self.object()))?;
         self.reclaim();
         Ok(())

@@ -72,6 +72,7 @@ impl Disk {
     }
 
     pub(super) fn flush_once(&self) -> Result<()> {
+        self.await_ground()?;
         self.check_alive()?;
         if !self.has_room() {
             // The checkpoint commits as well: it has the last pages of the ring for itself.

@@ -39,6 +39,7 @@ impl Disk {
     /// As [`Disk::checkpoint`].
     pub fn prepare_hand_on(&self) -> Result<()> {
         self.check_writable()?;
+        self.await_ground()?;
         let mut state = self.checkpoint.lock();
         self.checkpoint_locked(&mut state, |_| ())?;
         self.settle_copies(&mut state)?;

@@ -44,12 +44,32 @@ fn state(word: &AtomicU64) -> BlockState {
     BlockState::from_word(word.load(Ordering::Acquire)).expect("words in memory were checked")
 }
 
+// Acquire: as in `state` and `Leaf::entry`.
+fn copy_words<const N: usize>(words: &[AtomicU64; N]) -> [AtomicU64; N] {
+    std::array::from_fn(|i| AtomicU64::new(words[i].load(Ordering::Acquire)))
+}
+
 impl Vectors {
     fn new() -> Box<Self> {
         Box::new(Vectors {
             numbers: std::array::from_fn(|_| AtomicU16::new(0)),
             taken: AtomicU16::new(0),
             pages: std::array::from_fn(|_| OnceLock::new()),
+        })
+    }
+
+    /// A copy; nobody changes the vectors meanwhile.
+    fn copy(&self) -> Box<Self> {
+        let pages = std::array::from_fn(|i| match self.pages[i].get() {
+            None => OnceLock::new(),
+            Some(page) => OnceLock::from(Box::new(std::array::from_fn(|v| copy_words(&page[v])))),
+        });
+        // Relaxed: whoever copies a leaf has it from a slot, which came after its last change.
+        let load = |number: &AtomicU16| AtomicU16::new(number.load(Ordering::Relaxed));
+        Box::new(Vectors {
+            numbers: std::array::from_fn(|i| load(&self.numbers[i])),
+            taken: load(&self.taken),
+            pages,
         })
     }
 
@@ -100,6 +120,15 @@ impl Leaf {
             *leaf.entries[i].get_mut() = word;
         }
         leaf
+    }
+
+    /// A copy; nobody changes the leaf meanwhile.
+    pub(super) fn copy(&self) -> Self {
+        let vectors = OnceLock::new();
+        if let Some(all) = self.vectors.get() {
+            vectors.get_or_init(|| all.copy());
+        }
+        Leaf { entries: copy_words(&self.entries), vectors, vectors_damaged: self.vectors_damaged }
     }
 
     // Acquire pairs with the Release store in `change`: whoever sees `Mixed` sees the vector's

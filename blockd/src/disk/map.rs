@@ -10,6 +10,8 @@
 //!
 //! Memory: 4 KiB and a few words per 32 MiB of mapped disk, plus 128 bytes per mixed extent.
 
+mod share;
+
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwapOption;
@@ -105,10 +107,14 @@ impl Map {
 
     fn slot_or_new(&self, leaf: LeafNo) -> &ArcSwapOption<Slot> {
         let (top, mid, low) = split(leaf);
+        &self.chunk_or_new(top, mid).leaves[low]
+    }
+
+    fn chunk_or_new(&self, top: usize, mid: usize) -> &Chunk {
         let new_mid = || Box::new(std::array::from_fn(|_| OnceLock::new()));
         let new_chunk =
             || Box::new(Chunk { leaves: std::array::from_fn(|_| ArcSwapOption::empty()) });
-        &self.top[top].get_or_init(new_mid)[mid].get_or_init(new_chunk).leaves[low]
+        self.top[top].get_or_init(new_mid)[mid].get_or_init(new_chunk)
     }
 
     /// Puts a leaf read from the segment in place. `vectors_damaged` says that its vectors are
@@ -306,14 +312,17 @@ impl Map {
         Ok(())
     }
 
-    /// Changes the leaf of a block, which is made if there is none yet.
+    /// Changes the leaf of a block, which is made if there is none yet, and copied if another map
+    /// has it, too.
     fn live_leaf<T>(&self, block: GuestBlock, change: impl FnOnce(&Leaf) -> T) -> Result<T> {
         let slot = self.slot_or_new(block.extent().leaf());
-        let fresh = match slot.load().as_deref() {
-            Some(Slot::Damaged) => return Err(damaged(block)),
-            Some(Slot::Live(live)) if live.vectors_damaged => return Err(damaged(block)),
-            Some(Slot::Live(live)) => return Ok(change(live)),
-            Some(Slot::Zero) => Leaf::filled(Entry::Zero),
+        let present = slot.load();
+        let fresh = match present.as_ref().map(|leaf| (leaf, &**leaf)) {
+            Some((_, Slot::Damaged)) => return Err(damaged(block)),
+            Some((_, Slot::Live(live))) if live.vectors_damaged => return Err(damaged(block)),
+            Some((leaf, Slot::Live(live))) if share::alone(leaf) => return Ok(change(live)),
+            Some((_, Slot::Live(live))) => live.copy(),
+            Some((_, Slot::Zero)) => Leaf::filled(Entry::Zero),
             None => Leaf::filled(Entry::Hole),
         };
         let outcome = change(&fresh);

@@ -36,6 +36,7 @@ mod resize;
 pub mod seal;
 mod space;
 pub mod still;
+mod succeed;
 pub mod tail;
 mod zero;
 
@@ -65,6 +66,7 @@ use leafset::LeafSet;
 use load::RowFile;
 use map::Map;
 use problem::{Problem, Severity};
+use succeed::Ground;
 use tail::Tail;
 
 use crate::store::File;
@@ -197,6 +199,7 @@ pub struct Disk {
     tickets: Mutex<Tickets>,
     ticket_done: Condvar,
     checkpoint: Mutex<Checkpoint>,
+    ground: Ground,
     /// Held by the one who moves space along its way back.
     reclaiming: Mutex<()>,
     writable: bool,
@@ -333,6 +336,7 @@ impl Disk {
         self.tail.set_void();
         // Release pairs with the Acquire load in `check_alive`.
         self.failed.store(true, Ordering::Release);
+        self.ground.wake();
         error
     }
 

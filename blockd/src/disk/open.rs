@@ -27,6 +27,7 @@ use super::claims::Claims;
 use super::gate::IoGate;
 use super::load::{Loaded, load, older};
 use super::problem::Severity;
+use super::succeed::Ground;
 use super::tail::Tail;
 use super::{Checkpoint, Commit, Core, Disk, FirstTime, Options, Tickets, Vouched};
 use crate::segment::{self, Segments};
@@ -203,6 +204,7 @@ impl Disk {
                 tree: loaded.tree,
                 graveyard: Vec::new(),
             }),
+            ground: Ground::default(),
             reclaiming: Mutex::new(()),
             file,
             rows: loaded.rows,

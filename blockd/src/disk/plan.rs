@@ -328,6 +328,17 @@ impl Disk {
         self.tail.room() < self.tail.capacity() / 2
     }
 
+    /// Lets no request in from now on, and waits for nobody: [`Disk::pause`] or [`Disk::let_in`]
+    /// must follow.
+    pub fn shut(&self) {
+        self.gate.shut();
+    }
+
+    /// Lets requests in after [`Disk::shut`].
+    pub fn let_in(&self) {
+        self.gate.open();
+    }
+
     /// Lets no request in, and waits until those in work have ended, for as long as `limit`.
     ///
     /// # Errors
@@ -382,14 +393,15 @@ impl Disk {
     }
 
     /// Whether one sync of the own file makes everything durable that has completed: true when no
-    /// record waits for the journal. A caller that syncs by itself must report a failure to
-    /// [`Disk::sync_failed`]. Takes no lock.
+    /// record waits for the journal, and no other file is still being frozen. A caller that syncs by
+    /// itself must report a failure to [`Disk::sync_failed`]. Takes no lock.
     #[must_use]
     pub fn one_sync_suffices(&self) -> bool {
         // In this order: a record that completed before is below `next`, and what is below the head
         // by then is durable.
         let next = self.tail.next();
-        self.tail.head() == next && self.check_alive().is_ok()
+        let all_durable = self.tail.head() == next && self.ground.is_settled();
+        all_durable && self.check_alive().is_ok()
     }
 
     /// A sync of the own file failed: this opening of the disk is at its end.

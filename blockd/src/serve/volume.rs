@@ -19,9 +19,10 @@ use super::hold::{self, Change, Hold};
 use super::limits::{Limits, Throttle};
 use super::slow::{Errand, Mailbox, SlowLane};
 use super::stats::{self, LaneStats, OpKind, VolumeStats};
-use crate::disk::{Disk, HeldDisk, Options, Vouched};
+use crate::catalogue::Forked;
+use crate::disk::{Disk, Options, Vouched};
 use crate::store::Access;
-use crate::storedir::StoreDir;
+use crate::storedir::{Crossing, StoreDir};
 
 /// What happens to a volume that somebody may want to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -191,31 +192,18 @@ impl Volume {
         self.disk.swaps()
     }
 
-    /// Goes on with the segment that the disk of this name has now: a fork has frozen the one
-    /// before, whose gate is closed.
+    /// Opens the successor of the disk ahead of a fork.
     ///
     /// # Errors
-    /// As [`StoreDir::open_disk`]; nothing has changed then.
-    pub fn go_on(&self, dir: &StoreDir) -> Result<()> {
-        self.go_on_with(dir, &|_| ())
+    /// As [`StoreDir::begin_crossing`].
+    pub fn begin_crossing(&self, dir: &StoreDir, forked: &Forked) -> Result<Crossing> {
+        dir.begin_crossing(forked, &self.disk(), &live_options(dir, self.lanes.len()))
     }
 
-    /// The same, and holds it: no request begins until what is given back is dropped.
-    ///
-    /// # Errors
-    /// As [`Volume::go_on`].
-    pub fn go_on_held(&self, dir: &StoreDir) -> Result<HeldDisk> {
-        // Held before anybody can get at it.
-        self.go_on_with(dir, &HeldDisk::of)
-    }
-
-    fn go_on_with<T>(&self, dir: &StoreDir, first: &dyn Fn(&Arc<Disk>) -> T) -> Result<T> {
-        let options = live_options(dir, self.lanes.len());
-        let disk = Arc::new(dir.open_disk(&self.name, Access::Write, &options)?);
-        let done = first(&disk);
-        self.disk.replace(disk);
+    /// Goes on with another disk that shows the same. The gate of the one before is closed.
+    pub fn go_on(&self, next: &Arc<Disk>) {
+        self.disk.replace(Arc::clone(next));
         self.wake_workers();
-        Ok(done)
     }
 
     /// Counters and state.

@@ -26,10 +26,11 @@ use format::{Context, Error, Kind, Result};
 use uuid::Uuid;
 
 use super::StoreDir;
+use super::cut::{Crossing, not_all_frozen};
 use crate::catalogue::{Change, Child, DiskRow, ForkRow, Forked, FrozenRow};
 use crate::clock;
-use crate::disk::Disk;
 use crate::disk::create::{NewSegment, Parent};
+use crate::disk::{Disk, Options, tail};
 use crate::segment::{self, Sealed, deleted_name, file_name, new_name};
 use crate::store::Access;
 
@@ -89,12 +90,12 @@ impl StoreDir {
     /// sealed or stands on too many segments; `NoSpace`; as [`StoreDir::open_disk`]; or what the
     /// host reports. There are no children then, and the disks are as before.
     pub fn fork(&self, wanted: &[ForkOf]) -> Result<Vec<DiskRow>> {
-        let fork = self.begin_fork(wanted)?;
-        let frozen = fork.disks.iter().try_for_each(|forked| self.freeze(forked));
+        let (fork, options) = (self.begin_fork(wanted)?, self.disk_options());
+        let frozen = fork.disks.iter().try_for_each(|forked| self.freeze(forked, &options));
         // Also when a disk could not be frozen: those that were must go on.
-        if !self.settle_fork(&fork)? {
+        if !self.settle_fork(&fork, &[])? {
             frozen?;
-            return Err(Error::new(Kind::Failed, "not all of the disks were frozen"));
+            return Err(not_all_frozen());
         }
         self.children(&fork)
     }
@@ -103,19 +104,21 @@ impl StoreDir {
     ///
     /// # Errors
     /// `NotFound` when it made none.
-    pub(crate) fn children(&self, fork: &ForkRow) -> Result<Vec<DiskRow>> {
+    pub fn children(&self, fork: &ForkRow) -> Result<Vec<DiskRow>> {
         let children = fork.disks.iter().flat_map(|forked| &forked.children);
         children.map(|child| self.disk(&child.name)).collect()
     }
 
     /// Step 3 for a disk that nobody has open.
-    pub(crate) fn freeze(&self, forked: &Forked) -> Result<()> {
-        let disk = self.open_disk(&forked.name, Access::Write, &self.disk_options())?;
-        disk.freeze(forked.successor)
+    pub(crate) fn freeze(&self, forked: &Forked, options: &Options) -> Result<()> {
+        self.open_own(&forked.name, options)?.freeze(forked.successor)
     }
 
     /// Steps 1 and 2. Whatever happens next, [`StoreDir::settle_fork`] must follow.
-    pub(crate) fn begin_fork(&self, wanted: &[ForkOf]) -> Result<ForkRow> {
+    ///
+    /// # Errors
+    /// As [`StoreDir::fork`].
+    pub fn begin_fork(&self, wanted: &[ForkOf]) -> Result<ForkRow> {
         self.check_writable()?;
         self.check_fork(wanted)?;
         let disks = wanted.iter().map(|of| {
@@ -234,23 +237,36 @@ impl StoreDir {
         }
     }
 
-    /// Steps 4 and 5, from whatever there is of step 3. Returns whether the children exist.
+    /// Steps 4 and 5, from whatever there is of step 3. `crossings` are the disks that went on in
+    /// their successors already; they are frozen. Returns whether the children exist.
     ///
     /// # Errors
     /// `NoSpace`, or what the host reports; to be done again then.
-    pub(crate) fn settle_fork(&self, fork: &ForkRow) -> Result<bool> {
+    pub fn settle_fork(&self, fork: &ForkRow, crossings: &[Crossing]) -> Result<bool> {
         let frozen = fork.disks.iter().map(|forked| {
             let file = self.segment_file(forked.segment, Access::Read)?;
             let superblock = segment::read_superblock(file.as_ref())?.superblock;
             Ok(Some(superblock).filter(|sb| sb.successor == forked.successor))
         });
         let frozen = frozen.collect::<Result<Vec<_>>>()?;
+        for (forked, _) in fork.disks.iter().zip(&frozen).filter(|(_, frozen)| frozen.is_none()) {
+            // Guests were told of writes there.
+            if crossings.iter().any(|crossing| crossing.is_into(forked.successor)) {
+                return Err(not_all_frozen().on(format!("disk {}", forked.name)));
+            }
+        }
         let whole = frozen.iter().all(Option::is_some);
         let mut changes = vec![Change::RemoveFork(fork.fork)];
         let mut made = Vec::new();
         for (forked, frozen) in fork.disks.iter().zip(&frozen) {
             let Some(sb) = frozen else { continue };
-            self.complete(sb, forked.successor)?;
+            match crossings.iter().find(|crossing| crossing.is_into(forked.successor)) {
+                Some(crossing) => {
+                    crossing.settle()?;
+                    self.name_finally(forked.successor)?;
+                }
+                None => self.complete(sb, forked.successor)?,
+            }
             made.push(forked.successor);
             let row = FrozenRow { segment: sb.segment, disk: sb.disk, summing: false };
             changes.push(Change::PutFrozen(row));
@@ -266,11 +282,27 @@ impl StoreDir {
             let before = self.catalogue.get(&row.name);
             changes.push(Change::Put(before.map_or(row.clone(), |before| before.with(row))));
         }
+        for (forked, _) in fork.disks.iter().zip(&frozen).filter(|(_, frozen)| frozen.is_none()) {
+            // Nobody went on in it.
+            let tail = tail::path_in(&self.identity.tail_dir, forked.successor);
+            let _ = std::fs::remove_file(tail);
+        }
         fork.disks.iter().for_each(|forked| self.drop_drafts(forked));
         self.catalogue.apply(&changes)?;
+        crossings.iter().for_each(Crossing::settled);
         let mut cached = self.sealed.lock();
         fork.disks.iter().for_each(|forked| _ = cached.remove(&forked.segment));
         Ok(whole)
+    }
+
+    /// Gives a new segment its final name, if it has not got it.
+    fn name_finally(&self, new: Uuid) -> Result<()> {
+        match self.store.rename(&new_name(new), &file_name(new)) {
+            Err(e) if e.kind() == Kind::NotFound => {
+                self.store.open(&file_name(new), Access::Read).map(drop)
+            }
+            renamed => renamed,
+        }
     }
 
     /// Gives a new segment the frozen map, and its final name.
@@ -414,7 +446,7 @@ impl StoreDir {
         let settle = |fork: ForkRow| {
             let names: Vec<&str> = fork.disks.iter().map(|d| d.name.as_str()).collect();
             let of = names.join(", ");
-            match self.settle_fork(&fork) {
+            match self.recover_fork(&fork, &self.disk_options()) {
                 Ok(true) => format!("finished a fork of disk {of}"),
                 Ok(false) => format!("gave up a fork of disk {of}, which was not finished"),
                 Err(e) => format!("a fork of disk {of} could not be settled: {e}"),

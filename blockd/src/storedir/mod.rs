@@ -12,6 +12,7 @@
 //! Crash arguments: `docs/format.md` §9; test: `crash_points` (operations create, import, rename,
 //! delete).
 
+mod cut;
 mod flatten;
 mod fork;
 mod import;
@@ -36,6 +37,7 @@ use crate::segment::{self, Sealed, Segments, file_name};
 use crate::store::file::{CacheMode, FileStore, FileStoreOptions, LockGuard, LockKind};
 use crate::store::{Access, File, Store};
 
+pub use cut::Crossing;
 pub use flatten::{DEPTH_MAX, Going, TO_BASE, TO_NOTHING};
 pub use fork::ForkOf;
 pub use import::Import;

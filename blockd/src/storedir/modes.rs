@@ -84,7 +84,7 @@ impl StoreDir {
     /// [`StoreDir::fork`].
     pub fn keep(&self, name: &str, keep: Keep) -> Result<DiskRow> {
         if let Some(fork) = self.begin_keep(name, keep)? {
-            let frozen = self.freeze(&fork.disks[0]);
+            let frozen = self.freeze(&fork.disks[0], &self.disk_options());
             self.settled(&fork, frozen)?;
         }
         self.disk(name)
@@ -150,7 +150,7 @@ impl StoreDir {
     /// Settles a fork of one disk; `frozen` tells how its freezing went.
     fn settled(&self, fork: &ForkRow, frozen: Result<()>) -> Result<()> {
         // Whatever was reported: what is durable counts.
-        if self.settle_fork(fork)? {
+        if self.settle_fork(fork, &[])? {
             return Ok(());
         }
         frozen?;

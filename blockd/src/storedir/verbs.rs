@@ -136,18 +136,25 @@ impl StoreDir {
     /// # Errors
     /// `NotFound`, or as [`Disk::open`].
     pub fn open_disk(&self, name: &str, access: Access, options: &Options) -> Result<Disk> {
+        if access == Access::Write {
+            self.check_writable()?;
+            // Else the disk is written to in two segments.
+            self.recover_fork_of(name, options).context("open", || format!("disk {name}"))?;
+            return self.open_own(name, options);
+        }
+        let file = self.segment_file(self.disk(name)?.segment, Access::Read);
+        let disk = file.and_then(|file| Disk::open_read_only(file, self, options));
+        disk.context("open", || format!("disk {name}"))
+    }
+
+    /// Opens a disk for writing in the segment that the catalogue knows of.
+    pub(super) fn open_own(&self, name: &str, options: &Options) -> Result<Disk> {
+        self.check_writable()?;
         let row = self.disk(name)?;
-        let object = || format!("disk {name}");
-        let file = self.segment_file(row.segment, if row.sealed { Access::Read } else { access });
-        let file = file.context("open", object)?;
-        let disk = match access {
-            Access::Read => Disk::open_read_only(file, self, options),
-            Access::Write => {
-                self.check_writable()?;
-                Disk::open(file, self, options)
-            }
-        };
-        disk.context("open", object)
+        let access = if row.sealed { Access::Read } else { Access::Write };
+        let file = self.segment_file(row.segment, access);
+        let disk = file.and_then(|file| Disk::open(file, self, options));
+        disk.context("open", || format!("disk {name}"))
     }
 
     /// Renames a disk.

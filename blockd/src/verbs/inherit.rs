@@ -5,7 +5,7 @@ use std::time::Duration;
 use format::{Context as _, Error, Result};
 
 use super::{forked, forks, named, take_tail};
-use crate::api::types::{ForkDisks, ForkMode, ForkedDisks};
+use crate::api::types::{ForkAnswer, ForkDisks, ForkMode, ForkedDisks};
 use crate::pump::Watch;
 use crate::storedir::{InheritOptions, Inherited, StoreDir};
 
@@ -21,6 +21,9 @@ pub fn check_asked(request: &ForkDisks) -> Result<()> {
     }
     if request.mode == ForkMode::Inherit && request.hold_ms.is_some() {
         return Err(Error::invalid("only a live fork can be held"));
+    }
+    if request.mode == ForkMode::Inherit && request.answer == ForkAnswer::Cut {
+        return Err(Error::invalid("only a live fork can be answered at its cut"));
     }
     Ok(())
 }

@@ -11,11 +11,12 @@
 //! - `kill`: the process dies, the host lives, the tail is there.
 //! - `reopen`: the process dies, another one goes on, and then the power is cut.
 //! - `storedir`: the same for the disks of a store: create, import, rename, seal, resize, delete.
-//! - `fork`, `undo`: the same for forks, and for persistence modes.
+//! - `fork`, `cut`, `undo`: the same for forks, of disks in service, and for persistence modes.
 //!
 //! `OFFSHOOT_SOAK=1` visits several hundred thousand states instead of tens of thousands.
 
 mod chains;
+mod cut;
 mod flatten;
 mod fork;
 mod hand_on;

@@ -33,7 +33,7 @@ pub(super) struct Seen {
     sectors: u64,
     pub(super) sealed: bool,
     mode: Mode,
-    contents: Contents,
+    pub(super) contents: Contents,
 }
 
 pub(super) type World = BTreeMap<String, Seen>;

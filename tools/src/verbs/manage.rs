@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use blockd::api::types::{
-    CreateDisk, Disk, DiskState, ForkDisk, ForkDisks, ForkMode, ForkedDisks, ReleasedFork,
-    ResizeDisk,
+    CreateDisk, Disk, DiskState, ForkAnswer, ForkDisk, ForkDisks, ForkMode, ForkedDisks,
+    ReleasedFork, ResizeDisk,
 };
 use blockd::pump::Unwatched;
 use blockd::store::Access;
@@ -49,6 +49,7 @@ pub fn fork(s: &Session, args: Fork) -> Outcome {
         copy_threshold: args.copy_threshold,
         hold_ms: args.hold,
         flatten: args.flatten.into(),
+        answer: ForkAnswer::Durable,
     };
     let store = s.open(Access::Write)?;
     let forked = match request.mode {

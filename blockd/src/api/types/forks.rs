@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::{Disk, FlattenWhen};
+use super::{Disk, FlattenWhen, Job};
 use crate::storedir::BaseRule;
 
 /// How children come to hold what their parents hold.
@@ -43,6 +43,20 @@ pub struct ForkDisks {
     /// What becomes of their depth.
     #[serde(default)]
     pub flatten: FlattenWhen,
+    /// When to answer. For live forks.
+    #[serde(default, rename = "return")]
+    pub answer: ForkAnswer,
+}
+
+/// When a fork is answered.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ForkAnswer {
+    /// When it is durable, and its children are there.
+    #[default]
+    Durable,
+    /// At the instant, which is before that; for disks in service.
+    Cut,
 }
 
 /// A disk to fork.
@@ -70,9 +84,28 @@ pub struct ForkedDisks {
     pub took_us: u64,
     /// Microseconds for which disks in service let no request in; null when none is in service.
     pub pause_us: Option<u64>,
-    /// Names the cut while disks are held at it.
+    /// Names the cut, if disks are held at it or it was answered at that instant.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token: Option<Uuid>,
+}
+
+/// The instant of a fork is past; what is durable of it is told by `GET /v1/forks/{token}`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CutForks {
+    /// The cut.
+    pub token: Uuid,
+    /// Microseconds for which disks in service let no request in.
+    pub pause_us: u64,
+}
+
+/// What a fork that is not done is answered with: a job for one that inherits, else its cut.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum JobOrCut {
+    /// The job that makes the children.
+    Job(Job),
+    /// The instant that is past.
+    Cut(CutForks),
 }
 
 /// Disks that go on after they were held at the instant of a fork.

@@ -24,6 +24,8 @@ pub use disks::{
 pub use exports::{AttachDisk, DetachDisk, DiskStats, Export, ExportKind, ExportSpec, ExportState};
 pub use failure::{Failure, FailureBody};
 pub use flatten::{FlattenDisk, FlattenWhen, Flattened, SetFlattenPolicy};
-pub use forks::{ForkDisk, ForkDisks, ForkMode, ForkedDisks, ReleasedFork};
+pub use forks::{
+    CutForks, ForkAnswer, ForkDisk, ForkDisks, ForkMode, ForkedDisks, JobOrCut, ReleasedFork,
+};
 pub use modes::SetMode;
 pub use socket::{Place, SocketName, TlsFiles};

@@ -1,0 +1,156 @@
+//! The cut of a fork: the instant at which disks in service go on in their successors, and what is
+//! made durable behind it.
+//!
+//! The order is that of `storedir/cut.rs`. For disks in service, it goes like this:
+//! 1. while their guests run: a checkpoint, so that little is left to be made durable, and the
+//!    successor is opened;
+//! 2. the gates of all disks are closed and what is in work ends: the instant. No guest has an
+//!    answer to a request that the children do not have, and none of a later one is in them;
+//! 3. the volumes go on with the successors, and the old gates send everybody there;
+//! 4. the old disks are frozen and the fork is settled; flushes of guests wait for that.
+//!
+//! A guest waits from 2 to 3, and sees a slow request; there is no I/O of ours in between. Disks
+//! that nobody serves are frozen before: nobody writes to them.
+//!
+//! When 4 fails, a guest was told of writes that the old disk does not have: the disk fails, and
+//! whoever opens it again tries to settle the fork. While the host has no space, it is tried again.
+//!
+//! Tests: `fork_under_load`, `full_host`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use format::{Error, Kind, Result};
+
+use super::handover::side_by_side;
+use crate::catalogue::{ForkRow, Forked};
+use crate::disk::gate::Closed;
+use crate::disk::{Disk, HeldDisk};
+use crate::serve::Volume;
+use crate::storedir::{Crossing, StoreDir};
+
+/// How long requests in work may take to end.
+pub(super) const DRAIN_MAX: Duration = Duration::from_secs(2);
+/// How long a fork waits for space on the host once disks have gone on.
+const NO_SPACE_MAX: Duration = Duration::from_secs(60);
+/// How long it waits before it tries again.
+const NO_SPACE_WAIT: Duration = Duration::from_millis(200);
+
+/// The volumes of the disks that are in service, by name.
+pub(super) type Volumes = BTreeMap<String, Arc<Volume>>;
+
+/// How disks in service go on after their fork.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Then {
+    /// At once.
+    GoOn,
+    /// When somebody says so.
+    Hold,
+}
+
+/// The instant, when disks have gone on: how long they let nobody in, and those that still do not.
+pub(super) struct Cut {
+    pub(super) pause: Duration,
+    pub(super) held: Vec<HeldDisk>,
+}
+
+/// A disk in service that is being forked.
+struct Live<'a> {
+    volume: &'a Volume,
+    old: Arc<Disk>,
+    crossing: Crossing,
+}
+
+/// Forks disks that [`StoreDir::begin_fork`] has begun to fork: they are all frozen and have their
+/// children afterwards, or none has. `at_cut` is called at the instant if any is in service.
+pub(super) fn cut(
+    dir: &StoreDir,
+    fork: &ForkRow,
+    volumes: &Volumes,
+    then: Then,
+    at_cut: &mut dyn FnMut(Cut),
+) -> Result<()> {
+    let live = match begin(dir, fork, volumes) {
+        Ok(live) => live,
+        Err(e) => return give_up(dir, fork, e),
+    };
+    let cut = match at_one_instant(&live, then) {
+        Ok(cut) => cut,
+        Err(e) => return give_up(dir, fork, e),
+    };
+    if !live.is_empty() {
+        at_cut(cut);
+    }
+    let crossings: Vec<Crossing> = live.into_iter().map(|disk| disk.crossing).collect();
+    match settle(dir, fork, &crossings) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Error::new(Kind::Failed, "not all of the disks were frozen")),
+        Err(e) => {
+            for crossing in &crossings {
+                crossing.next().give_up(Error::new(e.kind(), format!("its fork failed: {e}")));
+            }
+            Err(e)
+        }
+    }
+}
+
+/// Ends a fork whose instant did not come. Disks that nobody serves may be frozen: they go on.
+fn give_up(dir: &StoreDir, fork: &ForkRow, error: Error) -> Result<()> {
+    dir.settle_fork(fork, &[]).and(Err(error))
+}
+
+/// Step 1, and the freezing of disks that nobody serves.
+fn begin<'a>(dir: &StoreDir, fork: &ForkRow, volumes: &'a Volumes) -> Result<Vec<Live<'a>>> {
+    let begin = |forked: &Forked| {
+        let Some(volume) = volumes.get(&forked.name) else { return Ok(None) };
+        let old = volume.disk();
+        old.prepare_hand_on()?;
+        let crossing = volume.begin_crossing(dir, forked)?;
+        Ok(Some(Live { volume, old, crossing }))
+    };
+    let live: Result<Vec<_>> =
+        side_by_side(fork.disks.iter().collect(), begin).into_iter().collect();
+    let live: Vec<Live<'_>> = live?.into_iter().flatten().collect();
+    let others = fork.disks.iter().filter(|forked| !volumes.contains_key(&forked.name)).collect();
+    let freeze = |forked: &Forked| dir.freeze(forked, &dir.disk_options());
+    side_by_side(others, freeze).into_iter().collect::<Result<()>>()?;
+    Ok(live)
+}
+
+/// Steps 2 and 3.
+fn at_one_instant(live: &[Live<'_>], then: Then) -> Result<Cut> {
+    let began = Instant::now();
+    live.iter().for_each(|disk| disk.old.shut());
+    let gates: Result<Vec<Closed<'_>>> =
+        live.iter().map(|disk| disk.old.pause(DRAIN_MAX)).collect();
+    let gates = gates.inspect_err(|_| live.iter().for_each(|disk| disk.old.let_in()))?;
+    live.iter().for_each(|disk| disk.crossing.cross());
+    let held = match then {
+        Then::GoOn => Vec::new(),
+        // Held before anybody can get at them.
+        Then::Hold => live.iter().map(|disk| HeldDisk::of(disk.crossing.next())).collect(),
+    };
+    live.iter().for_each(|disk| disk.volume.go_on(disk.crossing.next()));
+    gates.into_iter().for_each(Closed::leave);
+    Ok(Cut { pause: began.elapsed(), held })
+}
+
+/// Step 4. Returns whether there are children.
+fn settle(dir: &StoreDir, fork: &ForkRow, crossings: &[Crossing]) -> Result<bool> {
+    let until = Instant::now() + NO_SPACE_MAX;
+    let mut told = false;
+    loop {
+        let frozen = side_by_side(crossings.iter().collect(), |crossing| crossing.freeze(dir));
+        let frozen = frozen.into_iter().collect::<Result<()>>();
+        match frozen.and_then(|()| dir.settle_fork(fork, crossings)) {
+            Err(error) if error.kind() == Kind::NoSpace && Instant::now() < until => {
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!(%error, "a fork waits for space on the host");
+                }
+                std::thread::sleep(NO_SPACE_WAIT);
+            }
+            outcome => return outcome,
+        }
+    }
+}
