@@ -1,7 +1,7 @@
 #!/bin/bash
 # Disks behind vhost-user sockets next to qemu-storage-daemon, as one section of Markdown (see
 # run.sh), with graphs in results/. ROUNDS and SECONDS_EACH set how often and how long each is
-# measured, ONLY the jobs by a part of their name.
+# measured, ONLY the jobs by a part of their name. Reads by depth are in depth.sh.
 set -euo pipefail
 
 top=$(cd "$(dirname "$0")/.." && pwd)
@@ -27,5 +27,5 @@ the same processors, so at full load it is measured, too.
 END
 mkdir -p "$top/benches/results"
 TMPDIR=${BENCH_DIR:-/var/tmp} "${CARGO_TARGET_DIR:-$top/target}/release/vhost_user" \
-    --rounds "${ROUNDS:-5}" --seconds "${SECONDS_EACH:-1.5}" --only "${ONLY:-}" \
+    --rounds "${ROUNDS:-5}" --seconds "${SECONDS_EACH:-1.5}" --only "${ONLY:-!by depth}" \
     --graphs "$top/benches/results"

@@ -256,7 +256,7 @@ fn a_fork_is_answered_at_its_instant() {
                 let path = format!("{}/release", path_of(&cut));
                 daemon.json("POST", &path, &Value::Null);
             }
-            bench.json(&["disk", "show", child]);
+            let _ = bench.json(&["disk", "show", child]);
         }
     });
     drop(client);
@@ -265,6 +265,7 @@ fn a_fork_is_answered_at_its_instant() {
     assert_eq!(taken.status, 409);
     let unknown = daemon.ask("GET", &format!("/v1/forks/{}", uuid::Uuid::new_v4()), b"");
     assert_eq!(unknown.status, 404);
+    assert!(daemon.terminate().success());
     bench.compare(&loads);
 }
 

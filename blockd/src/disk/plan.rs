@@ -393,8 +393,8 @@ impl Disk {
     }
 
     /// Whether one sync of the own file makes everything durable that has completed: true when no
-    /// record waits for the journal, and no other file is still being frozen. A caller that syncs by
-    /// itself must report a failure to [`Disk::sync_failed`]. Takes no lock.
+    /// record waits for the journal, and no other file is still being frozen. A caller that syncs
+    /// by itself must report a failure to [`Disk::sync_failed`]. Takes no lock.
     #[must_use]
     pub fn one_sync_suffices(&self) -> bool {
         // In this order: a record that completed before is below `next`, and what is below the head

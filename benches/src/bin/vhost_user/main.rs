@@ -4,8 +4,8 @@
 //! counts is the ratio of neighbouring measurements, with its spread over rounds. Tables go to
 //! standard output as Markdown, graphs to a folder.
 //!
-//! `vhost_user [--rounds N] [--seconds S] [--only NAME] [--graphs DIR] [--dir DIR]`; a folder given
-//! with `--dir` keeps what was prepared for the next run.
+//! `vhost_user [--rounds N] [--seconds S] [--only NAME] [--graphs DIR] [--dir DIR]`; `--only '!NAME'`
+//! is all but these. A folder given with `--dir` keeps what was prepared for the next run.
 
 mod content;
 mod jobs;
@@ -30,7 +30,7 @@ use report::{Aim, Report, Rounds, head};
 use server::{Disk, Server};
 
 /// Depths of chains; the peer goes as far as its second number.
-const DEPTHS: [u64; 6] = [0, 1, 4, 16, 64, 256];
+const DEPTHS: [u64; 6] = [0, 1, 8, 32, 64, 256];
 const PEER_DEPTH_MAX: u64 = 64;
 
 /// Serves until killed.
@@ -72,7 +72,10 @@ impl Args {
     }
 
     fn wants(&self, name: &str) -> bool {
-        self.only.as_ref().is_none_or(|only| name.contains(only.as_str()))
+        self.only.as_ref().is_none_or(|only| match only.strip_prefix('!') {
+            Some(not) => !name.contains(not),
+            None => name.contains(only.as_str()),
+        })
     }
 
     /// `turn` once for each round.

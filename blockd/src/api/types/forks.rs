@@ -103,7 +103,7 @@ pub struct CutForks {
 #[serde(untagged)]
 pub enum JobOrCut {
     /// The job that makes the children.
-    Job(Job),
+    Job(Box<Job>),
     /// The instant that is past.
     Cut(CutForks),
 }
