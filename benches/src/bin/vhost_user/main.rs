@@ -4,7 +4,7 @@
 //! counts is the ratio of neighbouring measurements, with its spread over rounds. Tables go to
 //! standard output as Markdown, graphs to a folder.
 //!
-//! `vhost_user [--rounds N] [--seconds S] [--only NAME] [--graphs DIR] [--dir DIR]`; `--only '!NAME'`
+//! `vhost_user [--rounds N] [--seconds S] [--only NAME] [--graphs DIR] [--dir DIR]`; `--only !NAME`
 //! is all but these. A folder given with `--dir` keeps what was prepared for the next run.
 
 mod content;

@@ -122,13 +122,8 @@ impl Report {
     /// Prints what is left to say, and writes the graphs to `graphs`.
     pub fn finish(&mut self, graphs: Option<&Path>) {
         self.growth();
-        println!("\n### Aims\n");
-        match &self.missed[..] {
-            [] => println!("All aims in the tables above were met."),
-            missed => {
-                println!("Missed:\n");
-                missed.iter().for_each(|text| println!("- {text}"));
-            }
+        if !self.bars.is_empty() {
+            self.aims();
         }
         let Some(dir) = graphs else { return };
         let put = |name: &str, text: &str, svg: String| {
@@ -136,7 +131,9 @@ impl Report {
             println!("\n![{text}]({name})");
         };
         let title = "Requests in a second, ours next to qemu-storage-daemon (ratio)";
-        put("vhost_user-ratios.svg", title, svg::ratios(title, &self.bars));
+        if !self.bars.is_empty() {
+            put("vhost_user-ratios.svg", title, svg::ratios(title, &self.bars));
+        }
         if self.depths.is_empty() {
             return;
         }
@@ -148,6 +145,17 @@ impl Report {
             Line { name: "qsd qcow2".into(), values: peer },
         ];
         let title = "Processor time of a 4 KiB read in µs, by depth of the chain";
-        put("vhost_user-depth.svg", title, svg::lines(title, &places, &lines));
+        put("depth.svg", title, svg::lines(title, &places, &lines));
+    }
+
+    fn aims(&self) {
+        println!("\n### Aims\n");
+        match &self.missed[..] {
+            [] => println!("All aims in the tables above were met."),
+            missed => {
+                println!("Missed:\n");
+                missed.iter().for_each(|text| println!("- {text}"));
+            }
+        }
     }
 }
