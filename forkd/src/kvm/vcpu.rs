@@ -40,6 +40,7 @@ const QUIT: u8 = 2;
 struct Gate {
     parked: bool,
     gone: bool,
+    let_go_at: Option<Instant>,
 }
 
 /// One processor.
@@ -110,11 +111,18 @@ impl Cpu {
 
     /// Lets it run.
     pub(crate) fn run(&self) {
-        let gate = self.gate.lock();
+        let mut gate = self.gate.lock();
+        // Before the thread is woken: it may take the caller's place on a processor of the host.
+        gate.let_go_at = Some(Instant::now());
         // A thread that was told to quit stays told. Release pairs with the load in `wanted`.
         let _ = self.want.compare_exchange(PARK, RUN, Ordering::Release, Ordering::Relaxed);
         drop(gate);
         self.changed.notify_all();
+    }
+
+    /// When it was let go last, if it ever was.
+    pub(crate) fn let_go_at(&self) -> Option<Instant> {
+        self.gate.lock().let_go_at
     }
 
     /// Asks it to park; does not wait.

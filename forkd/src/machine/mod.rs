@@ -28,6 +28,7 @@ use crate::kvm::state::{self, Restored, Shape, tag};
 use crate::kvm::vcpu::Cpu;
 use crate::kvm::vm::Vm;
 use crate::kvm::{Host, failed};
+use crate::memory::collapse::Collapser;
 use crate::memory::cut::Top;
 use crate::memory::{Gpa, GuestRam, Layer};
 use crate::wires::{Devices, DiskCut, Identity, Interrupt, MakeDevices, PowerSwitch, Wires};
@@ -80,7 +81,8 @@ pub struct Image {
 /// The parts of a pause, in order. They add up to `whole` but for a few instructions.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Pause {
-    /// From the first processor that was asked to stop until all ran again.
+    /// From the first processor that was asked to stop until the last was let go; zero for a
+    /// machine that stood.
     pub whole: Duration,
     /// Until all processors stood.
     pub park: Duration,
@@ -115,7 +117,8 @@ pub struct Machine {
     ending: Arc<Ending>,
     devices: OnceLock<Arc<dyn Devices>>,
     control: Mutex<Phase>,
-    top: Mutex<Top>,
+    top: Arc<Mutex<Top>>,
+    collapser: OnceLock<Collapser>,
 }
 
 impl std::fmt::Debug for Machine {
@@ -155,7 +158,8 @@ impl Machine {
             ending,
             devices: OnceLock::new(),
             control: Mutex::new(Phase::Shell),
-            top: Mutex::default(),
+            top: Arc::default(),
+            collapser: OnceLock::new(),
         })
     }
 
@@ -170,6 +174,8 @@ impl Machine {
             let mut starts =
                 machine.cpus.iter().map(|cpu| start_of(cpu)).collect::<Result<Vec<_>>>()?;
             loader.load(&machine.ram, &mut starts)?;
+            let collapser = Collapser::start(&machine.ram, &machine.top)?;
+            machine.collapser.get_or_init(|| collapser);
             machine.cpus.iter().zip(&starts).try_for_each(|(cpu, start)| place(cpu, start))
         })
     }
@@ -236,6 +242,12 @@ impl Machine {
 
     fn shape(&self) -> Shape {
         state::shape_of(self.ram.size(), self.cpus.len())
+    }
+
+    /// What it was made for.
+    #[must_use]
+    pub fn class(&self) -> SizeClass {
+        self.class
     }
 
     /// Guest memory.
@@ -313,7 +325,8 @@ impl Machine {
         if runs {
             self.go_on(devices)?;
         }
-        pause.whole = began.elapsed();
+        let gone_on = self.cpus.iter().filter_map(|cpu| cpu.let_go_at()).max();
+        pause.whole = gone_on.map_or(Duration::ZERO, |at| at.duration_since(began));
         let state = state?;
         Ok(Image { layers: top.publish(plan)?, state, pause })
     }
@@ -356,6 +369,12 @@ impl Machine {
                 .tried("go on with")
                 .on("machine")),
         }
+    }
+
+    /// Bytes of its memory that were made huge pages before its first cut.
+    #[must_use]
+    pub fn huge_bytes(&self) -> u64 {
+        self.collapser.get().map_or(0, Collapser::huge_bytes)
     }
 
     /// How it ended, if it did.

@@ -199,6 +199,19 @@ pub(crate) fn data_spans(file: impl AsFd, size: u64, granule: u64) -> Result<Vec
     Ok(spans)
 }
 
+/// How many bytes of `span` hold data.
+pub(crate) fn data_bytes(file: impl AsFd, span: Span) -> Result<u64> {
+    let (mut at, mut bytes) = (span.start, 0);
+    while let Some(data) = seek(&file, SeekFrom::Data(at))?.filter(|data| *data < span.end()) {
+        at = seek(&file, SeekFrom::Hole(data))?.unwrap_or(span.end()).min(span.end());
+        bytes += at - data;
+        if at >= span.end() {
+            break;
+        }
+    }
+    Ok(bytes)
+}
+
 /// [`data_spans`] with the smallest granule that keeps them few.
 pub(crate) fn few_data_spans(file: impl AsFd, size: u64) -> Result<Vec<Span>> {
     let fine = data_spans(&file, size, 16 * PAGE)?;

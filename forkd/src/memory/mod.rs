@@ -4,6 +4,7 @@
 //! RAM from [`HIGH_START`]. Inside this crate RAM is one range of *offsets* without a hole; layers
 //! and bitmaps are in offsets, devices and guests speak in [`Gpa`].
 
+pub(crate) mod collapse;
 pub(crate) mod cut;
 pub mod dirty;
 pub mod image;

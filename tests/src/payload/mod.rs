@@ -121,8 +121,15 @@ impl Guest {
     /// # Errors
     /// What the machine says.
     pub fn child(image: &Image, class: SizeClass, identity: &Identity) -> Result<Guest> {
-        let mut machine = Machine::shell(&class)?;
-        let panel = Panel::new(class.vcpus);
+        Guest::child_in(Machine::shell(&class)?, image, identity)
+    }
+
+    /// A child of `image` in a shell that is there already, standing.
+    ///
+    /// # Errors
+    /// What the machine says.
+    pub fn child_in(mut machine: Machine, image: &Image, identity: &Identity) -> Result<Guest> {
+        let panel = Panel::new(machine.class().vcpus);
         let made = Arc::clone(&panel);
         machine.become_with(image, identity, &mut |ram, wires| made.wire(ram, wires))?;
         Ok(Guest { machine, panel })
@@ -131,8 +138,7 @@ impl Guest {
     /// What the machine was made for.
     #[must_use]
     pub fn class(&self) -> SizeClass {
-        let vcpus = u8::try_from(self.panel.cpus()).expect("few processors");
-        SizeClass { memory_bytes: self.machine.ram().size(), vcpus }
+        self.machine.class()
     }
 
     /// Takes the guest at one instant.

@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use forkd::memory::{Gpa, GuestRam, PAGE};
 use forkd::wires::{Devices, Identity, Interrupt, IoBus, PowerSwitch, Wires};
@@ -50,6 +50,7 @@ pub struct Panel {
     line: OnceLock<Arc<dyn Interrupt>>,
     power: OnceLock<Arc<dyn PowerSwitch>>,
     bell: OnceLock<EventFd>,
+    first_access: OnceLock<Instant>,
 }
 
 impl std::fmt::Debug for Panel {
@@ -69,6 +70,7 @@ impl Panel {
             line: OnceLock::new(),
             power: OnceLock::new(),
             bell: OnceLock::new(),
+            first_access: OnceLock::new(),
         })
     }
 
@@ -87,12 +89,6 @@ impl Panel {
         let bell = wires.doorbell(DOORBELL_AT, Some(DOORBELL_VALUE))?;
         self.bell.set(bell).map_err(|_| once())?;
         Ok(Arc::<Panel>::clone(self))
-    }
-
-    /// Number of processors.
-    #[must_use]
-    pub fn cpus(&self) -> usize {
-        self.state.lock().sides.len()
     }
 
     /// Tells a processor what to do next.
@@ -139,6 +135,12 @@ impl Panel {
         self.bell.get().expect("wired").drain()
     }
 
+    /// When the guest first came to the panel.
+    #[must_use]
+    pub fn first_access(&self) -> Option<Instant> {
+        self.first_access.get().copied()
+    }
+
     /// Whether devices stand.
     #[must_use]
     pub fn is_quiet(&self) -> bool {
@@ -168,6 +170,7 @@ impl IoBus for Panel {
     }
 
     fn mmio_read(&self, at: Gpa, data: &mut [u8]) {
+        self.first_access.get_or_init(Instant::now);
         let (cpu, register) = place_of(at);
         let mut state = self.state.lock();
         let state = &mut *state;
