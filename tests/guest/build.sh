@@ -23,7 +23,9 @@ cache="${CARGO_TARGET_DIR:-$here/../../target}/guest"
 
 tools=(sh mke2fs e2fsck blkdiscard fsfreeze fstrim sha256sum)
 optional_tools=(mkfs.xfs xfs_repair)
-modules=(virtio_pci virtio_mmio virtio_blk virtio_console xfs)
+modules=(virtio_pci virtio_mmio virtio_blk virtio_console virtio_rng xfs)
+# For the nested lab. Some distributions keep it in another package.
+optional_modules=(kvm_amd)
 
 die() {
     echo "guest: $*" >&2
@@ -119,8 +121,10 @@ make_initramfs() {
     make_tree "$tree" "${programs[@]}"
     cp "$here/init" "$tree/init"
     chmod 755 "$tree/init"
-    for file in $(modprobe -d "$work/system" -S "$version" --show-depends -a "${modules[@]}" |
-        sed -n 's/^insmod //p' | sort -u); do
+    for file in $({
+        modprobe -d "$work/system" -S "$version" --show-depends -a "${modules[@]}"
+        modprobe -d "$work/system" -S "$version" --show-depends -aq "${optional_modules[@]}" || true
+    } | sed -n 's/^insmod //p' | sort -u); do
         install -D -m 644 "$file" "$tree${file#"$work/system"}"
     done
     cp "$work/system/lib/modules/$version"/modules.{builtin,builtin.modinfo,order} "$tree/lib/modules/$version/"

@@ -12,6 +12,7 @@ pub mod flat;
 pub mod guest;
 pub mod inspect;
 pub mod kill;
+pub mod lab;
 pub mod load;
 pub mod log;
 pub mod model;
@@ -24,6 +25,7 @@ pub mod served;
 pub mod sim;
 pub mod store;
 pub mod tls;
+pub mod vmdriver;
 pub mod wire;
 
 use std::env;

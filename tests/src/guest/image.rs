@@ -111,6 +111,10 @@ impl Accel {
         if hardware && usable { Accel::Kvm } else { Accel::Tcg }
     }
 
+    /// A processor with AMD's virtualisation and nested paging, emulated.
+    pub(super) const NESTED: [&'static str; 4] =
+        ["-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt"];
+
     pub(super) fn arguments(self) -> [&'static str; 4] {
         match self {
             Accel::Kvm => ["-accel", "kvm", "-cpu", "host"],

@@ -77,6 +77,10 @@ pub struct GuestOptions {
     pub root_on_disk: bool,
     /// How its processors are made.
     pub accel: Accel,
+    /// Whether its processors have virtualisation of their own, which is always emulated.
+    pub nested: bool,
+    /// An archive to be unpacked after the initramfs.
+    pub second_archive: Option<PathBuf>,
 }
 
 impl Default for GuestOptions {
@@ -88,6 +92,8 @@ impl Default for GuestOptions {
             fio: false,
             root_on_disk: false,
             accel: Accel::best(),
+            nested: false,
+            second_archive: None,
         }
     }
 }
@@ -105,9 +111,12 @@ impl GuestOptions {
             (Some(fio), true) => fio,
             _ => &image.initramfs,
         };
+        let joined = dir.join("initramfs");
+        let initramfs = if self.second_archive.is_some() { &joined } else { initramfs };
         let root = if self.root_on_disk { " root=/dev/vda" } else { "" };
         let dir = dir.display();
-        let mut words: Vec<String> = self.accel.arguments().map(str::to_owned).to_vec();
+        let accel = if self.nested { Accel::NESTED } else { self.accel.arguments() };
+        let mut words: Vec<String> = accel.map(str::to_owned).to_vec();
         let mut add = |name: &str, value: String| words.extend([name.to_owned(), value]);
         add("-machine", "q35,memory-backend=memory".to_owned());
         add("-m", format!("{memory}M"));
@@ -204,6 +213,9 @@ impl Guest {
 
     fn start(image: &Image, options: &GuestOptions, incoming: Option<&Path>) -> Guest {
         let dir = tempfile::tempdir().expect("a folder for the guest");
+        if let Some(second) = &options.second_archive {
+            join(&[&image.initramfs, second], &dir.path().join("initramfs"));
+        }
         let mut command = Command::new(&image.qemu);
         command.args(options.arguments(image, dir.path()));
         if let Some(from) = incoming {
@@ -444,6 +456,15 @@ fn connect(child: &mut Child, dir: &Path, name: &str) -> UnixStream {
             }
         }
         std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Writes `files`, one after the other, to `to`.
+fn join(files: &[&Path], to: &Path) {
+    let mut to = fs::File::create(to).expect("a file in a folder of our own");
+    for file in files {
+        let mut file = fs::File::open(file).expect("a file that was just made");
+        std::io::copy(&mut file, &mut to).expect("room for a copy");
     }
 }
 

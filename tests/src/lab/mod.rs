@@ -1,0 +1,127 @@
+//! The nested lab: a machine in QEMU whose emulated processor has AMD's virtualisation, with a
+//! stock kernel and its own KVM, in which our programs run Linux guests.
+//!
+//! It shows what this machine's own `/dev/kvm` may not be able to: that a distribution's kernel
+//! boots under `forkd`, with disks of `blockd`. Everything is emulated, so nothing here says
+//! anything about speed.
+//!
+//! The lab boots the same image as the other test guests, with a second archive behind it: our
+//! programs as they are built for the tests, and what the inner guest boots from.
+
+mod archive;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+pub use archive::Archive;
+
+use crate::daemon::program;
+use crate::guest::{Guest, GuestOptions, Image};
+
+/// How long a command in the lab may take: an inner guest boots in a fraction of it.
+pub const RUN: Duration = Duration::from_secs(120);
+
+/// A lab that runs.
+#[derive(Debug)]
+pub struct Lab {
+    guest: Guest,
+    _dir: tempfile::TempDir,
+}
+
+impl Lab {
+    /// Starts a lab with `programs` of this workspace in it.
+    ///
+    /// # Errors
+    /// What this machine lacks, as a reason for [`crate::skip`].
+    ///
+    /// # Panics
+    /// When the lab does not boot, or has no KVM.
+    pub fn start(programs: &[&str]) -> Result<Lab, String> {
+        let image = Image::get()?;
+        let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
+        let archive = dir.path().join("lab.cpio");
+        fs::write(&archive, pack(image, programs)).map_err(|e| e.to_string())?;
+        let options = GuestOptions {
+            memory_mib: 2048,
+            nested: true,
+            second_archive: Some(archive),
+            ..GuestOptions::default()
+        };
+        let mut guest = Guest::boot(image, &options);
+        if guest.try_run("modinfo kvm_amd", RUN).code != 0 {
+            return Err("the distribution's kernel comes without kvm_amd".to_owned());
+        }
+        guest.run("modprobe kvm_amd && test -c /dev/kvm");
+        Ok(Lab { guest, _dir: dir })
+    }
+
+    /// Runs a line of shell in the lab and returns what it wrote.
+    ///
+    /// # Panics
+    /// When it fails or takes longer than [`RUN`].
+    pub fn run(&mut self, command: &str) -> String {
+        let output = self.guest.try_run(command, RUN);
+        assert_eq!(output.code, 0, "`{command}`: {}", output.text);
+        output.text
+    }
+
+    /// Runs a line of shell in the lab, whatever comes of it: exit code and output.
+    ///
+    /// # Panics
+    /// When it takes longer than [`RUN`].
+    pub fn try_run(&mut self, command: &str) -> (i32, String) {
+        let output = self.guest.try_run(command, RUN);
+        (output.code, output.text)
+    }
+
+    /// Runs a line of shell in an inner guest, over its console, and returns what it wrote.
+    ///
+    /// # Panics
+    /// When it fails or takes longer than [`RUN`].
+    pub fn ask(&mut self, console: &str, command: &str) -> String {
+        self.run(&format!("lab_console {console} '{command}'"))
+    }
+}
+
+/// The second archive of the lab.
+fn pack(image: &Image, programs: &[&str]) -> Vec<u8> {
+    let mut inner = fs::read(&image.initramfs).expect("the guest image was just made");
+    let mut overlay = Archive::default();
+    overlay.add("init", include_bytes!("../../lab/init"));
+    inner.extend(overlay.finish());
+
+    let mut archive = Archive::default();
+    archive.add("lab/initramfs", &inner);
+    archive.add("lab/kernel", &fs::read(&image.kernel).expect("as above"));
+    let mut libraries = Vec::new();
+    for name in programs {
+        let path = program(name);
+        archive.add(&format!("usr/bin/{name}"), &stripped(&path));
+        libraries.extend(libraries_of(&path));
+    }
+    libraries.sort();
+    libraries.dedup();
+    for library in libraries {
+        let name = library.to_str().expect("a plain path").trim_start_matches('/');
+        archive.add(name, &fs::read(&library).expect("a library that ldd names"));
+    }
+    archive.finish()
+}
+
+/// A program without its debug information, which is most of it.
+fn stripped(program: &Path) -> Vec<u8> {
+    let copy = tempfile::NamedTempFile::new().expect("a temporary file");
+    let done = Command::new("strip").arg("-o").arg(copy.path()).arg(program).status();
+    // Without the tool the lab is larger and slower to start, and otherwise the same.
+    let from = if done.is_ok_and(|s| s.success()) { copy.path() } else { program };
+    fs::read(from).expect("a program that was just built")
+}
+
+fn libraries_of(program: &Path) -> Vec<PathBuf> {
+    let output = Command::new("ldd").arg(program).output().expect("ldd runs");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let words = text.lines().filter_map(|l| l.split_whitespace().find(|w| w.starts_with('/')));
+    words.map(PathBuf::from).collect()
+}
