@@ -1,0 +1,535 @@
+//! A guest for tests that boots as a kernel does, and does what is typed on its serial console.
+//!
+//! It enters by PVH, in 32-bit mode, sets up long mode, and goes to ring 3 for good: so it runs the
+//! same under every KVM, including those that emulate ring 0. Ring 0 uses general registers only.
+//! Registers of devices are accessed by plain `mov` of general registers, in assembly: compilers
+//! like to use vector registers, which emulators do not know there.
+//!
+//! A command is a letter, with numbers after it, and a new line. An answer is a line that begins
+//! with `= `. What they mean is at `obey`.
+
+#![no_std]
+#![no_main]
+
+use core::arch::{asm, global_asm};
+use core::panic::PanicInfo;
+use core::ptr::{read_volatile, write_volatile};
+
+global_asm!(
+    r#"
+    .section .note.entry,"a"
+    .long 4, 4, 18
+    .asciz "Xen"
+    .long _start
+
+    // Page tables: 4 GiB, each address at itself, in pages of 2 MiB that ring 3 may write.
+    .section .tables,"aw"
+    .quad 0x201067
+    .fill 511, 8, 0
+    .quad 0x202067, 0x203067, 0x204067, 0x205067
+    .fill 508, 8, 0
+    .set i, 0
+    .rept 2048
+    .quad (i << 21) + 0xe7
+    .set i, i + 1
+    .endr
+    // Segments, at 0x206000: code and data of ring 0, data and code of ring 3, the task.
+    .quad 0, 0
+    .quad 0x00af9b000000ffff, 0x00cf93000000ffff
+    .quad 0
+    .quad 0x00cff3000000ffff, 0x00affb000000ffff
+    .quad 0
+    .quad 0x00008920700003ff, 0
+    .fill 502, 8, 0
+    // The task, at 0x207000: stack of ring 0, and a bitmap of ports that are all open.
+    .long 0
+    .quad 0x20a000
+    .fill 0x5a, 1, 0
+    .word 0x68
+    .fill 0xf98, 1, 0
+    // Interrupt gates, at 0x208000.
+    .fill 512, 8, 0
+    // The stack of ring 0, to 0x20a000, and that of ring 3, to 0x20c000.
+    .fill 0x3000, 1, 0
+
+    .section .text.start,"ax"
+    .code32
+    .globl _start
+_start:
+    cli
+    cld
+    mov esp, 0x20a000
+    mov eax, 0x200000
+    mov cr3, eax
+    mov eax, 0x620
+    mov cr4, eax
+    mov ecx, 0xc0000080
+    rdmsr
+    or eax, 0x101
+    wrmsr
+    mov eax, 0x80050033
+    mov cr0, eax
+    lgdt [descriptor]
+    push 0x10
+    lea eax, [long_mode]
+    push eax
+    retf
+
+    .balign 8
+descriptor:
+    .word 0x4f
+    .long 0x206000
+gates:
+    .word 0xfff
+    .quad 0x208000
+
+    .code64
+long_mode:
+    mov eax, 0x18
+    mov ds, eax
+    mov es, eax
+    mov ss, eax
+    mov rsp, 0x20a000
+    // The old interrupt controllers say nothing.
+    mov al, 0xff
+    out 0x21, al
+    out 0xa1, al
+    // Gate 3 for ring 3, gate 0x41 for the serial line.
+    lea rax, [sleep_entry]
+    mov rbx, 0x208030
+    mov rcx, 0xee0000100000
+    call gate
+    lea rax, [serial_entry]
+    mov rbx, 0x208410
+    mov rcx, 0x8e0000100000
+    call gate
+    lidt [gates]
+    mov eax, 0x40
+    ltr ax
+    // As after a call, which functions expect of the stack.
+    push 0x2b
+    push 0x20bff8
+    push 0x3202
+    push 0x33
+    lea rax, [guest_main]
+    push rax
+    iretq
+gate:
+    mov rdx, rax
+    and rdx, 0xffff
+    or rdx, rcx
+    shr rax, 16
+    shl rax, 48
+    or rdx, rax
+    mov [rbx], rdx
+    ret
+
+serial_entry:
+    push rax
+    mov eax, 0xfee000b0
+    mov dword ptr [rax], 0
+    pop rax
+    iretq
+
+    // int3 from ring 3: sleep until something is typed. Looked at here, where no interrupt can come
+    // between look and sleep.
+sleep_entry:
+    push rax
+    push rdx
+    mov edx, 0x3fd
+    in al, dx
+    test al, 1
+    jnz 2f
+    sti
+    hlt
+    cli
+2:
+    pop rdx
+    pop rax
+    iretq
+"#
+);
+
+const LOCAL_APIC: u64 = 0xfee0_0000;
+const IO_APIC: u64 = 0xfec0_0000;
+const SERIAL: u16 = 0x3f8;
+const POWER: u16 = 0x600;
+/// The first disk: the device before it is the random number generator.
+const DISK: u64 = 0xd800_1000;
+const RANDOM: u64 = 0xd800_0000;
+const IDENTITY: u64 = 0xd810_0000;
+const GENERATION: u64 = 0xf_f000;
+/// Sectors of the log on the disk, and the first one.
+const LOG: (u64, u64) = (16, 8);
+const PAGE: u64 = 4096;
+
+fn put32(at: u64, value: u32) {
+    // SAFETY: a register of a device, which is no memory of this program.
+    unsafe { asm!("mov [{a}], {v:e}", a = in(reg) at, v = in(reg) value, options(nostack)) }
+}
+
+fn get32(at: u64) -> u32 {
+    let value: u32;
+    // SAFETY: as in `put32`.
+    unsafe { asm!("mov {v:e}, [{a}]", a = in(reg) at, v = out(reg) value, options(nostack)) };
+    value
+}
+
+fn out8(port: u16, value: u8) {
+    // SAFETY: writing to a port touches no memory.
+    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nostack, nomem)) }
+}
+
+fn in8(port: u16) -> u8 {
+    let value: u8;
+    // SAFETY: reading a port touches no memory.
+    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nostack, nomem)) };
+    value
+}
+
+fn load(at: u64) -> u64 {
+    // SAFETY: the caller names an address of RAM that nothing else of the program lives in.
+    unsafe { read_volatile(at as *const u64) }
+}
+
+fn store(at: u64, value: u64) {
+    // SAFETY: as in `load`.
+    unsafe { write_volatile(at as *mut u64, value) }
+}
+
+fn print(text: &str) {
+    text.bytes().for_each(|byte| out8(SERIAL, byte));
+}
+
+fn print_number(mut value: u64) {
+    let mut digits = [0; 20];
+    let mut count = 0;
+    loop {
+        digits[count] = b'0' + (value % 10) as u8;
+        count += 1;
+        value /= 10;
+        if value == 0 {
+            break;
+        }
+    }
+    digits[..count].iter().rev().for_each(|digit| out8(SERIAL, *digit));
+}
+
+fn print_byte(value: u8) {
+    for digit in [value >> 4, value & 15] {
+        out8(SERIAL, if digit < 10 { b'0' + digit } else { b'a' + digit - 10 });
+    }
+}
+
+fn typed() -> bool {
+    in8(SERIAL + 5) & 1 != 0
+}
+
+fn next_byte() -> u8 {
+    while !typed() {
+        // SAFETY: vector 3 sleeps, and changes no register.
+        unsafe { asm!("int3") }
+    }
+    in8(SERIAL)
+}
+
+/// Memory that a virtio device and this program share.
+#[repr(C, align(4096))]
+struct Queue {
+    descriptors: [[u64; 2]; 8],
+    available: [u16; 16],
+    used: [u32; 32],
+    head: [u64; 2],
+    data: [u64; 64],
+    status: u64,
+}
+
+const EMPTY: Queue = Queue {
+    descriptors: [[0; 2]; 8],
+    available: [0; 16],
+    used: [0; 32],
+    head: [0; 2],
+    data: [0; 64],
+    status: 0,
+};
+static mut DISK_QUEUE: Queue = EMPTY;
+static mut RANDOM_QUEUE: Queue = EMPTY;
+
+/// A virtio device with one queue, which is looked at until it is done.
+struct Device {
+    at: u64,
+    queue: *mut Queue,
+    sent: u16,
+}
+
+impl Device {
+    fn start(at: u64, queue: *mut Queue) -> Device {
+        put32(at + 0x70, 0);
+        put32(at + 0x70, 3);
+        // Version 1, and nothing else.
+        put32(at + 0x24, 0);
+        put32(at + 0x20, 0);
+        put32(at + 0x24, 1);
+        put32(at + 0x20, 1);
+        put32(at + 0x70, 11);
+        put32(at + 0x30, 0);
+        put32(at + 0x38, 8);
+        // SAFETY: only addresses are made.
+        let places = unsafe {
+            [
+                (0x80, &raw const (*queue).descriptors as u64),
+                (0x90, &raw const (*queue).available as u64),
+                (0xa0, &raw const (*queue).used as u64),
+            ]
+        };
+        for (register, place) in places {
+            put32(at + register, place as u32);
+            put32(at + register + 4, 0);
+        }
+        put32(at + 0x44, 1);
+        put32(at + 0x70, 15);
+        Device { at, queue, sent: 0 }
+    }
+
+    /// Makes descriptor `i` of a buffer; flag 1 for one more after it, 2 for one to be written.
+    fn describe(&mut self, i: usize, address: u64, bytes: u64, flags: u64) {
+        let next = (i as u64 + 1) << 48;
+        // SAFETY: the queue is this device's, and nothing is in flight.
+        unsafe {
+            write_volatile(&raw mut (*self.queue).descriptors[i], [
+                address,
+                bytes | flags << 32 | next,
+            ]);
+        }
+    }
+
+    /// Sends the chain that begins with descriptor 0, and waits until it is used.
+    fn request(&mut self) {
+        let slot = usize::from(self.sent % 8);
+        self.sent = self.sent.wrapping_add(1);
+        // SAFETY: as in `describe`; the device reads the index after the entry, because stores are
+        // seen in their order on this machine.
+        unsafe {
+            write_volatile(&raw mut (*self.queue).available[2 + slot], 0);
+            write_volatile(&raw mut (*self.queue).available[1], self.sent);
+        }
+        put32(self.at + 0x50, 0);
+        // SAFETY: the device writes it.
+        while unsafe { read_volatile(&raw const (*self.queue).used[0]) } >> 16
+            != u32::from(self.sent)
+        {
+            core::hint::spin_loop();
+        }
+    }
+
+    /// Reads or writes a sector that begins with a number; gives back the number that it has.
+    fn sector(&mut self, number: u64, value: Option<u64>) -> u64 {
+        let (queue, kind) = (self.queue, u64::from(value.is_some()));
+        // SAFETY: nothing is in flight.
+        unsafe {
+            write_volatile(&raw mut (*queue).head, [kind, number]);
+            write_volatile(&raw mut (*queue).data[0], value.unwrap_or(0));
+            write_volatile(&raw mut (*queue).status, 0xff);
+            self.describe(0, &raw const (*queue).head as u64, 16, 1);
+            let to_disk = if kind == 1 { 1 } else { 3 };
+            self.describe(1, &raw const (*queue).data as u64, 512, to_disk);
+            self.describe(2, &raw const (*queue).status as u64, 1, 2);
+        }
+        self.request();
+        // SAFETY: the device is done.
+        unsafe {
+            if read_volatile(&raw const (*queue).status) & 0xff != 0 {
+                print("= the disk fails\n");
+            }
+            read_volatile(&raw const (*queue).data[0])
+        }
+    }
+
+    /// Eight random bytes.
+    fn random(&mut self) -> u64 {
+        let queue = self.queue;
+        // SAFETY: nothing is in flight.
+        let data = unsafe { &raw const (*queue).data as u64 };
+        self.describe(0, data, 8, 2);
+        self.request();
+        load(data)
+    }
+}
+
+/// What this program knows.
+struct Guest {
+    disk: Option<Device>,
+    random: Device,
+    /// The last number that is on the disk.
+    number: u64,
+    generation: u64,
+}
+
+/// Whether the log on the disk has what it should: the last number in each sector of the log.
+/// Gives back the newest number on the disk, and how many sectors are wrong.
+fn check_log(disk: &mut Device, number: u64) -> (u64, u64) {
+    let (mut newest, mut wrong) = (0, 0);
+    for i in 0..LOG.0 {
+        let found = disk.sector(LOG.1 + i, None);
+        newest = if found > newest { found } else { newest };
+        // The last number up to `number` that goes there.
+        let back = (number + LOG.0 - i) % LOG.0;
+        let expected = number.saturating_sub(back);
+        let older = number < back;
+        // One more may have been on its way.
+        let next = found == number + 1 && (number + 1) % LOG.0 == i;
+        wrong += u64::from(!(found == expected || older || next));
+    }
+    (newest, wrong)
+}
+
+impl Guest {
+    fn tell_log(&mut self, word: &str) {
+        let number = self.number;
+        let Some(disk) = &mut self.disk else { return print("= no disk\n") };
+        let (newest, wrong) = check_log(disk, number);
+        print(word);
+        print(" ram ");
+        print_number(number);
+        print(" disk ");
+        print_number(newest);
+        print(" wrong ");
+        print_number(wrong);
+        print("\n");
+    }
+
+    /// Writes numbers, to the disk and then to memory, until something is typed. Who finds itself
+    /// another machine looks at once whether disk and memory are of one instant.
+    fn write_log(&mut self) {
+        while !typed() {
+            for _ in 0..16 {
+                if load(GENERATION) != self.generation {
+                    self.generation = load(GENERATION);
+                    self.tell_log("= forked");
+                }
+                let number = self.number + 1;
+                let Some(disk) = &mut self.disk else { return };
+                disk.sector(LOG.1 + number % LOG.0, Some(number));
+                self.number = number;
+            }
+        }
+    }
+
+    fn tell_identity(&self) {
+        print("= name ");
+        let mut i = 0x80;
+        while i < 0x100 {
+            let word = get32(IDENTITY + i).to_le_bytes();
+            word.iter().filter(|byte| **byte != 0).for_each(|byte| out8(SERIAL, *byte));
+            i += 4;
+        }
+        let parts = [(" generation ", 0x10, 16), (" mac ", 0x30, 6), (" seed ", 0x40, 32)];
+        for (word, at, bytes) in parts {
+            print(word);
+            for i in 0..bytes {
+                let four = get32(IDENTITY + ((at + i) & !3));
+                print_byte((four >> (8 * ((at + i) & 3))) as u8);
+            }
+        }
+        print("\n");
+    }
+}
+
+/// A number of a command.
+fn number(line: &[u8], nth: usize) -> u64 {
+    let mut words = line.split(|byte| *byte == b' ').skip(nth + 1);
+    let digits = words.next().unwrap_or(&[]);
+    digits.iter().fold(0, |value, digit| value * 10 + u64::from(digit.wrapping_sub(b'0')))
+}
+
+fn told(value: u64) {
+    print("= ");
+    print_number(value);
+    print("\n");
+}
+
+fn obey(guest: &mut Guest, line: &[u8]) {
+    let [a, b, c] = [0, 1, 2].map(|nth| number(line, nth));
+    match line.first() {
+        // Write the log until something is typed.
+        Some(b'w') => {
+            print("= writing\n");
+            guest.write_log();
+            guest.tell_log("= wrote");
+        }
+        // Compare the log on the disk with memory.
+        Some(b'c') => guest.tell_log("= log"),
+        // Who am I.
+        Some(b'i') => guest.tell_identity(),
+        // A random number.
+        Some(b'n') => told(guest.random.random()),
+        // Address, pages, value: writes `value + i` into page i.
+        Some(b'f') => {
+            (0..b).for_each(|i| store(a + i * PAGE, c.wrapping_add(i)));
+            told(b);
+        }
+        // Address, pages: a sum of the pages' numbers, each with its place.
+        Some(b's') => told((0..b).fold(0, |sum: u64, i| {
+            sum.wrapping_add(load(a + i * PAGE).wrapping_mul(i + 1))
+        })),
+        // Sector, value: writes it. Sector: reads it.
+        Some(b'p') => {
+            if let Some(disk) = &mut guest.disk {
+                disk.sector(a, Some(b));
+            }
+            told(b);
+        }
+        Some(b'g') => told(guest.disk.as_mut().map_or(0, |disk| disk.sector(a, None))),
+        // Bytes: floods the console.
+        Some(b'x') => (0..a).for_each(|i| out8(SERIAL, b'a' + (i % 26) as u8)),
+        // Powers off, resets, faults.
+        Some(b'o') => out8(POWER, 5 << 2 | 1 << 5),
+        Some(b'r') => out8(POWER + 2, 1),
+        Some(b't') => {
+            (0..512).for_each(|i| store(0x20_8000 + i * 8, 0));
+            // SAFETY: not safe at all, and meant so.
+            unsafe { asm!("ud2") }
+        }
+        _ => print("= what\n"),
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn guest_main() -> ! {
+    // What is typed comes as vector 0x41.
+    put32(LOCAL_APIC + 0xf0, 0x1ff);
+    put32(IO_APIC, 0x11 + 4 * 2);
+    put32(IO_APIC + 0x10, 0);
+    put32(IO_APIC, 0x10 + 4 * 2);
+    put32(IO_APIC + 0x10, 0x41);
+    out8(SERIAL + 1, 1);
+    let has_disk = get32(DISK + 8) == 2;
+    let mut guest = Guest {
+        disk: has_disk.then(|| Device::start(DISK, &raw mut DISK_QUEUE)),
+        random: Device::start(RANDOM, &raw mut RANDOM_QUEUE),
+        number: 0,
+        generation: load(GENERATION),
+    };
+    print("= ready\n");
+    let mut line = [0; 64];
+    let mut length = 0;
+    loop {
+        match next_byte() {
+            b'\n' if length > 0 => {
+                obey(&mut guest, &line[..length]);
+                length = 0;
+            }
+            b'\n' => {}
+            byte => {
+                line[length] = byte;
+                length = (length + 1) % line.len();
+            }
+        }
+    }
+}
+
+#[panic_handler]
+fn panic(_: &PanicInfo) -> ! {
+    print("= panic\n");
+    loop {}
+}

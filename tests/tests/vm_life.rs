@@ -1,0 +1,167 @@
+//! The life of a virtual machine, through the real command line: it is run, looked at, paused,
+//! stopped and removed; it ends for reasons that have names; it survives the daemon.
+
+use std::time::Duration;
+
+use offshoot_tests::vm::{Lab, word};
+
+/// A machine is what it was asked to be, does what its guest is told, and leaves nothing.
+#[test]
+fn a_machine_runs_pauses_ends_and_leaves_nothing() {
+    let Some(lab) = Lab::new("a_machine_runs_pauses_ends_and_leaves_nothing") else { return };
+    lab.disk("data");
+    let before = lab.traces();
+    let mut console = lab.run("web1", &["data"]);
+    let vm = lab.show("web1");
+    assert_eq!(
+        (&vm["state"], &vm["memory_bytes"], &vm["vcpus"]),
+        (&"running".into(), &(32 << 20).into(), &1.into())
+    );
+    assert_eq!(vm["disks"][0]["path"], "arena", "the API says how a disk is reached: {vm}");
+    assert!(lab.done(&["vm", "ls"]).contains("web1"));
+
+    // What the guest wrote is on the disk, and blockd has it.
+    assert_eq!(console.number("p 5 4242"), 4242);
+    assert_eq!(console.number("g 5"), 4242);
+    let identity = console.ask("i");
+    assert_eq!(word(&identity, "name"), "web1");
+    assert_eq!(word(&identity, "mac"), vm["mac"].as_str().unwrap().replace(':', ""));
+    let generation = vm["generation_id"].as_str().unwrap().replace('-', "");
+    assert_eq!(word(&identity, "generation"), generation);
+
+    // Who is paused says nothing, and says it later.
+    lab.done(&["vm", "pause", "web1"]);
+    assert_eq!(lab.show("web1")["state"], "paused");
+    console.say("g 5");
+    assert!(console.is_silent_for(Duration::from_millis(200)));
+    lab.done(&["vm", "resume", "web1"]);
+    assert_eq!(console.hear("= "), "= 4242");
+
+    assert!(lab.refused(&["vm", "rm", "web1"], "in-use").contains("has not ended"));
+    lab.done(&["vm", "stop", "web1"]);
+    assert_eq!(lab.end_of("web1")["reason"], "stopped");
+    assert!(lab.refused(&["vm", "pause", "web1"], "failed").contains("ended: stopped"));
+    // Its disk is free at once, and not lost.
+    lab.done(&["disk", "check", "data"]);
+    lab.done(&["vm", "rm", "web1"]);
+    lab.refused(&["vm", "show", "web1"], "not-found");
+    lab.settle();
+    let after = lab.traces();
+    assert_eq!((after.exports, &after.disks), (before.exports, &before.disks));
+    assert_eq!((after.folders, after.processes), (2, 2), "shells of the pool, and nothing else");
+}
+
+/// A guest that ends itself is told of by the reason; nobody has to look at a log.
+#[test]
+fn machines_end_for_reasons_with_names() {
+    let Some(lab) = Lab::new("machines_end_for_reasons_with_names") else { return };
+    for (letter, reason) in [("o", "power-off"), ("r", "reset"), ("t", "triple-fault")] {
+        let mut console = lab.run(reason, &[]);
+        console.say(letter);
+        assert_eq!(lab.end_of(reason)["reason"], reason);
+    }
+    lab.run("killed", &[]);
+    offshoot_tests::vm::kill(lab.pid("killed"), rustix::process::Signal::KILL);
+    assert_eq!(lab.end_of("killed")["reason"], "killed");
+    let detail = lab.end_of("triple-fault")["detail"].to_string();
+    assert!(detail.contains("rip"), "a fault says where: {detail}");
+    let listed = lab.done(&["vm", "ls"]);
+    assert!(listed.contains("ended: power-off") && listed.contains("ended: killed"), "{listed}");
+}
+
+/// What cannot be a machine is refused by name, and nothing of it is there.
+#[test]
+fn what_cannot_be_a_machine_is_refused_and_leaves_nothing() {
+    let Some(lab) = Lab::with("what_cannot_be_a_machine_is_refused", &["--pool-size", "0"]) else {
+        return;
+    };
+    lab.disk("data");
+    lab.run("taken", &[]);
+    let before = lab.traces();
+    let kernel = lab.store.path("kernel").display().to_string();
+    let text = lab.store.path("text").display().to_string();
+    std::fs::write(&text, "no kernel").unwrap();
+    let run = ["vm", "run"];
+    for (args, kind, says) in [
+        (vec!["taken", "--kernel", &kernel], "exists", "vm taken"),
+        (vec!["-x", "--kernel", &kernel], "invalid", ""),
+        (vec!["a/b", "--kernel", &kernel], "invalid", "letters"),
+        (vec!["a", "--kernel", "/nowhere"], "not-found", "/nowhere"),
+        (vec!["a", "--kernel", &text], "invalid", "neither a bzImage nor"),
+        (vec!["a", "--kernel", &kernel, "--disk", "none"], "not-found", "disk none"),
+        (vec!["a", "--kernel", &kernel, "--disk", "data", "--disk", "data"], "invalid", "twice"),
+        (vec!["a", "--kernel", &kernel, "--mem", "1000000"], "invalid", "MiB"),
+        (vec!["a", "--kernel", &kernel, "--cpus", "9"], "invalid", "processors"),
+        (vec!["a", "--kernel", &kernel, "--disk", "data", "--initrd", "/no"], "not-found", "/no"),
+    ] {
+        if args[0] == "-x" {
+            assert_eq!(lab.offshoot(&[&run[..], &args].concat()).status.code(), Some(2));
+            continue;
+        }
+        let message = lab.refused(&[&run[..], &args].concat(), kind);
+        assert!(message.contains(says), "{args:?}: {message}");
+        assert_eq!(lab.traces(), before, "{args:?}");
+    }
+    lab.done(&["disk", "check", "data"]);
+}
+
+/// A guest may print as much as it likes: nothing grows, and who attaches gets what came last.
+#[test]
+fn a_guest_that_floods_its_console_fills_nothing() {
+    let Some(lab) = Lab::new("a_guest_that_floods_its_console_fills_nothing") else { return };
+    let mut console = lab.run("loud", &[]);
+    let id = lab.show("loud")["id"].as_str().unwrap().replace('-', "");
+    let folder = lab.state().join("vms").join(id);
+    console.say("x 20000");
+    console.say("g 0");
+    drop(console);
+    let mut late = lab.console("loud");
+    late.hear("");
+    late.say("n");
+    late.hear("= ");
+    let bytes = |path: &std::path::Path| path.metadata().map_or(0, |m| m.len());
+    assert!(bytes(&folder.join("log")) < 4096, "a guest's output is in no log");
+    lab.done(&["vm", "rm", "loud", "--force"]);
+}
+
+/// The daemon is stopped, killed and started again, and machines neither notice nor are lost.
+#[test]
+fn machines_survive_the_daemon() {
+    let Some(mut lab) = Lab::new("machines_survive_the_daemon") else { return };
+    lab.disk("data");
+    let mut console = lab.run("web1", &["data"]);
+    lab.run("gone", &[]);
+    console.number("p 5 7");
+    for round in 0..3 {
+        let (pid, gone) = (lab.pid("web1"), round == 1);
+        match round {
+            0 => lab.stop_forkd(),
+            _ => lab.kill_forkd(),
+        }
+        assert_eq!(console.number("g 5"), 7, "the guest goes on without");
+        if gone {
+            console.say("g 5");
+            let folder = processes_but(&lab, pid);
+            folder.iter().for_each(|pid| {
+                offshoot_tests::vm::kill(*pid, rustix::process::Signal::KILL);
+            });
+        }
+        lab.start_forkd();
+        assert_eq!(lab.pid("web1"), pid, "it is the same machine");
+        assert_eq!(lab.show("web1")["state"], "running");
+    }
+    // One that was killed while nobody looked has ended, and its name is known.
+    assert_eq!(lab.end_of("gone")["reason"], "killed");
+    lab.done(&["vm", "fork", "web1", "web2"]);
+    assert_eq!(lab.console("web2").number("g 5"), 7);
+    for name in ["web1", "web2", "gone"] {
+        lab.done(&["vm", "rm", name, "--force"]);
+    }
+    lab.settle();
+    assert_eq!(lab.traces().exports, 0);
+}
+
+fn processes_but(lab: &Lab, keep: u32) -> Vec<u32> {
+    let all = offshoot_tests::vm::processes_in(&lab.state());
+    all.into_iter().filter(|pid| *pid != keep).collect()
+}
