@@ -299,9 +299,9 @@ impl Machine {
         let devices = self.filled(*phase)?;
         let runs = *phase == Phase::Running;
         let mut top = self.top.lock();
-        let mut plan = top.prepare(&self.ram, &self.vm)?;
+        let mut delta = top.prepare(&self.ram, &self.vm)?;
 
-        let mut pause = Pause { rest_bytes: plan.rest_bytes(), ..Pause::default() };
+        let mut pause = Pause { rest_bytes: delta.rest_bytes(), ..Pause::default() };
         let began = Instant::now();
         let mut clock = Lap(began);
         let mut instant = || -> Result<Vec<u8>> {
@@ -315,7 +315,7 @@ impl Machine {
             pause.quiesce = clock.lap();
             let state = self.save(&**devices)?;
             pause.save = clock.lap();
-            top.freeze(&mut plan, &self.ram, &self.vm)?;
+            top.freeze(&mut delta, &self.ram, &self.vm)?;
             pause.memory = clock.lap();
             disks.finish()?;
             pause.disks = clock.lap();
@@ -328,7 +328,7 @@ impl Machine {
         let gone_on = self.cpus.iter().filter_map(|cpu| cpu.let_go_at()).max();
         pause.whole = gone_on.map_or(Duration::ZERO, |at| at.duration_since(began));
         let state = state?;
-        Ok(Image { layers: top.publish(plan)?, state, pause })
+        Ok(Image { layers: top.publish(delta)?, state, pause })
     }
 
     fn save(&self, devices: &dyn Devices) -> Result<Vec<u8>> {

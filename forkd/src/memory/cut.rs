@@ -1,15 +1,21 @@
 //! Freezing the memory of a machine at one instant, while it goes on.
 //!
-//! The first cut of a machine whose memory is one shared file: that file becomes the image, and
-//! the machine maps it privately from then on. Nothing is copied.
+//! A machine that was not cut yet has one shared file. At its first cut that file is mapped
+//! privately in its own place, a part at a time, while the machine runs: what it writes to a part
+//! before goes to the file, what it writes afterwards to pages of its own. The file is then the
+//! lowest layer, and nothing of it is copied.
 //!
-//! Later cuts: what the machine wrote since is in private pages that have no name. They are copied
+//! From then on, what the machine wrote is in private pages that have no name. They are copied
 //! into a new file while the machine runs, then what it wrote meanwhile, until little is left; only
 //! that rest is copied in the pause. The machine keeps its pages. What it wrote is known from KVM's
 //! log and from the devices' marks; what it ever wrote, from the page tables.
 //!
 //! Invariants:
-//! - Every method that freezes is called while processors are parked and devices quiet.
+//! - [`Top::freeze`] is called while processors are parked and devices quiet, the rest while they
+//!   may run.
+//! - A part that was mapped privately is never mapped again while the machine runs: its private
+//!   pages would be lost. Parts of the file that hold nothing become anonymous memory in the pause
+//!   only, after a second look.
 //! - Logging is on before the pages to copy are looked up: a write is either in what is copied
 //!   first or in the log.
 //! - A cut that fails leaves the machine with the content it had, and the next one starts from the
@@ -39,8 +45,8 @@ pub(crate) enum Top {
     /// Nothing is mapped.
     #[default]
     Empty,
-    /// One file, shared: the machine has not been cut yet.
-    Shared(Arc<OwnedFd>),
+    /// One file, shared from `from` on, private below: 0 until the first cut begins.
+    Shared { file: Arc<OwnedFd>, from: u64 },
     /// Private pages over sealed layers.
     Private(PrivateTop),
 }
@@ -55,6 +61,8 @@ pub(crate) struct PrivateTop {
     logging: bool,
     /// Whether the log and the devices' marks hold everything since the last image.
     complete: bool,
+    /// Parts of the only layer that may hold nothing, and are still mapped from its file.
+    holes: Vec<Span>,
 }
 
 impl Top {
@@ -62,80 +70,77 @@ impl Top {
     pub(crate) fn shared(ram: &GuestRam) -> Result<Top> {
         let file = Arc::new(memory_file("guest-memory", ram.size())?);
         ram.map_shared(&file)?;
-        Ok(Top::Shared(file))
+        Ok(Top::Shared { file, from: 0 })
     }
 
     /// The layers of an image, copy-on-write.
     pub(crate) fn over(ram: &GuestRam, layers: &[Layer]) -> Result<Top> {
         image::activate(ram, layers)?;
-        Ok(Top::private(layers.to_vec()))
-    }
-
-    fn private(layers: Vec<Layer>) -> Top {
-        let published = layers.clone();
-        Top::Private(PrivateTop { mapped: layers, published, logging: false, complete: false })
+        Ok(Top::Private(PrivateTop::new(layers.to_vec())))
     }
 
     /// Does what can be done before the pause.
-    pub(crate) fn prepare(&mut self, ram: &GuestRam, vm: &Vm) -> Result<Plan> {
+    pub(crate) fn prepare(&mut self, ram: &GuestRam, vm: &Vm) -> Result<Delta> {
+        if let Top::Shared { file, from } = self {
+            turn_private(ram, file, from)?;
+            let file = Arc::clone(file);
+            let spans = few_data_spans(&*file, ram.size())?;
+            let holes = gaps(&spans, ram.size());
+            let layer = Layer::unsealed(file, spans);
+            // Also the proof, before anything stands, that nobody else can write to the file.
+            let sealed = layer.seal();
+            let mut top = PrivateTop::new(vec![layer]);
+            top.holes = holes;
+            *self = Top::Private(top);
+            sealed?;
+        }
         match self {
-            Top::Empty => Err(Error::invalid("it has no memory yet").tried("cut")),
-            Top::Shared(file) => Ok(Plan::Remap(few_data_spans(&**file, ram.size())?)),
-            Top::Private(top) => Ok(Plan::Copy(top.copy_ahead(ram, vm)?)),
+            Top::Private(top) => top.copy_ahead(ram, vm),
+            _ => Err(Error::invalid("it has no memory yet").tried("cut")),
         }
     }
 
     /// Fixes the content of the image. Processors are parked, devices quiet.
-    pub(crate) fn freeze(&mut self, plan: &mut Plan, ram: &GuestRam, vm: &Vm) -> Result<()> {
-        match (&*self, plan) {
-            (Top::Shared(file), Plan::Remap(spans)) => {
-                let file = Arc::clone(file);
-                refresh(spans, &file, ram.size())?;
-                let layers = vec![Layer::unsealed(Arc::clone(&file), spans.clone())];
-                if let Err(e) = image::map(ram, &layers) {
-                    // The content is all in the file still: nobody ran since.
-                    ram.map_shared(&file)?;
-                    return Err(e);
-                }
-                *self = Top::private(layers);
-                Ok(())
-            }
-            (Top::Private(_), Plan::Copy(delta)) => delta.copy_rest(ram, vm),
-            _ => Err(Error::invalid("memory changed between plan and cut").tried("cut")),
-        }
+    pub(crate) fn freeze(&mut self, delta: &mut Delta, ram: &GuestRam, vm: &Vm) -> Result<()> {
+        let Top::Private(top) = self else {
+            return Err(Error::invalid("memory changed between plan and cut").tried("cut"));
+        };
+        delta.copy_rest(ram, vm)?;
+        top.leave_holes(ram)
     }
 
     /// The layers of the frozen image, sealed. The machine runs again.
-    pub(crate) fn publish(&mut self, plan: Plan) -> Result<Vec<Layer>> {
+    pub(crate) fn publish(&mut self, delta: Delta) -> Result<Vec<Layer>> {
         let Top::Private(top) = self else {
             return Err(Error::invalid("memory was not frozen").tried("cut"));
         };
-        if let Plan::Copy(delta) = plan {
-            top.published = delta.into_layers()?;
-            top.complete = true;
-        }
+        top.published = delta.into_layers()?;
+        top.complete = true;
         top.published.iter().try_for_each(Layer::seal)?;
         Ok(top.published.clone())
     }
 }
 
-/// What a cut is going to do.
-#[derive(Debug)]
-pub(crate) enum Plan {
-    /// Map the shared file privately; these parts of it hold data.
-    Remap(Vec<Span>),
-    /// Copy what was written.
-    Copy(Delta),
+/// Maps `file` privately under all of RAM, a part at a time: the host takes the old mapping of a
+/// part down while it holds up everybody who touches new memory, which for all of RAM at once takes
+/// as long as tens of milliseconds. `from` says how far it came.
+fn turn_private(ram: &GuestRam, file: &OwnedFd, from: &mut u64) -> Result<()> {
+    while *from < ram.size() {
+        let len = HUGE_PAGE.min(ram.size() - *from);
+        ram.map_private(*from, len, file)?;
+        *from += len;
+    }
+    Ok(())
 }
 
-impl Plan {
-    /// Bytes that are copied in the pause at least.
-    pub(crate) fn rest_bytes(&self) -> u64 {
-        match self {
-            Plan::Remap(_) => 0,
-            Plan::Copy(delta) => delta.rest.len() * PAGE,
-        }
-    }
+/// What lies between spans.
+fn gaps(spans: &[Span], size: u64) -> Vec<Span> {
+    let starts = spans.iter().map(|span| span.start).chain([size]);
+    let ends = [0].into_iter().chain(spans.iter().map(Span::end));
+    ends.zip(starts)
+        .filter(|(end, start)| end < start)
+        .map(|(start, end)| Span { start, len: end - start })
+        .collect()
 }
 
 /// A layer in the making.
@@ -150,6 +155,25 @@ pub(crate) struct Delta {
 }
 
 impl PrivateTop {
+    fn new(mapped: Vec<Layer>) -> PrivateTop {
+        let published = mapped.clone();
+        PrivateTop { mapped, published, logging: false, complete: false, holes: Vec::new() }
+    }
+
+    /// Maps anonymous memory where the file holds nothing, so that a page which is first written
+    /// from now on costs no page of the file besides. Where the machine was in the meantime, the
+    /// file got a page, and stays: what the machine wrote there lies over it.
+    fn leave_holes(&mut self, ram: &GuestRam) -> Result<()> {
+        for hole in std::mem::take(&mut self.holes) {
+            let data = image::next_data(self.mapped[0].file(), hole.start)?;
+            if data.is_none_or(|data| data >= hole.end()) {
+                ram.map_anonymous(hole.start, hole.len)?;
+            }
+        }
+        ram.keep_out_of_cores();
+        Ok(())
+    }
+
     fn copy_ahead(&mut self, ram: &GuestRam, vm: &Vm) -> Result<Delta> {
         let since_last = self.logging && self.complete && self.published.len() < DEPTH_MAX;
         // From here on a part of the log is in this cut only.
@@ -198,6 +222,11 @@ impl PrivateTop {
 }
 
 impl Delta {
+    /// Bytes that are copied in the pause at least.
+    pub(crate) fn rest_bytes(&self) -> u64 {
+        self.rest.len() * PAGE
+    }
+
     fn copy(&mut self, ram: &GuestRam, pages: &PageSet) -> Result<()> {
         for (first, count) in pages.runs() {
             // A set is a multiple of 64 pages long, RAM need not be.
@@ -352,21 +381,6 @@ fn few_spans(pages: &PageSet, ram_bytes: u64) -> Vec<Span> {
     }
 }
 
-/// Brings the spans with data up to date, cheaply if no data came between them.
-fn refresh(spans: &mut Vec<Span>, file: &OwnedFd, size: u64) -> Result<()> {
-    let mut at = 0;
-    let ends: Vec<u64> = spans.iter().map(Span::end).collect();
-    let starts = spans.iter().map(|span| span.start).chain([size]);
-    for (i, start) in starts.enumerate() {
-        if at < start && image::next_data(file, at)?.is_some_and(|data| data < start) {
-            *spans = few_data_spans(file, size)?;
-            return Ok(());
-        }
-        at = ends.get(i).copied().unwrap_or(size);
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -387,6 +401,15 @@ mod tests {
         few.insert(9);
         let exact = few_spans(&few, bytes);
         assert_eq!(exact, [3, 9].map(|page| Span { start: page * PAGE, len: PAGE }));
+    }
+
+    #[test]
+    fn gaps_and_spans_are_all_of_memory() {
+        let span = |start, len| Span { start, len };
+        assert_eq!(gaps(&[], 10), [span(0, 10)]);
+        assert_eq!(gaps(&[span(0, 10)], 10), []);
+        assert_eq!(gaps(&[span(2, 3), span(7, 1)], 10), [span(0, 2), span(5, 2), span(8, 2)]);
+        assert_eq!(gaps(&[span(0, 3), span(3, 1)], 4), []);
     }
 
     #[test]
