@@ -3,8 +3,8 @@
 //! A payload guest that has written all of its memory is cut while it runs, and a child is made of
 //! the image in a shell that is ready. Prints one section of Markdown.
 //!
-//! *Pause*: from the first processor that is asked to stop until the last is let go. *Child*: from the
-//! complete image to the first access of the child to its panel, so the child has run by then.
+//! *Pause*: from the first processor that is asked to stop until the last is let go. *Child*: from
+//! the complete image to the first access of the child to its panel, so it has run by then.
 
 use std::time::{Duration, Instant};
 

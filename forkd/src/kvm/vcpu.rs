@@ -2,12 +2,11 @@
 //!
 //! Invariants:
 //! - A processor is *parked* when its thread holds no lock, is outside KVM_RUN, and has finished
-//!   the port or memory access it was in the middle of. Only then may its state be read, its
-//!   descriptor be exchanged, or the memory under it be remapped.
+//!   the port or memory access it was in the middle of. Only then may its state be read or set.
 //! - To stop one: say so in `want`, set its `immediate_exit`, then signal its thread. The thread
 //!   clears `immediate_exit` before it looks at `want`, so a stop that comes between the look and
 //!   KVM_RUN makes KVM_RUN return at once. Nothing depends on the signal arriving in time.
-//! - Whatever the guest does ends in an [`Exit`] with a name, never in a panic.
+//! - Whatever the guest does ends in an end with a name, never in a panic.
 //!
 //! Lock order: `fd`, then `gate`. Devices are called with `fd` held.
 
@@ -47,7 +46,8 @@ struct Gate {
 pub struct Cpu {
     index: u8,
     fd: Mutex<VcpuFd>,
-    /// The shared page of `fd`, for `immediate_exit`.
+    /// The shared page of `fd`, for `immediate_exit`. Never changes, and is atomic only because
+    /// threads share it.
     page: AtomicPtr<kvm_run>,
     want: AtomicU8,
     gate: Mutex<Gate>,
@@ -152,7 +152,7 @@ impl Cpu {
     }
 
     fn kick(&self) {
-        let page = self.page.load(Ordering::Acquire);
+        let page = self.page.load(Ordering::Relaxed); // never changes
         // SAFETY: the page is mapped while `fd` lives, which `self` owns; the field is a byte that
         // both sides access only atomically.
         let immediate_exit = unsafe { AtomicU8::from_ptr(&raw mut (*page).immediate_exit) };
@@ -166,7 +166,7 @@ impl Cpu {
 
     /// What is wanted of the thread now. Clears the request to leave KVM_RUN first.
     fn wanted(&self) -> u8 {
-        let page = self.page.load(Ordering::Relaxed); // changes only while parked
+        let page = self.page.load(Ordering::Relaxed); // never changes
         // SAFETY: as in `kick`.
         let immediate_exit = unsafe { AtomicU8::from_ptr(&raw mut (*page).immediate_exit) };
         // Acquire pairs with the store in `kick`.

@@ -5,7 +5,7 @@
 //!
 //! Invariants: every layer is sealed against writing before a child maps it (the kernel grants the
 //! seal only when no writable shared mapping of the file is left, so the seal is the proof that
-//! nobody can alter the image: [`Layer::seal`], checked again by the child in [`Layer::new`]).
+//! nobody can alter the image: `Layer::seal`, checked again by the child in [`Layer::new`]).
 //! Memory that no layer covers is mapped anonymously: a private mapping of a hole in a file costs a
 //! page of the file and a page of the child. A span may have holes only where it was rounded out.
 
