@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use blockd::api::{Access, ApiSocket, group_id, serve};
+use blockd::daemon::sandbox;
 use blockd::program;
 use clap::{Parser, Subcommand, ValueEnum};
 use forkd::daemon::{Daemon, Options};
@@ -53,6 +54,11 @@ struct Args {
     /// Shells that are kept ready for forks, of each size of machine that is in use
     #[arg(long, value_name = "N", default_value = "4")]
     pool_size: u16,
+
+    /// Give up what the daemon and the processes of machines do not need: files and dangerous
+    /// system calls
+    #[arg(long, value_name = "MODE", default_value = "on")]
+    sandbox: Sandbox,
 
     #[command(subcommand)]
     part: Option<Part>,
@@ -119,9 +125,15 @@ fn run(args: &Args) -> Result<()> {
         state: absolute(&args.state)?,
         blockd: absolute(&args.blockd)?,
         pool_size: args.pool_size.into(),
-        sandbox: true,
+        sandbox: args.sandbox == Sandbox::On,
     };
-    let daemon = Daemon::open(&options, Vec::new())?;
+    let mut confined_by = Vec::new();
+    if options.sandbox {
+        // It starts the processes of machines, which confine themselves further.
+        sandbox::refuse_calls(&[libc::SYS_execve])?;
+        confined_by.push("seccomp".to_owned());
+    }
+    let daemon = Daemon::open(&options, confined_by)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS_MAX)

@@ -1,6 +1,8 @@
 //! The life of a virtual machine, through the real command line: it is run, looked at, paused,
 //! stopped and removed; it ends for reasons that have names; it survives the daemon.
 
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::process::Stdio;
 use std::time::Duration;
 
 use offshoot_tests::vm::{Lab, word};
@@ -164,4 +166,41 @@ fn machines_survive_the_daemon() {
 fn processes_but(lab: &Lab, keep: u32) -> Vec<u32> {
     let all = offshoot_tests::vm::processes_in(&lab.state());
     all.into_iter().filter(|pid| *pid != keep).collect()
+}
+
+/// The console through the command line, in a pipe: what is typed reaches the guest, and what it
+/// says comes back; when the machine ends, so does the verb.
+#[test]
+fn the_console_is_attached_to_by_the_command_line() {
+    let Some(lab) = Lab::new("the_console_is_attached_to_by_the_command_line") else { return };
+    drop(lab.run("web1", &[]));
+    let mut command = lab.command(&["vm", "console", "web1"]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut attached = command.spawn().unwrap();
+    let mut stdin = attached.stdin.take().unwrap();
+    let mut lines = BufReader::new(attached.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "= ready", "what was printed before comes first");
+    stdin.write_all(b"i\n").unwrap();
+    assert_eq!(word(&lines.next().unwrap().unwrap(), "name"), "web1");
+    stdin.write_all(b"o\n").unwrap();
+    assert!(lines.next().is_none());
+    assert!(attached.wait().unwrap().success());
+    assert_eq!(lab.end_of("web1")["reason"], "power-off");
+    assert!(lab.refused(&["vm", "console", "web1"], "failed").contains("has ended"));
+}
+
+/// Before a guest runs, every thread of its process has given up what it does not need; so has the
+/// daemon.
+#[test]
+fn daemon_and_machines_are_confined() {
+    let Some(lab) = Lab::new("daemon_and_machines_are_confined") else { return };
+    lab.run("web1", &[]);
+    lab.done(&["vm", "fork", "web1", "web2"]);
+    for pid in [lab.forkd_pid(), lab.pid("web1"), lab.pid("web2")] {
+        for thread in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten() {
+            let status = std::fs::read_to_string(thread.path().join("status")).unwrap();
+            assert!(status.contains("Seccomp:\t2"), "{pid}: {status}");
+        }
+    }
+    assert_eq!(lab.json(&["vm", "status"])["sandbox"][0], "seccomp");
 }

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use format::{Error, Kind, Result};
 use landlock::{
     ABI, Access as _, AccessFs, CompatLevel, Compatible as _, PathBeneath, PathFd, Ruleset,
-    RulesetAttr as _, RulesetCreatedAttr as _, RulesetStatus,
+    RulesetAttr as _, RulesetCreatedAttr as _, RulesetError, RulesetStatus,
 };
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
@@ -100,47 +100,57 @@ fn wrong(what: &'static str) -> impl Fn(String) -> Error {
 /// # Errors
 /// `Unsupported` when the kernel refuses what it should have.
 pub fn enter(folders: &Folders) -> Result<Vec<String>> {
-    let mut applied = Vec::new();
-    if restrict_files(folders).map_err(|e| wrong("landlock")(e.to_string()))? {
-        applied.push("landlock".to_owned());
-    } else {
-        tracing::warn!("this kernel has no landlock: files are not confined");
-    }
-    refuse_calls()?;
-    applied.push("seccomp".to_owned());
-    Ok(applied)
-}
-
-/// True when the kernel confines what files can be reached.
-fn restrict_files(folders: &Folders) -> std::result::Result<bool, landlock::RulesetError> {
-    let abi = ABI::V3;
-    let all = AccessFs::from_all(abi);
-    // Best effort: an older landlock confines what it knows of.
-    let ruleset = Ruleset::default().set_compatibility(CompatLevel::BestEffort);
-    let mut ruleset = ruleset.handle_access(all)?.create()?;
     let tails = folders.tails.ancestors().find(|f| f.exists()).unwrap_or(Path::new(SHARED_MEMORY));
     let own = [folders.store.as_path(), folders.api.as_path(), tails];
     let named = folders.sockets.iter().map(PathBuf::as_path);
     let usual = SOCKET_FOLDERS.iter().map(Path::new);
-    for folder in own.into_iter().chain(named).chain(usual) {
-        // One that is not there cannot be used, confined or not.
-        if let Ok(fd) = PathFd::new(folder) {
-            ruleset = ruleset.add_rule(PathBeneath::new(fd, all))?;
-        }
+    let all: Vec<&Path> = own.into_iter().chain(named).chain(usual).collect();
+    let applied = restrict_files(&all, &READ_ONLY.map(Path::new))?;
+    refuse_calls(&[])?;
+    Ok(applied.into_iter().chain(["seccomp".to_owned()]).collect())
+}
+
+/// Lets this thread, and those that it starts, do everything with what is below some paths, and
+/// read what is below others, and nothing else with files that have names. Gives back the name of
+/// what does that, which a kernel may not have.
+///
+/// # Errors
+/// `Unsupported` when the kernel refuses what it should have.
+pub fn restrict_files(all: &[&Path], read_only: &[&Path]) -> Result<Option<String>> {
+    if restrict(all, read_only).map_err(|e| wrong("landlock")(e.to_string()))? {
+        return Ok(Some("landlock".to_owned()));
     }
-    for folder in READ_ONLY {
-        if let Ok(fd) = PathFd::new(folder) {
-            ruleset = ruleset.add_rule(PathBeneath::new(fd, AccessFs::from_read(abi)))?;
+    tracing::warn!("this kernel has no landlock: files are not confined");
+    Ok(None)
+}
+
+/// True when the kernel confines what files can be reached.
+fn restrict(all: &[&Path], read_only: &[&Path]) -> std::result::Result<bool, RulesetError> {
+    let abi = ABI::V3;
+    let everything = AccessFs::from_all(abi);
+    // Best effort: an older landlock confines what it knows of.
+    let ruleset = Ruleset::default().set_compatibility(CompatLevel::BestEffort);
+    let mut ruleset = ruleset.handle_access(everything)?.create()?;
+    let reading = read_only.iter().map(|path| (path, AccessFs::from_read(abi)));
+    for (path, access) in all.iter().map(|path| (path, everything)).chain(reading) {
+        // What is not there cannot be used, confined or not.
+        if let Ok(fd) = PathFd::new(path) {
+            ruleset = ruleset.add_rule(PathBeneath::new(fd, access))?;
         }
     }
     let status = ruleset.restrict_self()?;
     Ok(status.ruleset != RulesetStatus::NotEnforced)
 }
 
-fn refuse_calls() -> Result<()> {
+/// Has the system calls of the list fail from now on, in all threads, but for some.
+///
+/// # Errors
+/// `Unsupported` when the kernel refuses what it should have.
+pub fn refuse_calls(but: &[libc::c_long]) -> Result<()> {
     let wrong = wrong("seccomp");
     // No conditions: a call on the list is refused whatever its arguments are.
-    let rules: BTreeMap<i64, Vec<_>> = REFUSED.into_iter().map(|call| (call, Vec::new())).collect();
+    let refused = REFUSED.into_iter().filter(|call| !but.contains(call));
+    let rules: BTreeMap<i64, Vec<_>> = refused.map(|call| (call, Vec::new())).collect();
     let refuse = SeccompAction::Errno(libc::EPERM.unsigned_abs());
     let arch = std::env::consts::ARCH.try_into().map_err(|e| wrong(format!("{e}")))?;
     let filter = SeccompFilter::new(rules, SeccompAction::Allow, refuse, arch);

@@ -1,9 +1,13 @@
 //! Booting a machine.
 
+use std::fs::File;
+use std::io::Seek as _;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use format::{Context as _, Error, Result};
+use rustix::fs::{MemfdFlags, memfd_create};
 use uuid::Uuid;
 
 use super::Daemon;
@@ -11,6 +15,7 @@ use super::state::Description;
 use super::table::{Machine, object};
 use super::undo::Undo;
 use crate::api::types::{DiskPath, EventKind, RunVm, UseDisk, Vm, VmDisk, VmState};
+use crate::boot::linux::check_kernel;
 use crate::clock;
 use crate::devices::DiskConfig;
 use crate::identity;
@@ -72,11 +77,8 @@ impl Daemon {
         self.janitor.begin(undo)?;
         let identity = identity::fresh(&request.name, shell.id)?;
         let hardware = self.attach_disks(shell, &disks)?;
-        let program = Program {
-            kernel: request.kernel.clone(),
-            initrd: request.initrd.clone(),
-            cmdline: request.cmdline.clone(),
-        };
+        let program = Program { cmdline: request.cmdline.clone() };
+        let files = files_of(request)?;
         let description = Description {
             layout: Description::LAYOUT,
             name: request.name.clone(),
@@ -91,7 +93,8 @@ impl Daemon {
             created: clock::now(),
         };
         let boot = BootVm { program, hardware, identity };
-        shell.ask::<()>(&Ask::Boot(Box::new(boot)))?;
+        let booted = shell.ask_with::<()>(&Ask::Boot(Box::new(boot)), &lent(&files));
+        booted.context("boot", || format!("kernel {}", request.kernel.display()))?;
         self.state.describe(&description, true)?;
         shell.ask::<()>(&Ask::Begin { paused: request.paused })?;
         self.janitor.done(undo)?;
@@ -142,6 +145,24 @@ fn check(request: &RunVm) -> Result<()> {
         Some(twice) => Err(Error::invalid("it is named twice").on(format!("disk {}", twice[0]))),
         None => Ok(()),
     }
+}
+
+/// Kernel and first file system, as files that are nowhere but in memory: the process of a machine
+/// reaches no other, and who replaces the named ones meanwhile changes nothing.
+fn files_of(request: &RunVm) -> Result<Vec<OwnedFd>> {
+    check_kernel(&request.kernel)?;
+    let copy = |path: &PathBuf| -> Result<OwnedFd> {
+        let copy = || -> Result<OwnedFd> {
+            let mut from = File::open(path)?;
+            let to = memfd_create(c"boot", MemfdFlags::CLOEXEC).map_err(std::io::Error::from)?;
+            let mut to = File::from(to);
+            std::io::copy(&mut from, &mut to)?;
+            to.rewind()?;
+            Ok(to.into())
+        };
+        copy().context("read", || path.display().to_string())
+    };
+    [Some(&request.kernel), request.initrd.as_ref()].into_iter().flatten().map(copy).collect()
 }
 
 /// Files as they are lent to a message.

@@ -12,6 +12,7 @@
 //! - Nothing of a machine is in a file but what is in its folder: to remove a machine is to end the
 //!   process and remove the folder.
 
+mod confine;
 mod hardware;
 pub mod link;
 pub mod serve;

@@ -27,11 +27,11 @@ use parking_lot::Mutex;
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde::Serialize;
 
-use super::hardware;
 use super::wire::{
     Answer, Ask, BecomeChild, BootVm, CutVm, Cutting, DisksAre, Ended, Folder, PauseUs, Phase,
     Ready, Told, WasCut,
 };
+use super::{confine, hardware};
 use crate::clock;
 use crate::http::{self, Reply};
 use crate::machine::{Exit, Image, Machine, Pause, SizeClass};
@@ -121,6 +121,7 @@ fn take_standard_input() -> Result<OwnedFd> {
 
 fn prepare(options: &Options) -> Result<(Arc<Vm>, UnixListener, Vec<String>)> {
     let folder = Folder(options.dir.clone());
+    let confined_by = if options.sandbox { confine::enter(&options.dir)? } else { Vec::new() };
     let machine = Machine::shell(&options.class)?;
     // The folder is its owner's alone, and so is what is in it.
     let listener = UnixListener::bind(folder.control())
@@ -135,7 +136,7 @@ fn prepare(options: &Options) -> Result<(Arc<Vm>, UnixListener, Vec<String>)> {
         state: Mutex::new(state),
         watchers: Mutex::default(),
     };
-    Ok((Arc::new(vm), listener, Vec::new()))
+    Ok((Arc::new(vm), listener, confined_by))
 }
 
 impl Vm {
@@ -143,7 +144,7 @@ impl Vm {
     fn converse(self: &Arc<Self>, socket: UnixStream) {
         while let Ok((ask, files)) = messages::receive::<Ask>(&socket) {
             let told = match ask {
-                Ask::Boot(asked) => reply(&socket, self.boot(&asked)),
+                Ask::Boot(asked) => reply(&socket, self.boot(&asked, &files)),
                 Ask::Become(asked) => reply(&socket, self.become_child(&asked, files)),
                 Ask::Begin { paused } => reply(&socket, self.begin(paused)),
                 Ask::Pause => reply(&socket, self.pause()),
@@ -165,9 +166,9 @@ impl Vm {
         }
     }
 
-    fn boot(self: &Arc<Self>, asked: &BootVm) -> Result<()> {
+    fn boot(self: &Arc<Self>, asked: &BootVm, files: &[OwnedFd]) -> Result<()> {
         let (console, hardware) = (self.folder.console(), &asked.hardware);
-        let loader = hardware::loader(&asked.program, hardware, &console)?;
+        let loader = hardware::loader(&asked.program, files, hardware, &console)?;
         let mut make = |ram: &Arc<GuestRam>, wires: &dyn Wires| {
             hardware::devices(hardware, &console, ram, wires, Some(&asked.identity))
         };

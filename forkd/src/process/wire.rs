@@ -22,7 +22,8 @@ pub const ENDED_FILE: &str = "ended.json";
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "kebab-case")]
 pub enum Ask {
-    /// Boot a machine in the shell; it is paused afterwards.
+    /// Boot a machine in the shell; it is paused afterwards. Files: its kernel, then its first file
+    /// system, if it has one.
     Boot(Box<BootVm>),
     /// Become the child of a fork; it is paused afterwards. Files: the layers of its memory, then
     /// its state.
@@ -59,12 +60,8 @@ pub struct BootVm {
 }
 
 /// What a machine boots.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Program {
-    /// The kernel.
-    pub kernel: PathBuf,
-    /// The first file system of a Linux kernel.
-    pub initrd: Option<PathBuf>,
     /// The command line of the kernel; without it, what suits most.
     pub cmdline: Option<String>,
 }
