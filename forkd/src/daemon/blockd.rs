@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blockd::api::types::{
-    AttachDisk, DetachDisk, Disk, DiskDetails, Export, ExportKind, ExportSpec, RemovedDisk,
+    AttachDisk, DetachDisk, DiskDetails, Export, ExportKind, ExportSpec, ForkedDisks, RemovedDisk,
     SocketName,
 };
 use format::{Context as _, Result};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use uuid::Uuid;
 
 use crate::http;
 
@@ -110,12 +111,12 @@ impl Blockd {
         self.ask("GET", &disk_path(disk, ""), &())
     }
 
-    /// Its disks.
+    /// Waits until a fork of disks that was answered at its instant is durable.
     ///
     /// # Errors
-    /// What it says.
-    pub fn list(&self) -> Result<Vec<Disk>> {
-        self.ask("GET", "/v1/disks", &())
+    /// What it says: there are no children then.
+    pub fn forked(&self, token: Uuid) -> Result<ForkedDisks> {
+        self.ask("GET", &format!("/v1/forks/{token}"), &())
     }
 
     /// Removes a disk.

@@ -5,8 +5,9 @@
 //!    anything changes. Without new random numbers there is no fork;
 //! 2. what is going to be made is written down durably (`undo.rs`), before a disk can be;
 //! 3. the parent's process is told to cut. It stops the machine, has blockd fork the disks on a
-//!    connection that is open already, and lets the machine go on; then it answers. Nobody else has
-//!    a part in the pause: a daemon that is killed or slow does not prolong it;
+//!    connection that is open already, and lets the machine go on when their instant is past; then
+//!    it answers. Nobody else has a part in the pause: a daemon that is killed or slow does not
+//!    prolong it. That the fork of the disks is durable is waited for after the pause;
 //! 4. each shell becomes a child, with its disks attached and its identity in place, and stands;
 //! 5. when all of them are there, each is described and begins to run. One that runs is not undone
 //!    by a failure of another: all that could fail has been done before;
@@ -21,7 +22,9 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blockd::api::types::{FlattenWhen, ForkDisk, ForkDisks, ForkMode, ForkedDisks};
+use blockd::api::types::{
+    CutForks, Disk, FlattenWhen, ForkAnswer, ForkDisk, ForkDisks, ForkMode, ForkedDisks,
+};
 use format::{Error, Kind, Result};
 use parking_lot::Mutex;
 use uuid::Uuid;
@@ -39,6 +42,8 @@ use crate::{clock, http, identity};
 
 /// Children of one fork at most.
 const CHILDREN_MAX: usize = 1024;
+/// blockd's answer to a fork whose instant is past, and which is not durable yet.
+const ACCEPTED: u16 = 202;
 /// Children that are made side by side.
 const LANES: usize = 4;
 
@@ -176,13 +181,7 @@ impl Daemon {
         self.janitor.begin(undo)?;
         let cut = self.cut(parent, &cut_request(request, frozen)?, &mut undo.disks);
         let (was_cut, files) = cut?;
-        let forked = match &was_cut.disks {
-            Some((status, body)) => {
-                let reply = http::Reply { status: *status, body: body.clone().into_bytes() };
-                reply.read::<ForkedDisks>()?.children
-            }
-            None => Vec::new(),
-        };
+        let forked = self.forked_disks(&was_cut)?;
         let children: Vec<Child> = shells
             .into_iter()
             .zip(identities)
@@ -209,6 +208,18 @@ impl Daemon {
         }
         side_by_side(&children, &|child| self.fill(child, &was_cut, &files))?;
         self.let_run(parent, children, &was_cut, request, undo)
+    }
+
+    /// The disks of the children, when they are there.
+    fn forked_disks(&self, was_cut: &WasCut) -> Result<Vec<Disk>> {
+        let Some((status, body)) = &was_cut.disks else { return Ok(Vec::new()) };
+        let reply = http::Reply { status: *status, body: body.clone().into_bytes() };
+        let forked = match reply.status {
+            // The instant is past, and the parent goes on: only its children wait for the rest.
+            ACCEPTED => self.blockd.forked(reply.read::<CutForks>()?.token)?,
+            _ => reply.read::<ForkedDisks>()?,
+        };
+        Ok(forked.children)
     }
 
     /// Has a machine cut. The disks that may have been forked stay in `undo`.
@@ -311,6 +322,7 @@ fn cut_request(request: &ForkVm, frozen: &[Frozen]) -> Result<Option<String>> {
         disks: frozen.iter().map(disk).collect(),
         mode: ForkMode::Live,
         flatten: FlattenWhen::Auto,
+        answer: ForkAnswer::Cut,
         ..ForkDisks::default()
     };
     let bytes = http::request("POST", "/v1/forks", &body)?;
