@@ -1,9 +1,9 @@
-//! What a VM process gives up before a guest runs in it: every file but those of its own folder, and
-//! the system calls that blockd gives up as well (`blockd::daemon::sandbox`), starting programs
+//! What a VM process gives up before a guest runs in it: every file but those of its own folder,
+//! and the system calls that blockd gives up as well (`blockd::daemon::sandbox`), starting programs
 //! among them.
 //!
-//! Memory of others, the kernel that it boots and the connection to blockd come as open files, which
-//! have no names here. Sockets of disks are connected to by name, which landlock lets pass.
+//! Memory of others, the kernel that it boots and the connection to blockd come as open files,
+//! which have no names here. Sockets of disks are connected to by name, which landlock lets pass.
 //!
 //! Invariant: entered before the first thread of the machine starts; all of them are confined.
 
