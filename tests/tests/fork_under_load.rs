@@ -219,8 +219,8 @@ fn a_token_holds_the_disk_until_it_is_released_or_runs_out() {
     bench.compare(&loads);
 }
 
-/// Who forks a whole machine is told of the instant before the fork is durable, and asks for the
-/// children later. The machine goes on in between, and so does a disk that is held.
+/// Who forks a whole machine is told of the instant before the fork is durable, or says when it is,
+/// and asks for the children later. The machine goes on in between.
 #[test]
 fn a_fork_is_answered_at_its_instant() {
     let bench = ServedDisk::new(TestStore::new());
@@ -257,6 +257,26 @@ fn a_fork_is_answered_at_its_instant() {
                 daemon.json("POST", &path, &Value::Null);
             }
             let _ = bench.json(&["disk", "show", child]);
+        }
+        // Ready first, and the instant when somebody says so; or not at all.
+        for (child, cuts) in [("three", true), ("four", false)] {
+            let asked = of(child, json!({ "return": "ready" }));
+            let ready = daemon.json("POST", "/v1/forks", &asked);
+            assert!(ready["pause_us"].is_null(), "{ready}");
+            let before = done();
+            until("progress", || done() >= before + 100);
+            let _ = bench.refused(&["disk", "show", child], 3);
+            if cuts {
+                let cut = daemon.json("POST", &format!("{}/cut", path_of(&ready)), &Value::Null);
+                let forked = daemon.json("GET", &path_of(&ready), &Value::Null);
+                assert_eq!(forked["pause_us"], cut["pause_us"]);
+                let again = daemon.ask("POST", &format!("{}/cut", path_of(&ready)), b"");
+                assert_eq!(again.status, 400);
+            } else {
+                assert_eq!(daemon.ask("DELETE", &path_of(&ready), b"").status, 204);
+                assert_eq!(daemon.ask("GET", &path_of(&ready), b"").status, 409);
+                let _ = bench.refused(&["disk", "show", child], 3);
+            }
         }
     });
     drop(client);

@@ -14,9 +14,9 @@ use uuid::Uuid;
 use super::NOTE;
 use super::reply::{Answer, Asked, Named, Params, Refused, blocking, failure, note_header};
 use super::types::{
-    ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, Df, Digested, Disk, DiskDetails,
-    FailureBody, ForkAnswer, ForkDisks, ForkMode, ForkedDisks, Job, JobKind, JobOrCut, LostTail,
-    ReleasedFork, RemovedDisk, RenameDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed,
+    ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, CutForks, Df, Digested, Disk,
+    DiskDetails, FailureBody, ForkAnswer, ForkDisks, ForkMode, ForkedDisks, Job, JobKind, JobOrCut,
+    LostTail, ReleasedFork, RemovedDisk, RenameDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed,
 };
 use crate::daemon::{Daemon, Entry, Noted, Running};
 use crate::verbs;
@@ -133,8 +133,8 @@ pub async fn remove(
 /// Fork disks at one instant: they go on, and children start out with what they hold
 ///
 /// Making children that inherit (`mode`) may take a while, and is a job; any other fork ends before
-/// it is answered, unless the answer is to come at the cut (`return`): then it is durable, and the
-/// children are there, when the other request that takes the token is answered.
+/// it is answered, unless the answer is to come at the cut, or when all is ready for it (`return`):
+/// then it is durable, and the children are there, when `GET` with the token is answered.
 #[utoipa::path(post, path = "/v1/forks", tag = "disks", request_body = ForkDisks,
     params(Waiting),
     responses((status = 201, body = ForkedDisks), (status = 202, body = JobOrCut),
@@ -145,8 +145,8 @@ pub async fn fork(
     Asked(request): Asked<ForkDisks>,
 ) -> Answer {
     let shared = Arc::clone(&daemon);
-    if request.mode == ForkMode::Live && request.answer == ForkAnswer::Cut {
-        let cut = blocking(&daemon, move |_| shared.fork_to_cut(request)).await?;
+    if request.mode == ForkMode::Live && request.answer != ForkAnswer::Durable {
+        let cut = blocking(&daemon, move |_| shared.fork_soon(request)).await?;
         return Ok((StatusCode::ACCEPTED, Json(cut)).into_response());
     }
     if request.mode == ForkMode::Live {
@@ -160,6 +160,23 @@ pub async fn fork(
         *answer.status_mut() = StatusCode::CREATED;
     }
     Ok(answer)
+}
+
+/// Say that the instant of a fork that is ready is now
+#[utoipa::path(post, path = "/v1/forks/{token}/cut", tag = "disks",
+    params(("token" = Uuid, Path, description = "What the fork was answered with")),
+    responses((status = 200, body = CutForks), (status = "default", body = FailureBody)))]
+pub async fn cut(State(daemon): Shared, Named(token): Named<Uuid>) -> Answer<Json<CutForks>> {
+    Ok(Json(blocking(&daemon, move |d| d.cut_now(token)).await?))
+}
+
+/// Give up a fork that is ready, and whose instant has not come
+#[utoipa::path(delete, path = "/v1/forks/{token}", tag = "disks",
+    params(("token" = Uuid, Path, description = "What the fork was answered with")),
+    responses((status = 204), (status = "default", body = FailureBody)))]
+pub async fn give_up_fork(State(daemon): Shared, Named(token): Named<Uuid>) -> Answer<StatusCode> {
+    blocking(&daemon, move |d| d.give_up_fork(token)).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Wait until a fork that was answered at its cut is durable, and its children are there

@@ -36,6 +36,8 @@ use super::{content, daemon, disks, exports, flatten, modes, sessions};
         disks::show,
         disks::remove,
         disks::fork,
+        disks::cut,
+        disks::give_up_fork,
         disks::forked,
         disks::release,
         flatten::flatten,

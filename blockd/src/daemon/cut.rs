@@ -62,25 +62,47 @@ struct Live<'a> {
     crossing: Crossing,
 }
 
+/// Who follows a fork of disks in service.
+pub(super) trait Steps {
+    /// All is ready for the instant, which is when this returns.
+    ///
+    /// # Errors
+    /// When there is to be none.
+    fn ready(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The instant is past: so long disks let nobody in.
+    fn at_cut(&self, _pause: Duration) {}
+}
+
+/// Nobody follows it.
+impl Steps for () {}
+
 /// Forks disks that [`StoreDir::begin_fork`] has begun to fork: they are all frozen and have their
 /// children afterwards, or none has. `at_cut` is called at the instant if any is in service.
 pub(super) fn cut(
-    dir: &StoreDir,
-    fork: &ForkRow,
+    (dir, fork): (&StoreDir, &ForkRow),
     volumes: &Volumes,
     then: Then,
+    steps: &dyn Steps,
     at_cut: &mut dyn FnMut(Cut),
 ) -> Result<()> {
-    let live = match begin(dir, fork, volumes) {
-        Ok(live) => live,
-        Err(e) => return give_up(dir, fork, e),
-    };
-    let cut = match at_one_instant(&live, then) {
-        Ok(cut) => cut,
+    let begun = begin(dir, fork, volumes).and_then(|live| {
+        if !live.is_empty() {
+            steps.ready()?;
+        }
+        let cut = at_one_instant(&live, then)?;
+        Ok((live, cut))
+    });
+    let (live, cut) = match begun {
+        Ok(begun) => begun,
         Err(e) => return give_up(dir, fork, e),
     };
     if !live.is_empty() {
+        let pause = cut.pause;
         at_cut(cut);
+        steps.at_cut(pause);
     }
     let crossings: Vec<Crossing> = live.into_iter().map(|disk| disk.crossing).collect();
     match settle(dir, fork, &crossings) {

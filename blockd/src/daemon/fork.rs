@@ -2,30 +2,27 @@
 //!
 //! How they go on is in `cut.rs`.
 //!
-//! Who takes something else at the same instant, a machine's memory say, needs to know when it is
-//! past, and not when all of it is durable: [`Daemon::fork_to_cut`] answers then, and
+//! Who takes something else at the same instant, a machine's memory say, has the machine stopped for
+//! it, and cannot wait for what is made durable. [`Daemon::fork_soon`] answers when all is ready for
+//! the instant, which [`Daemon::cut_now`] then says, or when the instant is past; in either case
 //! [`Daemon::forked`] waits for the rest.
 //!
 //! Tests: `fork_under_load`.
 
 use std::sync::Arc;
-use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use format::{Context as _, Error, Kind, Result};
 use uuid::Uuid;
 
 use super::Daemon;
-use super::cut::{Cut, Then, Volumes, cut};
+use super::cut::{Cut, Steps, Then, Volumes, cut};
 use super::holds::Hold;
 use super::served::in_service;
-use super::tokens::{Outcome, lasting};
-use crate::api::types::{CutForks, EventKind, ForkDisks, ForkedDisks, JobKind};
+use super::tokens::{Going, cut_of, lasting};
+use crate::api::types::{CutForks, EventKind, ForkAnswer, ForkDisks, ForkedDisks, JobKind};
 use crate::store::Access;
 use crate::verbs;
-
-/// What `fork` does at the instant of the cut.
-type AtCut<'a> = &'a mut dyn FnMut(Duration);
 
 impl Daemon {
     /// Forks disks.
@@ -35,17 +32,17 @@ impl Daemon {
     /// requests in work do not end in time; `ReadOnly` for a disk that is served for reading only;
     /// `Invalid` for a hold of disks that nobody serves.
     pub fn fork(self: &Arc<Self>, request: &ForkDisks) -> Result<ForkedDisks> {
-        self.fork_as(request, request.hold_ms.map(|_| Uuid::new_v4()), &mut |_| ())
+        self.fork_as(request, request.hold_ms.map(|_| Uuid::new_v4()), &())
     }
 
-    /// The same, and does `at_cut` at the instant of disks in service. `token` names the cut.
+    /// The same. `token` names the cut.
     fn fork_as(
         self: &Arc<Self>,
         request: &ForkDisks,
         token: Option<Uuid>,
-        at_cut: AtCut<'_>,
+        steps: &dyn Steps,
     ) -> Result<ForkedDisks> {
-        let forked = self.fork_now(request, token, at_cut);
+        let forked = self.fork_now(request, token, steps);
         let forked = forked.context("fork", || verbs::named(request))?;
         self.tell_of_fork(request);
         self.sum_frozen();
@@ -60,7 +57,7 @@ impl Daemon {
         self: &Arc<Self>,
         request: &ForkDisks,
         token: Option<Uuid>,
-        at_cut: AtCut<'_>,
+        steps: &dyn Steps,
     ) -> Result<ForkedDisks> {
         let began = Instant::now();
         verbs::check_asked(request)?;
@@ -83,37 +80,30 @@ impl Daemon {
             if let (Some(token), Some(lasts)) = (token, hold) {
                 self.keep_held(token, held, Arc::clone(&names), lasts);
             }
-            at_cut(lasted);
         };
         let then = if hold.is_some() { Then::Hold } else { Then::GoOn };
-        cut(&dir, &row, &volumes, then, &mut told)?;
+        cut((&dir, &row), &volumes, then, steps, &mut told)?;
         let forked = verbs::forked(&dir, &dir.children(&row)?, (began.elapsed(), pause))?;
         Ok(ForkedDisks { token, ..forked })
     }
 
-    /// Forks disks in service, and comes back at the instant: [`Daemon::forked`] tells of the rest.
+    /// Forks disks in service, and comes back when that is ready, or when its instant is past:
+    /// [`Daemon::forked`] tells of the rest.
     ///
     /// # Errors
-    /// As [`Daemon::fork`], for what fails before the instant.
-    pub fn fork_to_cut(self: &Arc<Self>, request: ForkDisks) -> Result<CutForks> {
-        let (token, outcome) = (Uuid::new_v4(), Arc::new(Outcome::default()));
-        let (tell, told) = mpsc::channel();
-        let (daemon, shared) = (Arc::clone(self), Arc::clone(&outcome));
-        let work = move || {
-            let mut at_cut = |pause| {
-                daemon.keep_outcome(token, &shared);
-                _ = tell.send(Ok(pause));
-            };
-            match daemon.fork_as(&request, Some(token), &mut at_cut) {
-                // Before the instant nobody knows of the token.
-                Err(e) if !daemon.has_outcome(token) => _ = tell.send(Err(e)),
-                forked => shared.set(forked),
-            }
-        };
+    /// As [`Daemon::fork`], for what fails before.
+    pub fn fork_soon(self: &Arc<Self>, request: ForkDisks) -> Result<CutForks> {
+        let ready = request.answer == ForkAnswer::Ready;
+        let (token, going) = (Uuid::new_v4(), Going::new(ready));
+        self.keep_going(token, &going);
+        let (daemon, shared) = (Arc::clone(self), Arc::clone(&going));
+        let work = move || shared.end(daemon.fork_as(&request, Some(token), &*shared));
         std::thread::Builder::new().name("fork".into()).spawn(work)?;
-        let gone = || Error::new(Kind::Failed, "the thread of the fork ended");
-        let pause = told.recv().map_err(|_| gone())??;
-        Ok(CutForks { token, pause_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX) })
+        if ready {
+            going.wait_ready()?;
+            return Ok(CutForks { token, pause_us: None });
+        }
+        going.wait_cut().map(|pause| cut_of(token, pause))
     }
 
     pub(super) fn tell_of_fork(&self, request: &ForkDisks) {

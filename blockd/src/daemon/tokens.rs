@@ -19,8 +19,9 @@ use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
 
 use super::Daemon;
+use super::cut::Steps;
 use super::holds::Hold;
-use crate::api::types::{EventKind, Failure, ForkedDisks, ReleasedFork};
+use crate::api::types::{CutForks, EventKind, Failure, ForkedDisks, ReleasedFork};
 use crate::disk::HeldDisk;
 
 /// How long a token lasts at most.
@@ -40,40 +41,115 @@ pub(super) type Tokens = Mutex<BTreeMap<Uuid, Token>>;
 /// How long the outcome of a fork is kept at least for who asks.
 const OUTCOME_KEPT: Duration = Duration::from_secs(600);
 
-/// What came of a fork that was answered at its cut.
-#[derive(Default)]
-pub(super) struct Outcome {
-    known: Mutex<Option<(Instant, Result<ForkedDisks, Failure>)>>,
-    changed: Condvar,
+/// How long a fork that is ready waits for the word to cut.
+const READY_MAX: Duration = Duration::from_secs(10);
+
+/// How far a fork is.
+enum Stage {
+    /// It is being prepared.
+    Begun,
+    /// Nothing is left to do before the instant.
+    Ready,
+    /// The instant is to be now.
+    Go,
+    /// The instant is past, for which disks in service let nobody in for so long.
+    Cut(Duration),
+    /// It is durable, or failed.
+    Ended(Instant, Result<ForkedDisks, Failure>),
 }
 
-impl Outcome {
-    /// It is known from now on.
-    pub(super) fn set(&self, outcome: Result<ForkedDisks>) {
-        let outcome = outcome.map_err(|e| Failure::from(&e));
-        *self.known.lock() = Some((Instant::now(), outcome));
+/// A fork that is answered before it is durable.
+pub(super) struct Going {
+    stage: Mutex<Stage>,
+    changed: Condvar,
+    /// Wait for the word.
+    waits: bool,
+}
+
+impl Going {
+    /// One that cuts as soon as it is ready, or waits for the word.
+    pub(super) fn new(waits: bool) -> Arc<Self> {
+        Arc::new(Going { stage: Mutex::new(Stage::Begun), changed: Condvar::new(), waits })
+    }
+
+    fn set(&self, stage: Stage) {
+        *self.stage.lock() = stage;
         self.changed.notify_all();
     }
 
-    /// Waits until it is known.
-    fn wait(&self) -> Result<ForkedDisks> {
-        let mut known = self.known.lock();
+    /// It has ended.
+    pub(super) fn end(&self, outcome: Result<ForkedDisks>) {
+        self.set(Stage::Ended(Instant::now(), outcome.map_err(|e| Failure::from(&e))));
+    }
+
+    /// Waits until `wanted` says something; the failure of a fork that ended before.
+    fn wait<T>(&self, wanted: &dyn Fn(&Stage) -> Option<T>) -> Result<T> {
+        let mut stage = self.stage.lock();
         loop {
-            match &*known {
-                Some((_, Ok(forked))) => return Ok(forked.clone()),
-                Some((_, Err(failure))) => return Err(failure.clone().into()),
-                None => self.changed.wait(&mut known),
+            if let Some(found) = wanted(&stage) {
+                return Ok(found);
             }
+            if let Stage::Ended(_, outcome) = &*stage {
+                let past = || Error::invalid("its instant is past");
+                return Err(outcome.as_ref().err().cloned().map_or_else(past, Error::from));
+            }
+            self.changed.wait(&mut stage);
         }
     }
 
+    /// Waits until it is ready.
+    pub(super) fn wait_ready(&self) -> Result<()> {
+        self.wait(&|stage| (!matches!(stage, Stage::Begun | Stage::Ended(..))).then_some(()))
+    }
+
+    /// Waits until its instant is past.
+    pub(super) fn wait_cut(&self) -> Result<Duration> {
+        self.wait(&|stage| match stage {
+            Stage::Cut(pause) => Some(*pause),
+            Stage::Ended(_, Ok(forked)) => forked.pause_us.map(Duration::from_micros),
+            _ => None,
+        })
+    }
+
+    fn wait_ended(&self) -> Result<ForkedDisks> {
+        self.wait(&|stage| match stage {
+            Stage::Ended(_, Ok(forked)) => Some(forked.clone()),
+            _ => None,
+        })
+    }
+
     fn is_old(&self) -> bool {
-        self.known.lock().as_ref().is_some_and(|(since, _)| since.elapsed() > OUTCOME_KEPT)
+        matches!(&*self.stage.lock(), Stage::Ended(since, _) if since.elapsed() > OUTCOME_KEPT)
     }
 }
 
-/// All outcomes that are kept.
-pub(super) type Outcomes = Mutex<BTreeMap<Uuid, Arc<Outcome>>>;
+impl Steps for Going {
+    fn ready(&self) -> Result<()> {
+        self.set(Stage::Ready);
+        if !self.waits {
+            return Ok(());
+        }
+        let until = Instant::now() + READY_MAX;
+        let mut stage = self.stage.lock();
+        while matches!(*stage, Stage::Ready) {
+            if self.changed.wait_until(&mut stage, until).timed_out() {
+                let reason = format!("nobody said when, for {} s", READY_MAX.as_secs());
+                return Err(Error::new(Kind::Cancelled, reason));
+            }
+        }
+        match *stage {
+            Stage::Go => Ok(()),
+            _ => Err(Error::new(Kind::Cancelled, "it was given up before its instant")),
+        }
+    }
+
+    fn at_cut(&self, pause: Duration) {
+        self.set(Stage::Cut(pause));
+    }
+}
+
+/// All forks that are answered before they are durable, and for a while those that were.
+pub(super) type Outcomes = Mutex<BTreeMap<Uuid, Arc<Going>>>;
 
 /// How long to hold, from milliseconds that were asked for.
 ///
@@ -88,30 +164,68 @@ pub(super) fn lasting(ms: u64) -> Result<Duration> {
     Ok(asked)
 }
 
+/// The instant of a fork is past.
+pub(super) fn cut_of(token: Uuid, pause: Duration) -> CutForks {
+    CutForks { token, pause_us: u64::try_from(pause.as_micros()).ok() }
+}
+
 impl Daemon {
     /// Keeps what is to come of a fork, and forgets what is old.
-    pub(super) fn keep_outcome(&self, token: Uuid, outcome: &Arc<Outcome>) {
+    pub(super) fn keep_going(&self, token: Uuid, going: &Arc<Going>) {
         let mut outcomes = self.outcomes.lock();
-        outcomes.retain(|_, outcome| !outcome.is_old());
-        outcomes.insert(token, Arc::clone(outcome));
+        outcomes.retain(|_, going| !going.is_old());
+        outcomes.insert(token, Arc::clone(going));
     }
 
-    pub(super) fn has_outcome(&self, token: Uuid) -> bool {
-        self.outcomes.lock().contains_key(&token)
+    fn going(&self, token: Uuid, tried: &'static str) -> Result<Arc<Going>> {
+        let found = self.outcomes.lock().get(&token).map(Arc::clone);
+        found.ok_or_else(|| {
+            Error::new(Kind::NotFound, "there is no such token, or it is long past")
+                .tried(tried)
+                .on(format!("token {token}"))
+        })
     }
 
-    /// Waits until a fork that was answered at its cut is durable.
+    /// The instant of a fork that is ready is now.
+    ///
+    /// # Errors
+    /// `NotFound`; `Invalid` when it is past; `Cancelled` when nobody came for too long; as
+    /// [`Daemon::fork`].
+    pub fn cut_now(&self, token: Uuid) -> Result<CutForks> {
+        let going = self.going(token, "cut")?;
+        {
+            let mut stage = going.stage.lock();
+            match &*stage {
+                Stage::Ready => *stage = Stage::Go,
+                Stage::Ended(..) => {}
+                _ => return Err(Error::invalid("it is past, or not ready").tried("cut")),
+            }
+            going.changed.notify_all();
+        }
+        going.wait_cut().map(|pause| cut_of(token, pause))
+    }
+
+    /// Gives up a fork that is ready: its instant has not come.
+    ///
+    /// # Errors
+    /// `NotFound`; `Invalid` when its instant is past.
+    pub fn give_up_fork(&self, token: Uuid) -> Result<()> {
+        let going = self.going(token, "give up")?;
+        let mut stage = going.stage.lock();
+        if !matches!(*stage, Stage::Ready) {
+            return Err(Error::invalid("its instant is past").tried("give up"));
+        }
+        *stage = Stage::Begun;
+        going.changed.notify_all();
+        Ok(())
+    }
+
+    /// Waits until a fork that was answered before is durable.
     ///
     /// # Errors
     /// `NotFound` when there is no such token, or it is long past; as [`Daemon::fork`].
     pub fn forked(&self, token: Uuid) -> Result<ForkedDisks> {
-        let outcome = self.outcomes.lock().get(&token).map(Arc::clone);
-        let outcome = outcome.ok_or_else(|| {
-            Error::new(Kind::NotFound, "there is no such token, or it is long past")
-                .tried("wait for")
-                .on(format!("token {token}"))
-        })?;
-        outcome.wait()
+        self.going(token, "wait for")?.wait_ended()
     }
 
     /// Whether disks are held under a token.

@@ -22,8 +22,8 @@ pub fn check_asked(request: &ForkDisks) -> Result<()> {
     if request.mode == ForkMode::Inherit && request.hold_ms.is_some() {
         return Err(Error::invalid("only a live fork can be held"));
     }
-    if request.mode == ForkMode::Inherit && request.answer == ForkAnswer::Cut {
-        return Err(Error::invalid("only a live fork can be answered at its cut"));
+    if request.mode == ForkMode::Inherit && request.answer != ForkAnswer::Durable {
+        return Err(Error::invalid("only a live fork can be answered before it is durable"));
     }
     Ok(())
 }

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blockd::api::types::{
-    AttachDisk, DetachDisk, DiskDetails, Export, ExportKind, ExportSpec, ForkedDisks, RemovedDisk,
-    SocketName,
+    AttachDisk, CutForks, DetachDisk, DiskDetails, Export, ExportKind, ExportSpec, ForkAnswer,
+    ForkDisks, ForkedDisks, RemovedDisk, SocketName,
 };
 use format::{Context as _, Result};
 use serde::Serialize;
@@ -103,20 +103,45 @@ impl Blockd {
         Ok(exports)
     }
 
+    /// Has it get ready for a fork, which is to be cut within ten seconds. Returns the token.
+    ///
+    /// # Errors
+    /// What it says; nothing is made then.
+    pub fn fork_ready(&self, request: &ForkDisks) -> Result<Uuid> {
+        let asked = ForkDisks { answer: ForkAnswer::Ready, ..request.clone() };
+        self.ask::<CutForks>("POST", "/v1/forks", &asked).map(|ready| ready.token)
+    }
+
+    /// The request that cuts a fork that is ready.
+    ///
+    /// # Errors
+    /// None that is met here.
+    pub fn cut_request(token: Uuid) -> Result<Vec<u8>> {
+        http::request("POST", &format!("/v1/forks/{token}/cut"), &())
+    }
+
+    /// Waits until a fork is durable.
+    ///
+    /// # Errors
+    /// What it says.
+    pub fn forked(&self, token: Uuid) -> Result<ForkedDisks> {
+        self.ask("GET", &format!("/v1/forks/{token}"), &())
+    }
+
+    /// Has it forget a fork that is ready and was not cut, and waits for what became of one that
+    /// was: nobody has the names of its disks afterwards.
+    pub fn end_fork(&self, token: Uuid) {
+        // Refused when it was cut, and pointless when blockd is gone.
+        let _ = self.ask::<()>("DELETE", &format!("/v1/forks/{token}"), &());
+        let _ = self.forked(token);
+    }
+
     /// Everything about a disk.
     ///
     /// # Errors
     /// What it says.
     pub fn show(&self, disk: &str) -> Result<DiskDetails> {
         self.ask("GET", &disk_path(disk, ""), &())
-    }
-
-    /// Waits until a fork of disks that was answered at its instant is durable.
-    ///
-    /// # Errors
-    /// What it says: there are no children then.
-    pub fn forked(&self, token: Uuid) -> Result<ForkedDisks> {
-        self.ask("GET", &format!("/v1/forks/{token}"), &())
     }
 
     /// Removes a disk.

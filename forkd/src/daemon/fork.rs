@@ -4,14 +4,15 @@
 //! 1. names are reserved, shells taken, identities made: what can be refused is refused before
 //!    anything changes. Without new random numbers there is no fork;
 //! 2. what is going to be made is written down durably (`undo.rs`), before a disk can be;
-//! 3. the parent's process is told to cut. It stops the machine, has blockd fork the disks on a
-//!    connection that is open already, and lets the machine go on when their instant is past; then
-//!    it answers. Nobody else has a part in the pause: a daemon that is killed or slow does not
-//!    prolong it. That the fork of the disks is durable is waited for after the pause;
-//! 4. each shell becomes a child, with its disks attached and its identity in place, and stands;
-//! 5. when all of them are there, each is described and begins to run. One that runs is not undone
+//! 3. blockd gets ready for the fork of the disks: what takes a sync is done while the machine runs;
+//! 4. the parent's process is told to cut. It stops the machine, has blockd cut the disks on a
+//!    connection that is open already, and lets the machine go on; then it answers. Nobody else has
+//!    a part in the pause: a daemon that is killed or slow does not prolong it;
+//! 5. when the fork of the disks is durable, each shell becomes a child, with its disks attached
+//!    and its identity in place, and stands;
+//! 6. when all of them are there, each is described and begins to run. One that runs is not undone
 //!    by a failure of another: all that could fail has been done before;
-//! 6. descriptions are made durable, and what was written down in 2 goes. Only then is somebody
+//! 7. descriptions are made durable, and what was written down in 2 goes. Only then is somebody
 //!    told.
 //!
 //! Whatever fails on the way, the parent goes on, and what was made of children is removed. A
@@ -22,14 +23,13 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blockd::api::types::{
-    CutForks, Disk, FlattenWhen, ForkAnswer, ForkDisk, ForkDisks, ForkMode, ForkedDisks,
-};
+use blockd::api::types::{CutForks, Disk, FlattenWhen, ForkDisk, ForkDisks, ForkMode};
 use format::{Error, Kind, Result};
 use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::Daemon;
+use super::blockd::Blockd;
 use super::run::lent;
 use super::state::Description;
 use super::table::{Machine, object};
@@ -42,8 +42,6 @@ use crate::{clock, http, identity};
 
 /// Children of one fork at most.
 const CHILDREN_MAX: usize = 1024;
-/// blockd's answer to a fork whose instant is past, and which is not durable yet.
-const ACCEPTED: u16 = 202;
 /// Children that are made side by side.
 const LANES: usize = 4;
 
@@ -179,9 +177,8 @@ impl Daemon {
         let identities: Result<Vec<_>> = request.children.iter().zip(&shells).map(fresh).collect();
         let identities = identities?;
         self.janitor.begin(undo)?;
-        let cut = self.cut(parent, &cut_request(request, frozen)?, &mut undo.disks);
-        let (was_cut, files) = cut?;
-        let forked = self.forked_disks(&was_cut)?;
+        let (was_cut, files, forked) =
+            self.cut_all(parent, &fork_request(request, frozen), undo)?;
         let children: Vec<Child> = shells
             .into_iter()
             .zip(identities)
@@ -210,29 +207,45 @@ impl Daemon {
         self.let_run(parent, children, &was_cut, request, undo)
     }
 
-    /// The disks of the children, when they are there.
-    fn forked_disks(&self, was_cut: &WasCut) -> Result<Vec<Disk>> {
-        let Some((status, body)) = &was_cut.disks else { return Ok(Vec::new()) };
-        let reply = http::Reply { status: *status, body: body.clone().into_bytes() };
-        let forked = match reply.status {
-            // The instant is past, and the parent goes on: only its children wait for the rest.
-            ACCEPTED => self.blockd.forked(reply.read::<CutForks>()?.token)?,
-            _ => reply.read::<ForkedDisks>()?,
+    /// Has a machine and its disks cut at one instant. The disks that may have been forked stay in
+    /// `undo`; blockd is done with them.
+    fn cut_all(
+        &self,
+        parent: &Machine,
+        disks: &ForkDisks,
+        undo: &mut Undo,
+    ) -> Result<(WasCut, Vec<OwnedFd>, Vec<Disk>)> {
+        if disks.disks.is_empty() {
+            return self
+                .cut(parent, None, &mut undo.disks)
+                .map(|(cut, fds)| (cut, fds, Vec::new()));
+        }
+        let token = self.blockd.fork_ready(disks).inspect_err(|_| undo.disks.clear())?;
+        let mut cut = || {
+            let (was_cut, files) = self.cut(parent, Some(token), &mut undo.disks)?;
+            if let Some((status, body)) = &was_cut.disks {
+                let body = body.clone().into_bytes();
+                http::Reply { status: *status, body }.read::<CutForks>()?;
+            }
+            let forked = self.blockd.forked(token)?.children;
+            Ok((was_cut, files, forked))
         };
-        Ok(forked.children)
+        cut().inspect_err(|_| self.blockd.end_fork(token))
     }
 
-    /// Has a machine cut. The disks that may have been forked stay in `undo`.
+    /// Has a machine cut, and its disks if there is a token for them.
     fn cut(
         &self,
         parent: &Machine,
-        request: &Option<String>,
+        token: Option<Uuid>,
         undo: &mut Vec<UndoDisk>,
     ) -> Result<(WasCut, Vec<OwnedFd>)> {
-        let connection = request.as_ref().map(|_| self.blockd.connect()).transpose();
+        let connection = token.map(|_| self.blockd.connect()).transpose();
         let connection = connection.inspect_err(|_| undo.clear())?;
         let lent: Vec<BorrowedFd> = connection.iter().map(|c| c.as_fd()).collect();
-        let ask = Ask::Cut(CutVm { request: request.clone() });
+        let text = |bytes| String::from_utf8(bytes).map_err(|_| Error::invalid("it is no text"));
+        let request = token.map(|token| Blockd::cut_request(token).and_then(text)).transpose()?;
+        let ask = Ask::Cut(CutVm { request });
         match parent.living_process()?.ask_with::<Cutting>(&ask, &lent)? {
             (Cutting::Cut(was_cut), files) => Ok((was_cut, files)),
             (Cutting::Failed { failure, disks }, _) => {
@@ -309,24 +322,18 @@ fn to_undo(request: &ForkVm, frozen: &[Frozen]) -> Vec<UndoDisk> {
     frozen.iter().flat_map(of).collect()
 }
 
-/// The request to blockd that forks the disks; `None` when there is nothing to fork.
-fn cut_request(request: &ForkVm, frozen: &[Frozen]) -> Result<Option<String>> {
-    if frozen.is_empty() {
-        return Ok(None);
-    }
+/// What blockd is to fork.
+fn fork_request(request: &ForkVm, frozen: &[Frozen]) -> ForkDisks {
     let disk = |f: &Frozen| ForkDisk {
         disk: f.disk.clone(),
         children: request.children.iter().map(|child| disk_name(child, f.i)).collect(),
     };
-    let body = ForkDisks {
+    ForkDisks {
         disks: frozen.iter().map(disk).collect(),
         mode: ForkMode::Live,
         flatten: FlattenWhen::Auto,
-        answer: ForkAnswer::Cut,
         ..ForkDisks::default()
-    };
-    let bytes = http::request("POST", "/v1/forks", &body)?;
-    String::from_utf8(bytes).map(Some).map_err(|_| Error::invalid("a name is no text"))
+    }
 }
 
 /// Does something for each child, several at a time; all of it is tried, the first failure counts.
@@ -364,11 +371,9 @@ mod tests {
             Frozen { i: 2, disk: "data".into(), segment: Uuid::from_u128(2) },
         ];
 
-        let asked = cut_request(&request, &frozen).unwrap().unwrap();
+        let body = fork_request(&request, &frozen);
         let undo = to_undo(&request, &frozen);
 
-        let body = asked.split_once("\r\n\r\n").unwrap().1;
-        let body: ForkDisks = serde_json::from_str(body).unwrap();
         let names = |d: &ForkDisk| (d.disk.clone(), d.children.join(" "));
         let asked: Vec<_> = body.disks.iter().map(names).collect();
         assert_eq!(
@@ -389,6 +394,6 @@ mod tests {
                 ("b-disk2", over(2)),
             ]
         );
-        assert_eq!(cut_request(&request, &[]).unwrap(), None);
+        assert!(fork_request(&request, &[]).disks.is_empty());
     }
 }

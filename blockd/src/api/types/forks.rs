@@ -57,6 +57,9 @@ pub enum ForkAnswer {
     Durable,
     /// At the instant, which is before that; for disks in service.
     Cut,
+    /// When all is ready for the instant, which `POST /v1/forks/{token}/cut` then says, within ten
+    /// seconds; for disks in service.
+    Ready,
 }
 
 /// A disk to fork.
@@ -89,13 +92,14 @@ pub struct ForkedDisks {
     pub token: Option<Uuid>,
 }
 
-/// The instant of a fork is past; what is durable of it is told by `GET /v1/forks/{token}`.
+/// The instant of a fork is past, or can be now; what is durable of it is told by
+/// `GET /v1/forks/{token}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CutForks {
     /// The cut.
     pub token: Uuid,
-    /// Microseconds for which disks in service let no request in.
-    pub pause_us: u64,
+    /// Microseconds for which disks in service let no request in; null when it is still to come.
+    pub pause_us: Option<u64>,
 }
 
 /// What a fork that is not done is answered with: a job for one that inherits, else its cut.
