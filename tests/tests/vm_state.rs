@@ -55,10 +55,10 @@ fn half_done_accesses_are_finished_once() {
     for by_port in [0, 1] {
         let parent = Guest::start(8 * MIB, 1);
         let mut rng = Rng::new(by_port);
-        let count = 20_000;
+        let count = 6_000;
         parent.tell(0, Op::Follow, [count, by_port, 0]);
         let mut children = Vec::new();
-        for _ in 0..12 {
+        for _ in 0..8 {
             std::thread::sleep(std::time::Duration::from_micros(rng.below(4000)));
             let child = child_of(&parent.cut(), &parent);
             child.machine.resume().expect("the child runs");

@@ -63,7 +63,8 @@ fn main() {
     let mut number = |default| numbers.next().and_then(Result::ok).unwrap_or(default);
     let (memory_mib, rounds) = (number(512), number(20));
     let (mut small, mut huge, mut next) = (Pauses::default(), Pauses::default(), Pauses::default());
-    let (mut child, mut later, mut cut) = (Times::default(), Times::default(), Times::default());
+    let (mut child, mut later) = (Times::default(), Times::default());
+    let (mut first, mut cut, mut idle) = (Times::default(), Times::default(), Times::default());
     for round in 0..rounds {
         for wait in [false, true] {
             let parent = Guest::start(memory_mib * MIB, 1);
@@ -73,7 +74,11 @@ fn main() {
                 wait_for_huge_pages(&parent);
             }
             let shell = Machine::shell(&parent.class()).expect("a shell");
+            let began = Instant::now();
             let image = parent.cut();
+            if wait {
+                first.add(began.elapsed());
+            }
             if wait { &mut huge } else { &mut small }.add(&image.pause);
             child.add(time_to_run(shell, &image));
             if !wait {
@@ -89,6 +94,9 @@ fn main() {
                 cut.add(began.elapsed());
                 next.add(&image.pause);
                 later.add(time_to_run(shell, &image));
+                let began = Instant::now();
+                drop(parent.cut());
+                idle.add(began.elapsed());
             }
         }
     }
@@ -100,7 +108,9 @@ fn main() {
     small.rows("first cut, ordinary pages");
     huge.rows("first cut, huge pages");
     next.rows("later cuts, 1 % written since");
-    cut.row("later cuts, whole call");
+    first.row("first cut, huge pages, whole call");
+    cut.row("later cuts, 1 % written since, whole call");
+    idle.row("later cuts, nothing written since, whole call");
     child.row("child of a first cut: image to first access");
     later.row("child of a later cut: image to first access");
 }

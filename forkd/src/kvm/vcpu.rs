@@ -11,7 +11,7 @@
 //! Lock order: `fd`, then `gate`. Devices are called with `fd` held.
 
 use std::os::unix::thread::JoinHandleExt;
-use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, Ordering};
 use std::sync::{Arc, Once};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -50,6 +50,8 @@ pub struct Cpu {
     /// threads share it.
     page: AtomicPtr<kvm_run>,
     want: AtomicU8,
+    /// The kernel's number of the thread; 0 before it began.
+    tid: AtomicI32,
     gate: Mutex<Gate>,
     changed: Condvar,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -79,6 +81,7 @@ impl Cpu {
             fd: Mutex::new(fd),
             page,
             want: AtomicU8::new(PARK),
+            tid: AtomicI32::new(0),
             gate: Mutex::default(),
             changed: Condvar::new(),
             thread: Mutex::default(),
@@ -174,8 +177,15 @@ impl Cpu {
         self.want.load(Ordering::Acquire)
     }
 
+    /// The kernel's number of its thread.
+    pub(crate) fn tid(&self) -> libc::pid_t {
+        self.tid.load(Ordering::Relaxed) // set before `start` returned
+    }
+
     /// The thread.
     fn live(&self, ending: &Ending) {
+        // SAFETY: asks for a number; touches no memory. The gate's lock publishes it.
+        self.tid.store(unsafe { libc::gettid() }, Ordering::Relaxed);
         loop {
             {
                 let mut gate = self.gate.lock();

@@ -12,6 +12,7 @@
 //! Lock order: `control`, then `top`, then a processor's own.
 
 pub mod ending;
+mod urgent;
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -34,6 +35,7 @@ use crate::memory::{Gpa, GuestRam, Layer};
 use crate::wires::{Devices, DiskCut, Identity, Interrupt, MakeDevices, PowerSwitch, Wires};
 use ending::Ending;
 pub use ending::{Exit, Reason};
+use urgent::Urgent;
 
 /// Most processors of a machine.
 pub const VCPUS_MAX: u8 = 8;
@@ -302,6 +304,9 @@ impl Machine {
         let mut delta = top.prepare(&self.ram, &self.vm)?;
 
         let mut pause = Pause { rest_bytes: delta.rest_bytes(), ..Pause::default() };
+        // The processors' threads are ordinary again before they run again.
+        let own_thread = runs.then(Urgent::this);
+        let threads = runs.then(|| Urgent::new(self.cpus.iter().map(|cpu| cpu.tid())));
         let began = Instant::now();
         let mut clock = Lap(began);
         let mut instant = || -> Result<Vec<u8>> {
@@ -322,11 +327,12 @@ impl Machine {
             Ok(state)
         };
         let state = instant();
-        if runs {
-            self.go_on(devices)?;
-        }
-        let gone_on = self.cpus.iter().filter_map(|cpu| cpu.let_go_at()).max();
-        pause.whole = gone_on.map_or(Duration::ZERO, |at| at.duration_since(began));
+        drop(threads);
+        let gone_on = if runs { self.go_on(devices) } else { Ok(()) };
+        drop(own_thread);
+        gone_on?;
+        let let_go = self.cpus.iter().filter_map(|cpu| cpu.let_go_at()).max();
+        pause.whole = let_go.map_or(Duration::ZERO, |at| at.duration_since(began));
         let state = state?;
         Ok(Image { layers: top.publish(delta)?, state, pause })
     }

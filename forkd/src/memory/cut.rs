@@ -325,20 +325,18 @@ fn take_written(ram: &GuestRam, vm: &Vm, into: &mut PageSet) -> Result<()> {
     Ok(())
 }
 
-/// Adds the pages that are the process's own, from `/proc/self/pagemap`.
+/// Adds the pages that are the process's own, from its page tables.
 fn insert_private(ram: &GuestRam, into: &mut PageSet) -> Result<()> {
     const PRESENT: u64 = 1 << 63;
     const SWAPPED: u64 = 1 << 62;
     const OF_FILE: u64 = 1 << 61;
-    let map = std::fs::File::open("/proc/self/pagemap")
-        .map_err(|e| Error::from(e).tried("read").on("/proc/self/pagemap"))?;
     let base = ram.at_offset(0).as_ptr() as u64 / PAGE;
     let pages = ram.size() / PAGE;
     let mut entries = vec![0; 64 << 10];
     let mut page = 0;
     while page < pages {
         let want = index((pages - page) * 8).min(entries.len());
-        let n = rustix::io::pread(&map, &mut entries[..want], (base + page) * 8)
+        let n = rustix::io::pread(ram.page_tables(), &mut entries[..want], (base + page) * 8)
             .map_err(|e| Error::from(std::io::Error::from(e)).tried("read").on("page table"))?;
         if n < 8 {
             return Err(Error::corrupt("the page table ends early"));

@@ -7,6 +7,7 @@
 //! reference to plain memory. Before a mapping is activated the reservation is inaccessible: a
 //! processor or device that ran too early would fault, not see another guest's bytes.
 
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -17,6 +18,9 @@ use vhost_blk::memory::{GuestAddr, Memory, Region, RegionSpec, UserAddr, copy_in
 
 use super::dirty::DirtyPages;
 use super::{Gpa, HIGH_START, HUGE_PAGE, LOW_END, PAGE, index, wide};
+
+/// What tells which pages are a process's own.
+const PAGE_TABLES: &str = "/proc/self/pagemap";
 
 /// One stretch of guest-physical addresses that is RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +41,9 @@ pub struct GuestRam {
     whole: (NonNull<u8>, usize),
     size: u64,
     dirty: DirtyPages,
+    /// The page tables of this process. Opened early: a process that confines itself afterwards
+    /// cannot.
+    page_tables: File,
 }
 
 // SAFETY: the value owns its reservation; all access goes through volatile copies or raw pointers
@@ -56,6 +63,8 @@ impl GuestRam {
                 .tried("reserve")
                 .on(format!("{size} bytes of guest memory")));
         }
+        let page_tables =
+            File::open(PAGE_TABLES).map_err(|e| Error::from(e).tried("open").on(PAGE_TABLES))?;
         let len = index(size + HUGE_PAGE);
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: a fresh mapping at an address the kernel picks aliases nothing.
@@ -67,7 +76,8 @@ impl GuestRam {
         let whole = NonNull::new(start).ok_or_else(|| Error::invalid("memory at address 0"))?;
         // SAFETY: `lead` is smaller than a huge page, by which the reservation is larger than RAM.
         let base = unsafe { whole.add(lead) };
-        Ok(GuestRam { base, whole: (whole, len), size, dirty: DirtyPages::new(size) })
+        let dirty = DirtyPages::new(size);
+        Ok(GuestRam { base, whole: (whole, len), size, dirty, page_tables })
     }
 
     /// Memory of `size` bytes in a shared file of its own, all zero.
@@ -160,6 +170,11 @@ impl GuestRam {
         if let Some(offset) = self.offset_of(at, len) {
             self.dirty.mark(offset, len);
         }
+    }
+
+    /// The page tables of this process, 8 bytes for each page of its address space.
+    pub(crate) fn page_tables(&self) -> &File {
+        &self.page_tables
     }
 
     /// The pages that devices wrote.
