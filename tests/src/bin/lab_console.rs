@@ -1,7 +1,9 @@
-//! Runs a line of shell in the guest of a machine, over its console: `lab_console SOCKET COMMAND`.
+//! Runs a line of shell in the guest of a machine, over its console: `lab_console [--forked]
+//! SOCKET COMMAND`.
 //!
-//! The other side is `tests/lab/init`. Exits with the command's code, or with 125 when the console
-//! says nothing for a minute.
+//! The other side is `tests/lab/init`. A guest that boots says that it is ready; one that was
+//! forked has said so before it had a console of its own. Exits with the command's code, or with
+//! 125 when the console says nothing for a minute.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -10,11 +12,15 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
-    let [socket, command] = &words[..] else {
-        eprintln!("SOCKET COMMAND");
-        return ExitCode::from(2);
+    let (socket, command, forked) = match &words[..] {
+        [socket, command] => (socket, command, false),
+        [forked, socket, command] if forked == "--forked" => (socket, command, true),
+        _ => {
+            eprintln!("[--forked] SOCKET COMMAND");
+            return ExitCode::from(2);
+        }
     };
-    match ask(socket, command) {
+    match ask(socket, command, forked) {
         Ok(code) => ExitCode::from(code),
         Err(e) => {
             eprintln!("{socket}: {e}");
@@ -23,7 +29,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn ask(socket: &str, command: &str) -> std::io::Result<u8> {
+fn ask(socket: &str, command: &str, forked: bool) -> std::io::Result<u8> {
     let stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(Duration::from_secs(60)))?;
     let mut lines = BufReader::new(stream.try_clone()?).split(b'\n');
@@ -31,10 +37,13 @@ fn ask(socket: &str, command: &str) -> std::io::Result<u8> {
     // What was printed before we came is sent first, so old answers are there too.
     let id = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |t| t.as_nanos());
     let (ready, mark) = ("@0 ready".to_owned(), format!("@{id} "));
+    if forked {
+        writeln!(stream, "{id} {command}")?;
+    }
     loop {
         let line = lines.next().ok_or_else(|| std::io::Error::other("the console is gone"))??;
         let line = String::from_utf8_lossy(&line).trim_end().to_owned();
-        if line.ends_with(&ready) {
+        if line.ends_with(&ready) && !forked {
             writeln!(stream, "{id} {command}")?;
         } else if let Some(at) = line.find(&mark) {
             let mut words = line[at + mark.len()..].split(' ');

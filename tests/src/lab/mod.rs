@@ -75,14 +75,6 @@ impl Lab {
         let output = self.guest.try_run(command, RUN);
         (output.code, output.text)
     }
-
-    /// Runs a line of shell in an inner guest, over its console, and returns what it wrote.
-    ///
-    /// # Panics
-    /// When it fails or takes longer than [`RUN`].
-    pub fn ask(&mut self, console: &str, command: &str) -> String {
-        self.run(&format!("lab_console {console} '{command}'"))
-    }
 }
 
 /// The second archive of the lab.
@@ -90,13 +82,20 @@ fn pack(image: &Image, programs: &[&str]) -> Vec<u8> {
     let mut inner = fs::read(&image.initramfs).expect("the guest image was just made");
     let mut overlay = Archive::default();
     overlay.add("init", include_bytes!("../../lab/init"));
+    add_programs(&mut overlay, &["lab_agent"]);
     inner.extend(overlay.finish());
 
     let mut archive = Archive::default();
     archive.add("lab/initramfs", &inner);
     archive.add("lab/kernel", &fs::read(&image.kernel).expect("as above"));
+    add_programs(&mut archive, programs);
+    archive.finish()
+}
+
+/// Adds programs of this workspace and the libraries that they need.
+fn add_programs(archive: &mut Archive, names: &[&str]) {
     let mut libraries = Vec::new();
-    for name in programs {
+    for name in names {
         let path = program(name);
         archive.add(&format!("usr/bin/{name}"), &stripped(&path));
         libraries.extend(libraries_of(&path));
@@ -107,7 +106,6 @@ fn pack(image: &Image, programs: &[&str]) -> Vec<u8> {
         let name = library.to_str().expect("a plain path").trim_start_matches('/');
         archive.add(name, &fs::read(&library).expect("a library that ldd names"));
     }
-    archive.finish()
 }
 
 /// A program without its debug information, which is most of it.

@@ -1,0 +1,92 @@
+//! Machines in the lab, by the command line.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use offshoot_tests::lab::Lab;
+use serde_json::Value;
+
+/// The daemons of a lab, and what runs there.
+pub struct Machines {
+    pub lab: Lab,
+    forked: BTreeSet<String>,
+    consoles: BTreeMap<String, String>,
+}
+
+const OFFSHOOT: &str = "offshoot --store /run/store --forkd /run/forkd.sock";
+
+impl Machines {
+    /// Starts the daemons, with two disks.
+    pub fn new(mut lab: Lab) -> Machines {
+        let create = format!("{OFFSHOOT} disk create");
+        lab.run(&format!(
+            "{OFFSHOOT} init && {create} root --size 64M && {create} count --size 1M && \
+             (blockd --store /run/store --api /run/blockd.sock >/run/blockd.log 2>&1 & \
+              forkd --state /run/forkd --blockd /run/blockd.sock --api /run/forkd.sock \
+                --pool-size 1 >/run/forkd.log 2>&1 &) && \
+             until [ -S /run/blockd.sock ] && [ -S /run/forkd.sock ]; do sleep 0.1; done"
+        ));
+        Machines { lab, forked: BTreeSet::new(), consoles: BTreeMap::new() }
+    }
+
+    /// Runs a verb and returns what it says as JSON.
+    fn verb(&mut self, words: &str) -> Value {
+        let (code, said) = self.lab.try_run(&format!("{OFFSHOOT} --json {words}"));
+        if code != 0 {
+            let logs = self.lab.run("tail -n 20 /run/forkd.log /run/blockd.log; dmesg | tail -n 5");
+            panic!("{words}: {said}\n{logs}");
+        }
+        serde_json::from_str(&said).unwrap_or_else(|e| panic!("{words}: {e}: {said}"))
+    }
+
+    /// Boots a machine with both disks.
+    pub fn run(&mut self, name: &str) {
+        self.verb(&format!(
+            "vm run {name} --kernel /lab/kernel --initrd /lab/initramfs --mem 160M \
+             --disk root --disk count \
+             --cmdline \"console=ttyS0 pci=off panic=-1 quiet mitigations=off nokaslr\""
+        ));
+    }
+
+    /// Forks a machine.
+    pub fn fork(&mut self, parent: &str, children: &[&str]) {
+        let said = self.verb(&format!("vm fork {parent} {}", children.join(" ")));
+        println!("{said}");
+        self.forked.extend(children.iter().map(|c| (*c).to_owned()));
+    }
+
+    /// Everything about a machine.
+    pub fn show(&mut self, name: &str) -> Value {
+        self.verb(&format!("vm show {name}"))
+    }
+
+    /// Runs a line of shell in a machine and returns what it wrote.
+    pub fn ask(&mut self, name: &str, command: &str) -> String {
+        let (code, said) = self.try_ask(name, command);
+        if code != 0 {
+            let logs = self.lab.run("tail -n 20 /run/forkd.log /run/blockd.log");
+            panic!("{name}: {command}: {code} {said}\n{logs}\n{:#}", self.show(name));
+        }
+        said
+    }
+
+    fn try_ask(&mut self, name: &str, command: &str) -> (i32, String) {
+        if !self.consoles.contains_key(name) {
+            let console = self.show(name)["console"].as_str().expect("a console").to_owned();
+            self.consoles.insert(name.to_owned(), console);
+        }
+        let console = &self.consoles[name];
+        let forked = if self.forked.contains(name) { "--forked" } else { "" };
+        self.lab.try_run(&format!("lab_console {forked} {console} '{command}'"))
+    }
+
+    /// Has a machine turn itself off.
+    pub fn turn_off(&mut self, name: &str) {
+        // The console goes with the machine.
+        self.try_ask(name, "sync; poweroff -f");
+        let end = (0..100).find_map(|_| {
+            self.lab.run("sleep 0.1");
+            self.show(name)["end"]["reason"].as_str().map(str::to_owned)
+        });
+        assert_eq!(end.as_deref(), Some("power-off"), "{name}");
+    }
+}
