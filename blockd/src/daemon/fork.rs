@@ -2,10 +2,10 @@
 //!
 //! How they go on is in `cut.rs`.
 //!
-//! Who takes something else at the same instant, a machine's memory say, has the machine stopped for
-//! it, and cannot wait for what is made durable. [`Daemon::fork_soon`] answers when all is ready for
-//! the instant, which [`Daemon::cut_now`] then says, or when the instant is past; in either case
-//! [`Daemon::forked`] waits for the rest.
+//! Who takes something else at the same instant, a machine's memory say, has the machine stopped
+//! for it, and cannot wait for what is made durable. [`Daemon::fork_soon`] answers when all is
+//! ready for the instant, which [`Daemon::cut_now`] then says, or when the instant is past; in
+//! either case [`Daemon::forked`] waits for the rest.
 //!
 //! Tests: `fork_under_load`.
 

@@ -4,7 +4,8 @@
 //! 1. names are reserved, shells taken, identities made: what can be refused is refused before
 //!    anything changes. Without new random numbers there is no fork;
 //! 2. what is going to be made is written down durably (`undo.rs`), before a disk can be;
-//! 3. blockd gets ready for the fork of the disks: what takes a sync is done while the machine runs;
+//! 3. blockd gets ready for the fork of the disks: what takes a sync is done while the machine
+//!    runs;
 //! 4. the parent's process is told to cut. It stops the machine, has blockd cut the disks on a
 //!    connection that is open already, and lets the machine go on; then it answers. Nobody else has
 //!    a part in the pause: a daemon that is killed or slow does not prolong it;
