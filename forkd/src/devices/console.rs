@@ -170,9 +170,10 @@ impl Server {
         // Pairs with the store in `Console::drop`.
         while !self.ending.load(Ordering::Acquire) {
             self.accept();
-            if !self.send() || !self.receive() {
-                (self.listening, self.input) = (None, Vec::new());
+            if !self.receive() || !self.send() {
+                self.listening = None;
             }
+            self.pass_on();
             // Pairs with the swap in `Output::put`: a byte that came before the store is seen by
             // the look after it, and a later one rings.
             self.output.wanted.store(self.listening.is_some(), Ordering::SeqCst);
@@ -212,8 +213,9 @@ impl Server {
     fn accept(&mut self) {
         while let Ok((stream, _)) = self.listener.accept() {
             if stream.set_nonblocking(true).is_ok() {
+                // What the one before typed to the end reaches the guest, whoever takes over.
+                self.receive();
                 self.listening = Some(Attached { stream, position: 0, unsent: Vec::new() });
-                self.input.clear();
             }
         }
     }
@@ -246,7 +248,7 @@ impl Server {
         }
     }
 
-    /// Passes typed bytes on; `false` when the listener is gone.
+    /// Takes what was typed, as far as there is room; `false` when the listener is gone.
     fn receive(&mut self) -> bool {
         let Some(attached) = &mut self.listening else { return true };
         let mut bytes = [0; 512];
@@ -259,11 +261,15 @@ impl Server {
                 Err(_) => return false,
             }
         }
+        true
+    }
+
+    /// Gives the guest what was typed, also by somebody who is gone.
+    fn pass_on(&mut self) {
         if !self.input.is_empty() {
             let taken = (self.typed)(&self.input);
             self.input.drain(..taken);
         }
-        true
     }
 }
 
