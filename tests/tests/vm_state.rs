@@ -7,6 +7,7 @@ use forkd::machine::{Image, Pause, SizeClass};
 use format::{Error, Kind};
 use offshoot_tests::payload::{Guest, HEAP, InPause, Op, available, identity};
 use offshoot_tests::rng::Rng;
+use offshoot_tests::vm::parts;
 
 const MIB: u64 = 1 << 20;
 
@@ -199,34 +200,6 @@ fn state_saved_restored_and_saved_is_the_same() {
             assert_eq!(first, second, "section {name} of a machine with {vcpus} processors");
         }
     }
-}
-
-/// The sections of a state, with everything that is time set to zero.
-fn parts(state: &[u8]) -> Vec<(String, Vec<u8>)> {
-    /// The time stamp counter, and the deadline on it; KVM's clock pages hold no time themselves.
-    const OF_TIME: [u32; 2] = [0x10, 0x6e0];
-    /// What the timer has left, and the pending timer in the row of requests.
-    const TIMER_LEFT: std::ops::Range<usize> = 0x390..0x394;
-    let reader = Reader::new(state).expect("a state");
-    reader
-        .sections()
-        .filter(|(tag, _, _)| *tag != tag::CLOCK)
-        .map(|(tag, number, content)| {
-            let mut content = content.to_vec();
-            if tag == tag::LAPIC {
-                content[TIMER_LEFT].fill(0);
-            }
-            if tag == tag::MSRS {
-                for entry in content.chunks_exact_mut(16) {
-                    let index = u32::from_le_bytes(entry[..4].try_into().unwrap());
-                    if OF_TIME.contains(&index) {
-                        entry[8..].fill(0);
-                    }
-                }
-            }
-            (format!("{} {number}", String::from_utf8_lossy(&tag)), content)
-        })
-        .collect()
 }
 
 /// A state that was altered or cut short anywhere, or lacks a part, makes no machine.

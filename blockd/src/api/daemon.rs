@@ -1,7 +1,6 @@
 //! Routes about the daemon itself: who it is, what it does, what happened.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Json;
 use axum::body::Bytes;
@@ -13,14 +12,12 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::body::streamed;
+use super::jobs::{self, WaitParams};
 use super::reply::{Answer, Asked, Named, Params, blocking};
 use super::types::{Event, FailureBody, HandOver, HandedOver, Health, Job, Version};
 use crate::daemon::Daemon;
 
 type Shared = State<Arc<Daemon>>;
-
-/// Longest wait for the end of a job.
-const WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// Who answers
 #[utoipa::path(get, path = "/v1/version", tag = "daemon",
@@ -42,15 +39,6 @@ pub async fn health(State(daemon): Shared) -> Json<Health> {
 pub async fn shutdown(State(daemon): Shared) -> StatusCode {
     daemon.stop();
     StatusCode::ACCEPTED
-}
-
-/// Which jobs.
-#[derive(Debug, Default, Deserialize, IntoParams)]
-#[into_params(parameter_in = Query)]
-#[serde(default, deny_unknown_fields)]
-pub struct WaitParams {
-    /// Milliseconds to wait for the end of the job, 60,000 at most.
-    pub wait_ms: u64,
 }
 
 /// Hand everything to a successor, and end
@@ -86,11 +74,7 @@ pub async fn job(
     Params(wait): Params<WaitParams>,
 ) -> Answer<Json<Job>> {
     let entry = daemon.jobs().get(id)?;
-    let mut ended = entry.ended();
-    let longest = Duration::from_millis(wait.wait_ms).min(WAIT_MAX);
-    // Whether it ended or the time is up: its description says which.
-    let _ = tokio::time::timeout(longest, ended.wait_for(|ended| *ended)).await;
-    Ok(Json(entry.describe()))
+    Ok(jobs::described(&entry, wait).await)
 }
 
 /// Ask a job to stop; one that has ended stays as it is

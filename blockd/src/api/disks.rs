@@ -5,38 +5,23 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use axum::response::{IntoResponse as _, Response};
-use format::{Error, Kind, Result};
+use axum::response::IntoResponse as _;
+use format::Result;
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
 use uuid::Uuid;
 
-use super::NOTE;
-use super::reply::{Answer, Asked, Named, Params, Refused, blocking, failure, note_header};
+use super::jobs::{Waiting, run};
+use super::reply::{Answer, Asked, Named, Params, blocking};
 use super::types::{
     ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, CutForks, Df, Digested, Disk,
     DiskDetails, FailureBody, ForkAnswer, ForkDisks, ForkMode, ForkedDisks, Job, JobKind, JobOrCut,
     LostTail, ReleasedFork, RemovedDisk, RenameDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed,
 };
-use crate::daemon::{Daemon, Entry, Noted, Running};
+use crate::daemon::{Daemon, Noted, Running};
 use crate::verbs;
 
 type Shared = State<Arc<Daemon>>;
-
-/// Whether the answer waits for the end of the work.
-#[derive(Debug, Clone, Copy, Deserialize, IntoParams)]
-#[into_params(parameter_in = Query)]
-#[serde(default, deny_unknown_fields)]
-pub struct Waiting {
-    /// `false`: answer at once, with status 202 and the job.
-    pub wait: bool,
-}
-
-impl Default for Waiting {
-    fn default() -> Self {
-        Waiting { wait: true }
-    }
-}
 
 /// Whether a disk may be opened although completed writes of a live session are missing.
 #[derive(Debug, Clone, Copy, Default, Deserialize, IntoParams)]
@@ -55,34 +40,7 @@ pub(super) async fn as_job<T: Serialize>(
     work: impl FnOnce(&Daemon, &Running) -> Result<T> + Send + 'static,
 ) -> Answer {
     let running = daemon.jobs().start(kind, &object, None);
-    let entry = Arc::clone(running.entry());
-    // Not awaited: the job goes on when its client goes away. A panic ends it as well.
-    tokio::task::spawn_blocking(move || {
-        // What came of it is told by the job.
-        let _ = running.run(|job| work(&daemon, job));
-    });
-    if !waiting.wait {
-        return Ok((StatusCode::ACCEPTED, Json(entry.describe())).into_response());
-    }
-    // An error would mean that the job is gone, and it is held here.
-    let _ = entry.ended().wait_for(|ended| *ended).await;
-    Ok(answer_of(&entry))
-}
-
-/// What an ended job has to say.
-fn answer_of(entry: &Entry) -> Response {
-    match entry.outcome() {
-        Some(Ok(value)) => Noted { value, notes: entry.notes() }.into_response(),
-        Some(Err(error)) => {
-            let kind = Kind::from_name(&error.kind).unwrap_or(Kind::Failed);
-            let mut response = failure(kind, *error);
-            for value in entry.notes().iter().filter_map(|n| note_header(n)) {
-                response.headers_mut().append(NOTE, value);
-            }
-            response
-        }
-        None => Refused(Error::new(Kind::Failed, "the job has not ended")).into_response(),
-    }
+    run(running, waiting, move |job| work(&daemon, job)).await
 }
 
 /// The space that the store takes and has left

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 
-use super::disks::{Waiting, as_job};
+use super::disks::as_job;
+use super::jobs::Waiting;
 use super::reply::{Answer, Asked, Named, Params, blocking};
 use super::types::{Disk, FailureBody, FlattenDisk, Flattened, Job, JobKind, SetFlattenPolicy};
 use crate::daemon::Daemon;

@@ -14,6 +14,7 @@ mod daemon;
 mod disks;
 mod exports;
 mod flatten;
+pub mod jobs;
 mod modes;
 mod openapi;
 pub mod reply;

@@ -6,6 +6,7 @@
 
 mod daemon;
 mod openapi;
+mod snapshots;
 pub mod types;
 mod vms;
 
@@ -49,6 +50,11 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/vms/{name}/resume", post(vms::resume))
         .route("/v1/vms/{name}/stop", post(vms::stop))
         .route("/v1/vms/{name}/fork", post(vms::fork))
+        .route("/v1/vms/{name}/snapshot", post(snapshots::take))
+        .route("/v1/snapshots/restore", post(snapshots::restore))
+        .route("/v1/snapshots/remove", post(snapshots::remove))
+        .route("/v1/jobs", get(snapshots::jobs))
+        .route("/v1/jobs/{id}", get(snapshots::job).delete(snapshots::cancel))
         .route("/v1/stats", get(vms::stats))
         .fallback(reply::no_such_path)
         .method_not_allowed_fallback(reply::no_such_method)

@@ -7,7 +7,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
 use utoipa::OpenApi;
 
-use super::{daemon, vms};
+use super::{daemon, snapshots, vms};
 
 /// All paths.
 #[derive(OpenApi)]
@@ -34,6 +34,12 @@ use super::{daemon, vms};
         vms::stop,
         vms::fork,
         vms::stats,
+        snapshots::take,
+        snapshots::restore,
+        snapshots::remove,
+        snapshots::jobs,
+        snapshots::job,
+        snapshots::cancel,
     )
 )]
 struct Document;

@@ -110,7 +110,7 @@ pub struct VmDisk {
     pub path: DiskPath,
 }
 
-/// The machine that another one was forked from.
+/// The machine that another one was forked from, or that a snapshot is of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VmParent {
     /// Its name at that time.
@@ -142,7 +142,7 @@ pub struct Vm {
     pub generation_id: Uuid,
     /// The address of its network card.
     pub mac: String,
-    /// What it was forked from.
+    /// What it was forked from, or the snapshot was taken of that it was restored from.
     pub parent: Option<VmParent>,
     /// Sealed layers of memory below its own.
     pub layers: u64,
@@ -179,6 +179,85 @@ pub struct ForkedVms {
     pub took_us: u64,
     /// Children for which no shell was ready.
     pub cold: u64,
+}
+
+/// A snapshot to take.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TakeSnapshot {
+    /// The folder to make. An absolute path at which nothing is.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+}
+
+/// A disk of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotDisk {
+    /// Its name in blockd's store at that time.
+    pub disk: String,
+    /// Its identity there.
+    pub id: Uuid,
+    /// It is the very disk of the machine, which reads it only; else it was made for the snapshot.
+    pub read_only: bool,
+}
+
+/// A snapshot that was taken.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SnapshotTaken {
+    /// The folder.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+    /// Its identity.
+    pub id: Uuid,
+    /// The machine.
+    pub vm: VmParent,
+    /// Its disks, in the order in which the machine sees them.
+    pub disks: Vec<SnapshotDisk>,
+    /// Bytes of memory that are not in holes.
+    pub memory_bytes: u64,
+    /// Microseconds for which the machine did not run.
+    pub pause_us: u64,
+    /// Microseconds of that which its disks took.
+    pub disks_us: u64,
+    /// Microseconds that all of it took, until everything was durable.
+    pub took_us: u64,
+}
+
+/// A machine to make of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreVm {
+    /// The folder of the snapshot. An absolute path.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+    /// Name of the machine.
+    pub name: String,
+    /// Disks to stand on instead of those of the snapshot, as many: after it came to another store.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<String>,
+    /// Do not let it run yet.
+    #[serde(default)]
+    pub paused: bool,
+}
+
+/// A snapshot to remove.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RemoveSnapshot {
+    /// Its folder. An absolute path.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+}
+
+/// A snapshot that was removed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RemovedSnapshot {
+    /// Where it was.
+    #[schema(value_type = String)]
+    pub removed: PathBuf,
+    /// Disks that went with it.
+    pub disks: Vec<String>,
 }
 
 /// Whether what belongs to a machine goes with it.
@@ -272,6 +351,12 @@ pub enum EventKind {
     Found,
     /// A machine was forked.
     Forked,
+    /// A snapshot was taken of a machine.
+    Snapshotted,
+    /// A machine was made of a snapshot.
+    Restored,
+    /// A snapshot was removed.
+    SnapshotRemoved,
     /// A machine was paused.
     Paused,
     /// It goes on.
@@ -298,6 +383,9 @@ impl EventKind {
             EventKind::Booted => "booted",
             EventKind::Found => "found",
             EventKind::Forked => "forked",
+            EventKind::Snapshotted => "snapshotted",
+            EventKind::Restored => "restored",
+            EventKind::SnapshotRemoved => "snapshot-removed",
             EventKind::Paused => "paused",
             EventKind::Resumed => "resumed",
             EventKind::Ended => "ended",

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blockd::api::types::{
-    AttachDisk, CutForks, DetachDisk, DiskDetails, Export, ExportKind, ExportSpec, ForkAnswer,
-    ForkDisks, ForkedDisks, RemovedDisk, SocketName,
+    AttachDisk, CreateDisk, CutForks, DetachDisk, Disk, DiskDetails, Export, ExportKind,
+    ExportSpec, ForkAnswer, ForkDisks, ForkedDisks, LostTail, RemovedDisk, SocketName,
 };
 use format::{Context as _, Result};
 use serde::Serialize;
@@ -142,6 +142,32 @@ impl Blockd {
     /// What it says.
     pub fn show(&self, disk: &str) -> Result<DiskDetails> {
         self.ask("GET", &disk_path(disk, ""), &())
+    }
+
+    /// Makes a disk immutable, so that others can stand on it.
+    ///
+    /// # Errors
+    /// What it says.
+    pub fn seal(&self, disk: &str) -> Result<()> {
+        self.ask::<Disk>("POST", &disk_path(disk, "/seal"), &LostTail::default()).map(drop)
+    }
+
+    /// Makes a disk that starts out with what the sealed disk `parent` holds.
+    ///
+    /// # Errors
+    /// What it says.
+    pub fn create_over(&self, parent: &str, name: &str) -> Result<Disk> {
+        let (name, parent) = (name.to_owned(), Some(parent.to_owned()));
+        let request = CreateDisk { name, size: None, parent, journal: None };
+        self.ask("POST", "/v1/disks", &request)
+    }
+
+    /// All disks.
+    ///
+    /// # Errors
+    /// What it says.
+    pub fn disks(&self) -> Result<Vec<Disk>> {
+        self.ask("GET", "/v1/disks", &())
     }
 
     /// Removes a disk.

@@ -84,13 +84,13 @@ impl Forks {
 }
 
 /// A disk that is going to be forked.
-struct Frozen {
+pub(super) struct Frozen {
     /// Its number in the machine.
-    i: usize,
+    pub(super) i: usize,
     /// Its name.
-    disk: String,
+    pub(super) disk: String,
     /// The segment of its that the fork is going to freeze.
-    segment: Uuid,
+    pub(super) segment: Uuid,
 }
 
 /// What came of making children: the machines, the cut, and when all of them ran.
@@ -103,7 +103,7 @@ struct Child {
     disks: Vec<VmDisk>,
 }
 
-fn us(time: Duration) -> u64 {
+pub(super) fn us(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
@@ -157,7 +157,7 @@ impl Daemon {
 
     /// The machine's disks that are going to be forked, by number, and the segments of theirs that
     /// the fork is going to freeze.
-    fn segments_of(&self, parent: &Machine) -> Result<Vec<Frozen>> {
+    pub(super) fn segments_of(&self, parent: &Machine) -> Result<Vec<Frozen>> {
         let disks = parent.is.disks.iter().enumerate().filter(|(_, disk)| !disk.read_only);
         let segment = |(i, disk): (usize, &VmDisk)| {
             let segment = self.blockd.show(&disk.disk)?.disk.segment;
@@ -210,7 +210,7 @@ impl Daemon {
 
     /// Has a machine and its disks cut at one instant. The disks that may have been forked stay in
     /// `undo`; blockd is done with them.
-    fn cut_all(
+    pub(super) fn cut_all(
         &self,
         parent: &Machine,
         disks: &ForkDisks,

@@ -22,7 +22,9 @@ mod life;
 mod metrics;
 mod pool;
 mod recover;
+mod restore;
 mod run;
+mod snapshot;
 mod state;
 mod table;
 mod undo;
@@ -36,6 +38,7 @@ use tokio::sync::watch;
 use crate::api::types::{EventKind, Health, VmState};
 use crate::clock;
 use ::blockd::api::types::Version;
+use ::blockd::daemon::Jobs;
 
 pub use blockd::Blockd;
 pub use events::Events;
@@ -71,6 +74,7 @@ pub struct Daemon {
     janitor: Janitor,
     events: Arc<Events>,
     forks: Forks,
+    jobs: Jobs,
     started: u64,
     confined_by: Vec<String>,
     stopping: watch::Sender<bool>,
@@ -97,6 +101,7 @@ impl Daemon {
             state,
             events,
             forks: Forks::default(),
+            jobs: Jobs::default(),
             started: clock::now(),
             confined_by,
             stopping: watch::Sender::new(false),
@@ -112,6 +117,12 @@ impl Daemon {
     #[must_use]
     pub fn events(&self) -> &Events {
         &self.events
+    }
+
+    /// Long work: snapshots that are taken or restored.
+    #[must_use]
+    pub fn jobs(&self) -> &Jobs {
+        &self.jobs
     }
 
     /// Who answers.
@@ -155,6 +166,7 @@ impl Daemon {
 
     /// Ends what does not outlive the daemon.
     pub fn end_service(&self) {
+        self.jobs.suspend_all();
         self.pool.close();
     }
 }

@@ -11,12 +11,17 @@
 //! A disk is never removed by its name alone, which may be another's by now: it has the identity
 //! that was noted, or stands on the very segment that the fork froze.
 //!
+//! Of a snapshot, the folder that it is made in says whether it is done: it takes another name as
+//! the last step. While it has the first one, it and the disks go; when it has not, the snapshot is
+//! there, or was never begun, and nothing goes. The folder goes after the disks, because it is what
+//! says that they are to go.
+//!
 //! A machine that ended by itself stays, but blockd is to let go of its disks; that is tried again
 //! until it is done as well, and looked for at every start.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -47,6 +52,9 @@ pub struct Undo {
     pub attached: bool,
     /// Disks.
     pub disks: Vec<UndoDisk>,
+    /// The folder of a snapshot that is not done; without it there, the disks stay.
+    #[serde(default)]
+    pub partial: Option<PathBuf>,
 }
 
 /// A disk to remove.
@@ -72,7 +80,13 @@ impl Undo {
     /// A record of machines, and whether they use disks.
     #[must_use]
     pub fn of(machines: Vec<Uuid>, attached: bool, disks: Vec<UndoDisk>) -> Undo {
-        Undo { layout: LAYOUT, id: Uuid::new_v4(), machines, attached, disks }
+        Undo { layout: LAYOUT, id: Uuid::new_v4(), machines, attached, disks, partial: None }
+    }
+
+    /// A record of a snapshot's disks, and the folder in which it is while it is not done.
+    #[must_use]
+    pub fn of_snapshot(partial: PathBuf, disks: Vec<UndoDisk>) -> Undo {
+        Undo { partial: Some(partial), ..Undo::of(Vec::new(), false, disks) }
     }
 }
 
@@ -223,7 +237,17 @@ impl Daemon {
         if undo.attached {
             undo.machines.iter().try_for_each(|machine| self.let_go_of_disks(*machine))?;
         }
-        undo.disks.iter().try_for_each(|disk| self.remove_disk(disk))?;
+        match &undo.partial {
+            None => undo.disks.iter().try_for_each(|disk| self.remove_disk(disk))?,
+            Some(partial) => {
+                if is_there(partial)? {
+                    undo.disks.iter().try_for_each(|disk| self.remove_disk(disk))?;
+                    remove_folder(partial)?;
+                }
+                // What a power cut may undo is not yet so.
+                sync_above(partial)?;
+            }
+        }
         for machine in &undo.machines {
             remove_folder(&self.state.vm(*machine))?;
         }
@@ -295,7 +319,23 @@ impl Daemon {
     }
 }
 
-fn remove_folder(path: &std::path::Path) -> Result<()> {
+fn is_there(path: &Path) -> Result<bool> {
+    match fs::symlink_metadata(path) {
+        Ok(_) => Ok(true),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        // Nobody knows: it is asked again.
+        Err(e) => Err(Error::from(e).tried("look at").on(path.display().to_string())),
+    }
+}
+
+fn sync_above(path: &Path) -> Result<()> {
+    match path.parent().map_or(Ok(()), state::sync_folder) {
+        Err(e) if e.kind() == Kind::NotFound => Ok(()),
+        synced => synced.context("make durable", || path.display().to_string()),
+    }
+}
+
+fn remove_folder(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
         removed => removed.map_err(Error::from).context("remove", || path.display().to_string()),

@@ -365,7 +365,7 @@ fn in_us(pause: &Pause) -> PauseUs {
 }
 
 /// Bytes as a file that is nowhere but in memory.
-fn in_memory(bytes: &[u8]) -> Result<OwnedFd> {
+pub(crate) fn in_memory(bytes: &[u8]) -> Result<OwnedFd> {
     let file = memfd_create(c"state", MemfdFlags::CLOEXEC).map_err(io::Error::from)?;
     let mut file = fs::File::from(file);
     file.write_all(bytes)?;
@@ -373,7 +373,7 @@ fn in_memory(bytes: &[u8]) -> Result<OwnedFd> {
 }
 
 /// All of a file, from its beginning.
-fn read_all(file: OwnedFd) -> Result<Vec<u8>> {
+pub(crate) fn read_all(file: OwnedFd) -> Result<Vec<u8>> {
     use std::os::unix::fs::FileExt as _;
     let file = fs::File::from(file);
     let length = usize::try_from(file.metadata()?.len()).map_err(std::io::Error::other)?;

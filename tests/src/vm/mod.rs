@@ -5,6 +5,7 @@
 //! its folder.
 
 mod console;
+mod saved;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -20,6 +21,7 @@ use crate::store::TestStore;
 use crate::until;
 
 pub use console::{Console, word};
+pub use saved::parts;
 
 /// The guest.
 static GUEST: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernel.elf"));

@@ -78,6 +78,39 @@ Examples:
   offshoot vm fork template job-17 --json | jq .pause_us")]
     Fork(ForkVm),
 
+    /// Write a machine to files while it runs
+    ///
+    /// Memory, processors, devices and disks are of one instant; the machine stands for as long as
+    /// for a fork, and goes on. DEST becomes a folder with a manifest, the state and the memory,
+    /// made by forkd and for its user only; it is there whole or not at all. The disks stay in
+    /// blockd's store, sealed, as NAME-snap-ID-disk0 and so on.
+    #[command(after_help = "\
+Examples:
+  offshoot vm snapshot web1 /var/snapshots/web1-monday
+  offshoot vm snapshot web1 ./before-upgrade --json | jq '.pause_us, .disks'")]
+    Snapshot(Snapshot),
+
+    /// Make a machine of a snapshot
+    ///
+    /// It goes on where the snapshot was taken, as another machine: with another name, identity,
+    /// generation, network address and random numbers, and with disks of its own, called
+    /// NAME-disk0 and so on, that stand on those of the snapshot. A snapshot can be restored any
+    /// number of times. What was altered, is missing, or does not fit this host's processor is
+    /// refused. To start many, restore one with --paused, and fork it.
+    #[command(after_help = "\
+Examples:
+  offshoot vm restore /var/snapshots/web1-monday web1b
+  offshoot vm restore ./before-upgrade web1b --paused")]
+    Restore(Restore),
+
+    /// Remove a snapshot, and the disks that were made for it
+    ///
+    /// Refused while disks of restored machines stand on its disks.
+    #[command(after_help = "\
+Examples:
+  offshoot vm snapshot-rm /var/snapshots/web1-monday")]
+    SnapshotRm(SnapshotRm),
+
     /// End a machine as if its power was cut
     ///
     /// What it wrote and flushed is on its disks. It is listed as ended until it is removed.
@@ -168,6 +201,38 @@ pub struct ForkVm {
     /// Do not let the children run yet
     #[arg(long)]
     pub paused: bool,
+}
+
+/// `vm snapshot`
+#[derive(Debug, Args)]
+pub struct Snapshot {
+    /// Name of the machine
+    pub name: String,
+    /// The folder to make
+    pub dest: PathBuf,
+}
+
+/// `vm restore`
+#[derive(Debug, Args)]
+pub struct Restore {
+    /// The folder of the snapshot
+    pub dest: PathBuf,
+    /// Name of the machine
+    pub name: String,
+    /// A sealed disk to stand on instead of one of the snapshot's, after it came to another store.
+    /// Said once for each disk, in their order
+    #[arg(long = "disk", value_name = "DISK")]
+    pub disks: Vec<String>,
+    /// Do not let it run yet
+    #[arg(long)]
+    pub paused: bool,
+}
+
+/// `vm snapshot-rm`
+#[derive(Debug, Args)]
+pub struct SnapshotRm {
+    /// The folder of the snapshot
+    pub dest: PathBuf,
 }
 
 /// `vm rm`

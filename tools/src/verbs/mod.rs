@@ -17,6 +17,7 @@ mod map;
 mod modes;
 mod place;
 mod serve;
+mod snapshots;
 mod store;
 mod top;
 mod vm;

@@ -7,7 +7,7 @@ use forkd::api::types::{
 };
 use format::{Error, Result};
 
-use super::{Session, console};
+use super::{Session, console, snapshots};
 use crate::cli::{self, VmName, VmVerb};
 use crate::client::{Client, FORKD, path_of};
 use crate::output::{Outcome, Table, Verdict, utc};
@@ -24,7 +24,7 @@ impl Session {
     }
 }
 
-fn path(name: &str, what: &str) -> String {
+pub(super) fn path(name: &str, what: &str) -> String {
     path_of("/v1/vms/", name, what)
 }
 
@@ -38,6 +38,9 @@ pub fn vm(s: &Session, verb: &VmVerb) -> Outcome {
         VmVerb::Pause(args) => change(s, args, "pause", "paused"),
         VmVerb::Resume(args) => change(s, args, "resume", "resumed"),
         VmVerb::Fork(args) => fork(s, args),
+        VmVerb::Snapshot(args) => snapshots::take(s, args),
+        VmVerb::Restore(args) => snapshots::restore(s, args),
+        VmVerb::SnapshotRm(args) => snapshots::rm(s, args),
         VmVerb::Stop(args) => change(s, args, "stop", "stopped"),
         VmVerb::Rm(args) => rm(s, args),
         VmVerb::Stats => stats(s),
@@ -65,7 +68,7 @@ fn run(s: &Session, args: &cli::RunVm) -> Outcome {
     if args.console { attach(s, &args.name) } else { Ok(Verdict::Done) }
 }
 
-fn pid(vm: &Vm) -> String {
+pub(super) fn pid(vm: &Vm) -> String {
     vm.pid.map_or("-".into(), |pid| pid.to_string())
 }
 

@@ -103,6 +103,10 @@ pub enum JobKind {
     Flatten,
     /// Making checksums of a segment that a fork has frozen.
     Sum,
+    /// Writing a machine to files. Of forkd.
+    Snapshot,
+    /// Making a machine of files. Of forkd.
+    Restore,
 }
 
 impl JobKind {
@@ -129,6 +133,8 @@ impl JobKind {
             JobKind::Fork => "fork",
             JobKind::Flatten => "flatten",
             JobKind::Sum => "sum",
+            JobKind::Snapshot => "snapshot",
+            JobKind::Restore => "restore",
         }
     }
 }
