@@ -13,9 +13,11 @@ use offshoot_tests::daemon::program;
 use offshoot_tests::load;
 use offshoot_tests::served::ServedDisk;
 use offshoot_tests::store::TestStore;
+use offshoot_tests::vm::{Lab, kill};
 use rustix::fs::{Mode, OFlags, open};
+use rustix::process::Signal;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{Termios, tcgetattr};
+use rustix::termios::{ControlModes, InputModes, LocalModes, OutputModes, tcgetattr};
 
 /// What comes before each picture: the cursor goes to the corner, and what is below it goes.
 const REDRAW: &str = "\x1b[H\x1b[J";
@@ -26,6 +28,16 @@ struct OnTerminal {
     screen: File,
     terminal: OwnedFd,
     shown: Receiver<String>,
+    /// The modes in which it found the terminal.
+    found: Modes,
+}
+
+/// The modes of a terminal that anybody sets.
+type Modes = (InputModes, OutputModes, ControlModes, LocalModes);
+
+fn modes_of(terminal: &OwnedFd) -> Modes {
+    let t = tcgetattr(terminal.as_fd()).unwrap();
+    (t.input_modes, t.output_modes, t.control_modes, t.local_modes)
 }
 
 impl OnTerminal {
@@ -35,6 +47,7 @@ impl OnTerminal {
         unlockpt(&ours).unwrap();
         let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
         let terminal = open(ptsname(&ours, Vec::new()).unwrap(), flags, Mode::empty()).unwrap();
+        let found = modes_of(&terminal);
         let end = || Stdio::from(terminal.try_clone().unwrap());
         command.stdin(end()).stdout(end()).stderr(end());
         // SAFETY: both are system calls that may be made between fork and exec.
@@ -55,11 +68,38 @@ impl OnTerminal {
                 }
             }
         });
-        OnTerminal { child, screen, terminal, shown }
+        OnTerminal { child, screen, terminal, shown, found }
     }
 
-    fn modes(&self) -> Termios {
-        tcgetattr(self.terminal.as_fd()).unwrap()
+    /// Waits until a picture like this is shown; gives back all that was.
+    fn until(&self, what: &str, is: impl Fn(&[&str]) -> bool) -> String {
+        let end = Instant::now() + Duration::from_secs(60);
+        let mut shown = String::new();
+        loop {
+            assert!(Instant::now() < end, "{what}: {shown}");
+            shown += &self.shown.recv_timeout(Duration::from_secs(20)).expect("it goes on");
+            // The last picture may not be whole.
+            let mut pictures: Vec<&str> = shown.split(REDRAW).skip(1).collect();
+            pictures.pop();
+            if is(&pictures) {
+                return shown;
+            }
+        }
+    }
+
+    /// Waits until keys are taken one by one, and not shown.
+    fn until_keys_are_taken(&self) {
+        let keys = LocalModes::ICANON | LocalModes::ECHO;
+        offshoot_tests::until("keys are taken", || !modes_of(&self.terminal).3.intersects(keys));
+    }
+
+    /// Waits for the end, after which the terminal is as it was found.
+    fn ends_with(mut self, code: i32) {
+        let status = self.child.wait().unwrap();
+        let shown: String = self.shown.try_iter().collect();
+        assert_eq!(status.code(), Some(code), "{status}: {shown}");
+        assert_eq!(modes_of(&self.terminal), self.found, "modes stay that were set");
+        assert!(!shown.contains("\x1b[?"), "no mode was set that would have to be set back");
     }
 }
 
@@ -81,6 +121,13 @@ fn reads_per_s(picture: &str) -> u64 {
     words[2].parse().unwrap()
 }
 
+fn top_of(disk: &ServedDisk) -> Command {
+    let mut command = Command::new(program("offshoot"));
+    command.env_remove("OFFSHOOT_API").env_remove("OFFSHOOT_FORKD");
+    command.arg("--store").arg(disk.store()).args(["top", "--interval", "0.1"]);
+    command
+}
+
 #[test]
 fn top_shows_what_disks_do_until_it_is_interrupted() {
     let disk = ServedDisk::new(TestStore::new());
@@ -88,34 +135,88 @@ fn top_shows_what_disks_do_until_it_is_interrupted() {
     disk.attach();
     let (_client, queues) = disk.connect(false);
     load::during(disk.loads(queues, 1), |_| {
-        let mut command = Command::new(program("offshoot"));
-        command.env_remove("OFFSHOOT_API").arg("--store").arg(disk.store());
-        let mut top = {
-            command.args(["top", "--interval", "0.1"]);
-            OnTerminal::start(command)
-        };
-        let before = top.modes();
-        let end = Instant::now() + Duration::from_secs(60);
-        let mut shown = String::new();
-        let mut rates = Vec::new();
-        while rates.len() < 4 || rates.iter().all(|rate| *rate == rates[0]) {
-            assert!(Instant::now() < end, "it does not move: {shown}");
-            shown += &top.shown.recv_timeout(Duration::from_secs(20)).expect("it goes on");
-            // The last picture may not be whole.
-            let mut pictures: Vec<&str> = shown.split(REDRAW).skip(1).collect();
-            pictures.pop();
-            rates = pictures.into_iter().map(reads_per_s).collect();
-        }
-        assert!(rates.iter().any(|rate| *rate > 0), "{rates:?}");
-
+        let mut top = OnTerminal::start(top_of(&disk));
+        top.until("it moves", |pictures| {
+            let rates: Vec<u64> = pictures.iter().map(|p| reads_per_s(p)).collect();
+            rates.len() >= 4 && rates.iter().any(|rate| *rate != rates[0] && *rate > 0)
+        });
         top.screen.write_all(b"\x03").unwrap();
-
-        let status = top.child.wait().unwrap();
-        assert_eq!(status.code(), Some(130), "{status}: {shown}");
-        let after = top.modes();
-        let modes = |t: &Termios| (t.input_modes, t.output_modes, t.control_modes, t.local_modes);
-        assert_eq!(modes(&after), modes(&before));
-        shown.extend(top.shown.try_iter());
-        assert!(!shown.contains("\x1b[?"), "no mode was set that would have to be set back");
+        top.ends_with(130);
     });
+}
+
+/// Who sees a screen full of numbers types `q`. Keys are not shown meanwhile, and afterwards they
+/// are again; also when it is ended by a signal, or when there is nothing to type on.
+#[test]
+fn q_leaves_and_the_terminal_is_left_as_it_was_found() {
+    let disk = ServedDisk::new(TestStore::new());
+    let _daemon = disk.daemon();
+    disk.attach();
+    let mut top = OnTerminal::start(top_of(&disk));
+    top.until_keys_are_taken();
+    // Other keys do nothing.
+    top.screen.write_all(b"xyz\n").unwrap();
+    top.until("it goes on", |pictures| pictures.len() > 5);
+    top.screen.write_all(b"q").unwrap();
+    top.ends_with(0);
+
+    for signal in [Signal::TERM, Signal::HUP, Signal::INT] {
+        let top = OnTerminal::start(top_of(&disk));
+        top.until_keys_are_taken();
+        kill(top.child.id(), signal);
+        top.ends_with(130);
+    }
+
+    // Standard input is a pipe, in which a `q` is no key, then one that has ended.
+    for typed in [Some(b"q"), None] {
+        let mut command = Command::new("sh");
+        // As a shell takes it, with what is taken out of the environment.
+        let inner = format!("{:?}", top_of(&disk));
+        let from = if typed.is_some() { "(printf q; sleep 60)" } else { "true" };
+        command.args(["-c", &format!("trap : INT; {from} | {inner}")]);
+        let mut top = OnTerminal::start(command);
+        top.until("it goes on", |pictures| pictures.len() > 5);
+        assert_eq!(modes_of(&top.terminal), top.found);
+        top.screen.write_all(b"\x03").unwrap();
+        top.ends_with(130);
+    }
+}
+
+/// Machines have rows of their own: how they are, what memory they have to themselves and share,
+/// and how busy they are.
+#[test]
+fn top_shows_machines_when_a_forkd_is_there() {
+    let Some(lab) = Lab::new("top_shows_machines_when_a_forkd_is_there") else { return };
+    lab.disk("root");
+    let mut parent = lab.run("busy", &["root"]);
+    lab.done(&["vm", "fork", "busy", "idle"]);
+    lab.done(&["vm", "pause", "idle"]);
+    assert_eq!(parent.ask("w"), "writing");
+    let mut top = OnTerminal::start(lab.command(&["top", "--interval", "0.1"]));
+    top.until("the busy one does something, the other one does not", |pictures| {
+        pictures.iter().any(|picture| {
+            let row = |name: &str| -> Vec<String> {
+                let found = picture.lines().find(|line| line.starts_with(name));
+                let line = found.unwrap_or_else(|| panic!("no {name} in {picture}"));
+                line.split_whitespace().map(str::to_owned).collect()
+            };
+            assert!(picture.contains("\r\n\r\nVM "), "disks, then machines: {picture}");
+            assert!(row("root")[0] == "root" && row("idle-disk0")[0] == "idle-disk0");
+            let (busy, idle) = (row("busy "), row("idle "));
+            assert_eq!((&*busy[1], &*idle[1]), ("running", "paused"));
+            // The last two words are the percentage.
+            let exits = |row: &[String]| row[row.len() - 3].parse::<u64>().unwrap();
+            assert_eq!(exits(&idle), 0, "{picture}");
+            exits(&busy) > 0
+        })
+    });
+    top.screen.write_all(b"q").unwrap();
+    top.ends_with(0);
+    let rows = lab.json(&["top", "--interval", "0.2"]);
+    let vms: Vec<_> = rows.as_array().unwrap().iter().filter(|row| !row["vm"].is_null()).collect();
+    assert_eq!((vms.len(), &vms[0]["vm"]), (2, &"busy".into()));
+    for key in ["private_bytes", "shared_bytes", "proportional_bytes", "exits_per_s"] {
+        assert!(vms[0][key].as_f64().unwrap() > 0.0, "{key}: {rows}");
+    }
+    parent.say("");
 }

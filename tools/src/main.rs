@@ -13,6 +13,7 @@ mod progress;
 mod signals;
 mod size;
 mod store;
+mod terminal;
 mod verbs;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -295,6 +295,10 @@ pub struct VmStats {
     pub proportional_bytes: u64,
     /// Page faults of its process that needed no I/O.
     pub faults: u64,
+    /// Times that its processors came out of the guest to have something done: accesses to devices,
+    /// stops.
+    #[serde(default)]
+    pub exits: u64,
     /// Nanoseconds of processor time of its process.
     pub cpu_ns: u64,
 }

@@ -8,6 +8,7 @@ use format::Result;
 use super::Daemon;
 use super::table::Machine;
 use crate::api::types::{VmState, VmStats};
+use crate::process::wire::Ask;
 
 /// Nanoseconds of a tick of the kernel's accounting, which Linux fixes for programs.
 const TICK_NS: u64 = 10_000_000;
@@ -82,11 +83,12 @@ impl Daemon {
 /// A number of a machine: name, kind, what it says, how to get it.
 type Number = (&'static str, &'static str, &'static str, fn(&VmStats) -> u64);
 
-const NUMBERS: [Number; 5] = [
+const NUMBERS: [Number; 6] = [
     ("forkd_vm_private_bytes", "gauge", "Memory that only this machine uses.", |v| v.private_bytes),
     ("forkd_vm_shared_bytes", "gauge", "Memory that it shares.", |v| v.shared_bytes),
     ("forkd_vm_proportional_bytes", "gauge", "Its share of both.", |v| v.proportional_bytes),
     ("forkd_vm_faults_total", "counter", "Page faults without I/O.", |v| v.faults),
+    ("forkd_vm_exits_total", "counter", "Times that processors left the guest.", |v| v.exits),
     ("forkd_vm_cpu_ns_total", "counter", "Nanoseconds of processor time.", |v| v.cpu_ns),
 ];
 
@@ -102,6 +104,8 @@ fn stats_of(machine: &Machine) -> VmStats {
         shared_bytes: used.shared,
         proportional_bytes: used.proportional,
         faults: used.faults,
+        // One that stands for a debugger, or ends, says none.
+        exits: process.and_then(|p| p.ask_aside(&Ask::Exits).ok()).unwrap_or(0),
         cpu_ns: used.cpu_ns,
     }
 }

@@ -11,7 +11,7 @@
 //! Lock order: `fd`, then `gate`. Devices are called with `fd` held.
 
 use std::os::unix::thread::JoinHandleExt;
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Once};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -52,6 +52,8 @@ pub struct Cpu {
     want: AtomicU8,
     /// The kernel's number of the thread; 0 before it began.
     tid: AtomicI32,
+    /// Times that KVM_RUN came back. Written by the thread alone.
+    exits: AtomicU64,
     gate: Mutex<Gate>,
     changed: Condvar,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -82,6 +84,7 @@ impl Cpu {
             page,
             want: AtomicU8::new(PARK),
             tid: AtomicI32::new(0),
+            exits: AtomicU64::new(0),
             gate: Mutex::default(),
             changed: Condvar::new(),
             thread: Mutex::default(),
@@ -177,6 +180,11 @@ impl Cpu {
         self.want.load(Ordering::Acquire)
     }
 
+    /// Times that KVM came back to its thread so far.
+    pub(crate) fn exits(&self) -> u64 {
+        self.exits.load(Ordering::Relaxed) // a number for people
+    }
+
     /// The kernel's number of its thread.
     pub(crate) fn tid(&self) -> libc::pid_t {
         self.tid.load(Ordering::Relaxed) // set before `start` returned
@@ -215,6 +223,8 @@ impl Cpu {
         let mut fd = self.fd.lock();
         let mut half_done = false;
         while self.wanted() == RUN {
+            // Relaxed, and no atomic addition: nobody else writes it, and it orders nothing.
+            self.exits.store(self.exits.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
             match step(&mut fd, devices, self.index) {
                 Ok(Step::Access) => half_done = true,
                 Ok(Step::Interrupted) => half_done = false,

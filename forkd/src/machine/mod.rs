@@ -383,6 +383,12 @@ impl Machine {
         self.collapser.get().map_or(0, Collapser::huge_bytes)
     }
 
+    /// Times that its processors came out of the guest to have something done.
+    #[must_use]
+    pub fn exits(&self) -> u64 {
+        self.cpus.iter().map(|cpu| cpu.exits()).sum()
+    }
+
     /// How it ended, if it did.
     #[must_use]
     pub fn exit(&self) -> Option<Exit> {

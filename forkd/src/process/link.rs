@@ -25,6 +25,8 @@ use super::wire::{Answer, Ask, Ended, Folder, Phase};
 
 /// How long a process may take for an answer: a large image has to be read to boot it.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long it may take for a number that nothing depends on.
+const ASIDE_MAX: Duration = Duration::from_millis(200);
 /// How long a process that was killed may take to be gone.
 const END_MAX: Duration = Duration::from_secs(20);
 
@@ -158,6 +160,17 @@ impl Process {
         let socket = UnixStream::connect(self.folder.control())
             .context("reach", || "the process of the machine".into())?;
         Link::new(socket)
+    }
+
+    /// As [`Process::ask`], on a connection of its own, so that it waits for nobody else's answer;
+    /// and not for long.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn ask_aside<T: DeserializeOwned>(&self, ask: &Ask) -> Result<T> {
+        let link = self.connect()?;
+        link.0.set_read_timeout(Some(ASIDE_MAX))?;
+        Ok(link.ask(ask, &[])??.0)
     }
 
     /// A connection on which it tells of every change, until the end.

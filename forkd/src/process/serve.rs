@@ -151,6 +151,7 @@ impl Vm {
                 Ask::Resume => reply(&socket, self.resume()),
                 Ask::Cut(asked) => self.cut(&socket, &asked, files.into_iter().next()),
                 Ask::Status => reply(&socket, Ok(self.state.lock().phase)),
+                Ask::Exits => reply(&socket, Ok(self.machine.get().map_or(0, Machine::exits))),
                 Ask::Stop => {
                     let ended =
                         Ended { reason: "stopped".into(), detail: String::new(), at: clock::now() };

@@ -42,6 +42,8 @@ pub enum Ask {
     Cut(CutVm),
     /// Say how it is.
     Status,
+    /// Say how often its processors came out of the guest.
+    Exits,
     /// End, as if the power was cut.
     Stop,
     /// Tell of every change until the end.

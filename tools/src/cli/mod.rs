@@ -176,15 +176,16 @@ Examples:
   offshoot events --follow --json | jq 'select(.kind == \"held\")'")]
     Events(Events),
 
-    /// Show what disks in service do, second by second
+    /// Show what disks in service and machines do, second by second
     ///
-    /// Percentiles are of the time between two looks. Without a terminal, or with `--once` or
-    /// `--json`, one look is printed.
+    /// Machines are shown when a forkd is there that has its disks from this daemon, or that
+    /// --forkd names. Percentiles are of the time between two looks. On a terminal, `q` leaves.
+    /// Without a terminal, or with `--once` or `--json`, one look is printed.
     #[command(after_help = "\
 Examples:
   offshoot top
   offshoot top --once --interval 5
-  offshoot top --json | jq '.[] | {disk, p99_us}'")]
+  offshoot top --json | jq '.[] | select(.disk) | {disk, p99_us}'")]
     Top(Top),
 
     /// Print a completion script for a shell

@@ -4,43 +4,22 @@
 //! signal comes: modes are put back before this process can end by itself, and signals are looked
 //! at while it waits.
 
-use std::io::{IsTerminal as _, Read as _, Write as _};
-use std::os::fd::AsFd as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 
 use forkd::api::types::{Vm, VmState};
 use format::{Error, Kind};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
+use rustix::termios::Termios;
 
 use crate::output::{Outcome, wrote};
 use crate::signals;
+use crate::terminal::Modes;
 
 /// Ctrl-]: detaches.
 const ESCAPE: u8 = 0x1d;
 /// Time between two looks at signals.
 const TICK: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
-
-/// The terminal, in a mode in which every key goes to the machine.
-struct Raw(Termios);
-
-impl Raw {
-    fn enter() -> Option<Raw> {
-        let stdin = std::io::stdin();
-        let before = tcgetattr(stdin.as_fd()).ok()?;
-        let mut raw = before.clone();
-        raw.make_raw();
-        tcsetattr(stdin.as_fd(), OptionalActions::Now, &raw).ok()?;
-        Some(Raw(before))
-    }
-}
-
-impl Drop for Raw {
-    fn drop(&mut self) {
-        // There is nobody left to tell.
-        let _ = tcsetattr(std::io::stdin().as_fd(), OptionalActions::Now, &self.0);
-    }
-}
 
 /// Copies both ways until somebody detaches or the machine ends.
 pub fn attach(vm: &Vm) -> Outcome<()> {
@@ -49,7 +28,8 @@ pub fn attach(vm: &Vm) -> Outcome<()> {
     }
     let mut socket = UnixStream::connect(&vm.console).map_err(Error::from)?;
     signals::ask_to_be_told();
-    let raw = std::io::stdin().is_terminal().then(Raw::enter).flatten();
+    // Every key goes to the machine.
+    let raw = Modes::set(Termios::make_raw);
     if raw.is_some() {
         crate::output::say("attached; Ctrl-] detaches\r");
     }

@@ -1,28 +1,19 @@
-//! `top`: what the disks in service do, second by second.
+//! What disks in service do, for `top`.
 
 use std::collections::HashMap;
-use std::io::{IsTerminal as _, Write as _};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use blockd::api::types::DiskStats;
 use blockd::serve::{Histogram, VolumeStats};
 use serde::Serialize;
 
-use super::Session;
-use crate::cli::Top;
+use super::rate;
 use crate::client::Client;
-use crate::output::{Outcome, Table, Verdict, wrote};
-use crate::signals;
+use crate::output::Table;
 use crate::size::show;
-
-/// Cursor to the corner, and what is below it gone.
-const REDRAW: &str = "\x1b[H\x1b[J";
-const TICK: Duration = Duration::from_millis(100);
 
 /// What a disk did in the time between two looks.
 #[derive(Debug, Serialize)]
-struct Row {
+pub(super) struct Row {
     disk: String,
     /// Front ends that are connected.
     connected: u64,
@@ -42,46 +33,21 @@ struct Row {
     poll_hit_percent: Option<u64>,
 }
 
-/// `top`
-pub fn top(s: &Session, args: &Top) -> Outcome {
-    let client = s.need_daemon()?;
-    let mut before = look(&client)?;
-    let mut at = Instant::now();
-    let live = !args.once && !s.out.json && std::io::stdout().is_terminal();
-    loop {
-        wait(Duration::from_secs_f64(args.interval))?;
-        let now = look(&client)?;
-        let seconds = at.elapsed().as_secs_f64();
-        at = Instant::now();
-        let rows: Vec<Row> = now.values().map(|d| row(before.get(&d.disk), d, seconds)).collect();
-        let rows = sorted(rows);
-        if !live {
-            s.out.result(&rows, || render(&rows))?;
-            return Ok(Verdict::Done);
-        }
-        let screen = format!("{REDRAW}{}\n", render(&rows));
-        let mut out = std::io::stdout().lock();
-        wrote(out.write_all(screen.as_bytes()).and_then(|()| out.flush()))?;
-        before = now;
-    }
-}
+/// What disks have done so far, by name.
+pub(super) type Look = HashMap<String, DiskStats>;
 
-fn look(client: &Client) -> format::Result<HashMap<String, DiskStats>> {
+/// A look at all disks.
+///
+/// # Errors
+/// What the daemon says.
+pub(super) fn look(client: &Client) -> format::Result<Look> {
     let all: Vec<DiskStats> = client.get("/v1/stats".into())?;
     Ok(all.into_iter().map(|d| (d.disk.clone(), d)).collect())
 }
 
-/// Waits, and ends early when a signal came.
-fn wait(time: Duration) -> format::Result<()> {
-    let start = Instant::now();
-    while start.elapsed() < time {
-        signals::check()?;
-        thread::sleep(TICK.min(time.saturating_sub(start.elapsed())));
-    }
-    Ok(())
-}
-
-fn sorted(mut rows: Vec<Row>) -> Vec<Row> {
+/// What they did between two looks, by name.
+pub(super) fn rows(before: &Look, now: &Look, seconds: f64) -> Vec<Row> {
+    let mut rows: Vec<Row> = now.values().map(|d| row(before.get(&d.disk), d, seconds)).collect();
     rows.sort_by(|a, b| a.disk.cmp(&b.disk));
     rows
 }
@@ -117,11 +83,6 @@ fn joined(a: &Histogram, b: &Histogram) -> Histogram {
     Histogram { buckets: sums.into_iter().collect() }
 }
 
-#[allow(clippy::cast_precision_loss)] // Rates for people.
-fn rate(before: u64, now: u64, seconds: f64) -> f64 {
-    now.saturating_sub(before) as f64 / seconds.max(0.001)
-}
-
 fn row(before: Option<&DiskStats>, now: &DiskStats, seconds: f64) -> Row {
     let nothing = VolumeStats::default();
     let (old, new) = (before.map_or(&nothing, |d| &d.stats), &now.stats);
@@ -154,7 +115,7 @@ fn row(before: Option<&DiskStats>, now: &DiskStats, seconds: f64) -> Row {
     }
 }
 
-fn render(rows: &[Row]) -> String {
+pub(super) fn render(rows: &[Row]) -> String {
     let head = [
         "DISK",
         "FRONT ENDS",
