@@ -90,6 +90,12 @@ pub trait Devices: Send + Sync {
     /// # Errors
     /// The host's error.
     fn resume(&self) -> Result<()>;
+
+    /// Presses the power button: a guest that listens turns itself off.
+    ///
+    /// # Errors
+    /// The host's error.
+    fn press_power_button(&self) -> Result<()>;
 }
 
 /// Makes the devices of a machine over its memory.

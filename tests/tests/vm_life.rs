@@ -3,7 +3,7 @@
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use offshoot_tests::vm::{Lab, word};
 
@@ -69,6 +69,53 @@ fn machines_end_for_reasons_with_names() {
     assert!(detail.contains("rip"), "a fault says where: {detail}");
     let listed = lab.done(&["vm", "ls"]);
     assert!(listed.contains("ended: power-off") && listed.contains("ended: killed"), "{listed}");
+}
+
+/// A guest is asked to turn itself off first, if it listens; one that does not, or takes too long,
+/// has its power cut, and the verb says which it was.
+#[test]
+fn a_stop_asks_the_guest_first() {
+    let Some(lab) = Lab::new("a_stop_asks_the_guest_first") else { return };
+    lab.disk("data");
+    // It does not listen: there is nobody to wait for.
+    lab.run("deaf", &["data"]);
+    let since = Instant::now();
+    assert!(lab.done(&["vm", "stop", "deaf"]).contains("its power was cut"));
+    assert!(since.elapsed() < Duration::from_secs(20), "it waited for nobody");
+    assert_eq!(lab.end_of("deaf")["reason"], "stopped");
+    // It listens, and obeys; its disk is free at once.
+    let mut console = lab.run("good", &["data"]);
+    assert_eq!(console.ask("b 0"), "0");
+    assert_eq!(lab.done(&["vm", "stop", "good"]), "stopped vm good\n");
+    assert_eq!(lab.end_of("good")["reason"], "power-off");
+    lab.done(&["disk", "check", "data"]);
+    // It listens, and does nothing.
+    let mut console = lab.run("bad", &["data"]);
+    assert_eq!(console.ask("b 1"), "1");
+    let since = Instant::now();
+    assert!(lab.done(&["vm", "stop", "bad", "--timeout", "1"]).contains("its power was cut"));
+    assert!(since.elapsed() >= Duration::from_secs(1), "it had its time");
+    assert_eq!(lab.end_of("bad")["reason"], "stopped");
+    lab.done(&["disk", "check", "data"]);
+    // One that would obey is not asked when nobody wants that; one that is paused cannot be.
+    let mut console = lab.run("forced", &["data"]);
+    assert_eq!(console.ask("b 0"), "0");
+    lab.done(&["vm", "pause", "forced"]);
+    assert!(lab.refused(&["vm", "stop", "forced"], "invalid").contains("paused"));
+    assert_eq!(lab.show("forced")["state"], "paused");
+    lab.done(&["vm", "stop", "forced", "--force"]);
+    assert_eq!(lab.end_of("forced")["reason"], "stopped");
+    // One that has ended stays as it is.
+    lab.done(&["vm", "stop", "good"]);
+    assert_eq!(lab.end_of("good")["reason"], "power-off");
+    // The button of a child is its own, also when it was forked while its parent listened.
+    let mut console = lab.run("p", &["data"]);
+    assert_eq!(console.ask("b 0"), "0");
+    lab.done(&["vm", "fork", "p", "c"]);
+    assert_eq!(word(&lab.console("c").ask("i"), "name"), "c");
+    lab.done(&["vm", "stop", "c"]);
+    assert_eq!(lab.end_of("c")["reason"], "power-off");
+    assert_eq!(console.number("p 9 9"), 9, "its parent goes on");
 }
 
 /// What cannot be a machine is refused by name, and nothing of it is there.

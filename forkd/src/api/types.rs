@@ -271,6 +271,23 @@ pub struct RemoveVm {
     pub keep_disks: bool,
 }
 
+/// How a machine is ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(default, deny_unknown_fields)]
+pub struct StopVm {
+    /// Cut its power without asking its guest to turn itself off.
+    pub force: bool,
+    /// Milliseconds that the guest has for turning itself off, 3,600,000 at most.
+    pub timeout_ms: u64,
+}
+
+impl Default for StopVm {
+    fn default() -> Self {
+        StopVm { force: false, timeout_ms: 30_000 }
+    }
+}
+
 /// What was removed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct RemovedVm {

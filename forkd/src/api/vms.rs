@@ -1,6 +1,7 @@
 //! Routes about machines.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::extract::State;
@@ -8,10 +9,15 @@ use axum::http::StatusCode;
 use blockd::api::reply::{Answer, Asked, Named, Params, blocking};
 use blockd::api::types::FailureBody;
 
-use super::types::{ForkVm, ForkedVms, RemoveVm, RemovedVm, RunVm, Vm, VmStats};
+use super::types::{ForkVm, ForkedVms, RemoveVm, RemovedVm, RunVm, StopVm, Vm, VmStats};
 use crate::daemon::Daemon;
 
 type Shared = State<Arc<Daemon>>;
+
+/// Most time that a guest is given to turn itself off.
+const STOP_MAX: Duration = Duration::from_secs(3600);
+/// Time between two looks at whether it has.
+const STOP_LOOK: Duration = Duration::from_millis(20);
 
 /// The machines, by name; those that ended are there until they are removed
 #[utoipa::path(get, path = "/v1/vms", tag = "vms",
@@ -69,13 +75,29 @@ pub async fn resume(State(daemon): Shared, Named(name): Named<String>) -> Answer
     Ok(Json(blocking(&daemon, move |d| d.resume(&name)).await?))
 }
 
-/// End a machine as if its power was cut
+/// End a machine
 ///
-/// What it wrote and flushed is on its disks, which blockd no longer serves when the answer comes.
+/// Its power button is pressed, if its guest listens to that, and the guest has some time to turn
+/// itself off (`power-off` is then how it ended). A guest that does not listen or takes too long
+/// has its power cut (`stopped`): what it wrote and flushed is on its disks. blockd no longer
+/// serves them when the answer comes. When the client goes away meanwhile, the guest was asked, and
+/// no more is done.
 #[utoipa::path(post, path = "/v1/vms/{name}/stop", tag = "vms",
-    params(("name" = String, Path, description = "Name of the machine")),
+    params(("name" = String, Path, description = "Name of the machine"), StopVm),
     responses((status = 200, body = Vm), (status = "default", body = FailureBody)))]
-pub async fn stop(State(daemon): Shared, Named(name): Named<String>) -> Answer<Json<Vm>> {
+pub async fn stop(
+    State(daemon): Shared,
+    Named(name): Named<String>,
+    Params(how): Params<StopVm>,
+) -> Answer<Json<Vm>> {
+    let until = Instant::now() + Duration::from_millis(how.timeout_ms).min(STOP_MAX);
+    let asked = name.clone();
+    let mut waits = !how.force && blocking(&daemon, move |d| d.press_power_button(&asked)).await?;
+    // Without a thread that waits: many machines may be stopped at once.
+    while waits && Instant::now() < until {
+        tokio::time::sleep(STOP_LOOK).await;
+        waits = !daemon.has_ended(&name)?;
+    }
     Ok(Json(blocking(&daemon, move |d| d.end(&name)).await?))
 }
 

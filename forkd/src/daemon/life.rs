@@ -68,6 +68,37 @@ impl Daemon {
         Ok(machine.describe(&self.state))
     }
 
+    /// Asks the guest of a machine to turn itself off, as its power button does. False when there
+    /// is nobody to wait for: the guest does not listen to the button, or the machine has ended.
+    ///
+    /// # Errors
+    /// `NotFound`; `Invalid` when it is paused, and so cannot be asked.
+    pub fn press_power_button(&self, name: &str) -> Result<bool> {
+        let machine = self.table.get(name)?;
+        let _changing = machine.changing.lock();
+        let Ok(process) = machine.living_process() else { return Ok(false) };
+        if machine.state() == VmState::Paused {
+            return Err(Error::invalid("it is paused, and cannot turn itself off")
+                .tried("stop")
+                .on(object(name))
+                .hint("resume it first, or cut its power with --force"));
+        }
+        match process.ask::<bool>(&Ask::PressPowerButton) {
+            Ok(listens) => Ok(listens),
+            // It ended this moment, or will not say: its power is cut.
+            Err(_) => Ok(false),
+        }
+    }
+
+    /// Whether a machine has ended.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn has_ended(&self, name: &str) -> Result<bool> {
+        let machine = self.table.get(name)?;
+        Ok(machine.living_process().map_or(true, |process| !process.is_alive()))
+    }
+
     /// Ends a machine as if its power was cut. One that has ended stays as it is.
     ///
     /// # Errors
@@ -76,11 +107,13 @@ impl Daemon {
         let machine = self.table.get(name)?;
         let _changing = machine.changing.lock();
         let end = || -> Result<()> {
-            let Ok(process) = machine.living_process() else { return Ok(()) };
-            // One that does not answer has its power cut all the same.
-            match process.ask::<()>(&Ask::Stop) {
-                Ok(()) => process.reap()?,
-                Err(_) => process.kill()?,
+            let Some(process) = &machine.process else { return Ok(()) };
+            if process.is_alive() {
+                // One that does not answer has its power cut all the same.
+                match process.ask::<()>(&Ask::Stop) {
+                    Ok(()) => process.reap()?,
+                    Err(_) => process.kill()?,
+                }
             }
             self.note_end(&machine, process);
             // Here and not only in the background: who stops a machine may want its disks.

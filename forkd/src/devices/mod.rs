@@ -193,14 +193,6 @@ impl DeviceSet {
         self.identity.lock().is_acknowledged()
     }
 
-    /// Presses the power button: a guest that listens turns itself off.
-    ///
-    /// # Errors
-    /// The host's error.
-    pub fn press_power_button(&self) -> Result<()> {
-        self.button.raise()
-    }
-
     /// The disks as they are now.
     #[must_use]
     pub fn disks(&self) -> Vec<DiskStatus> {
@@ -278,5 +270,9 @@ impl Devices for DeviceSet {
         self.virtio.iter().for_each(|v| v.lock().raise_again());
         self.disks.iter().for_each(Disk::resume);
         Ok(())
+    }
+
+    fn press_power_button(&self) -> Result<()> {
+        self.button.raise()
     }
 }

@@ -7,7 +7,9 @@ use std::os::fd::{AsFd, FromRawFd, IntoRawFd};
 use std::sync::Arc;
 
 use format::Result;
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_MEM_LOG_DIRTY_PAGES, kvm_irqchip, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VcpuFd, VmFd};
 use vhost_blk::event::EventFd;
 
@@ -90,6 +92,22 @@ impl Vm {
         let theirs = as_theirs(&line)?;
         self.fd.register_irqfd(&theirs, gsi).map_err(|e| failed("wire an interrupt of", e))?;
         Ok(Arc::new(Line(line)))
+    }
+
+    /// Whether the guest lets interrupt line `gsi` through: a program in it waits for that.
+    ///
+    /// # Errors
+    /// The host's error.
+    pub fn is_heard(&self, gsi: u32) -> Result<bool> {
+        /// The bit of an entry that keeps the line from being heard.
+        const MASKED: u64 = 1 << 16;
+        let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
+        self.fd.get_irqchip(&mut chip).map_err(|e| failed("look at the interrupts of", e))?;
+        // SAFETY: for this chip this member of the union is the valid one, and any bits are one.
+        let lines = unsafe { chip.chip.ioapic }.redirtbl;
+        // SAFETY: both members of the entry are plain bits.
+        let entry = lines.get(index(gsi.into())).map(|line| unsafe { line.bits });
+        Ok(entry.is_some_and(|entry| entry & MASKED == 0))
     }
 
     /// A doorbell at `at`: see [`crate::wires::Wires::doorbell`].

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use vhost_blk::event::EventFd;
 use zerocopy::IntoBytes;
 
+use crate::devices::layout::BUTTON_GSI;
 use crate::kvm::blob::{Reader, Writer};
 use crate::kvm::state::{self, Restored, Shape, tag};
 use crate::kvm::vcpu::Cpu;
@@ -290,6 +291,23 @@ impl Machine {
             *phase = Phase::Standing;
         }
         Ok(())
+    }
+
+    /// Presses the power button, if the guest listens to it; says whether it does.
+    ///
+    /// # Errors
+    /// `Invalid` when it does not run, and so cannot listen; the host's error.
+    pub fn press_power_button(&self) -> Result<bool> {
+        let phase = self.control.lock();
+        let devices = self.filled(*phase)?;
+        if *phase != Phase::Running {
+            return Err(Error::invalid("it does not run").tried("turn off").on("machine"));
+        }
+        let listens = self.vm.is_heard(BUTTON_GSI)?;
+        if listens {
+            devices.press_power_button()?;
+        }
+        Ok(listens)
     }
 
     /// Takes memory, processors, devices and disks at one instant. A machine that runs goes on.

@@ -152,6 +152,7 @@ impl Vm {
                 Ask::Cut(asked) => self.cut(&socket, &asked, files.into_iter().next()),
                 Ask::Status => reply(&socket, Ok(self.state.lock().phase)),
                 Ask::Exits => reply(&socket, Ok(self.machine.get().map_or(0, Machine::exits))),
+                Ask::PressPowerButton => reply(&socket, self.press_power_button()),
                 Ask::Stop => {
                     let ended =
                         Ended { reason: "stopped".into(), detail: String::new(), at: clock::now() };
@@ -256,6 +257,10 @@ impl Vm {
         self.filled()?.resume()?;
         self.now_is(Phase::Running);
         Ok(())
+    }
+
+    fn press_power_button(&self) -> Result<bool> {
+        self.filled()?.press_power_button()
     }
 
     fn now_is(&self, phase: Phase) {

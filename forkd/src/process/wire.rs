@@ -44,6 +44,8 @@ pub enum Ask {
     Status,
     /// Say how often its processors came out of the guest.
     Exits,
+    /// Press the power button, if the guest listens to it. The answer says whether it does.
+    PressPowerButton,
     /// End, as if the power was cut.
     Stop,
     /// Tell of every change until the end.

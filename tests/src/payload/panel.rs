@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use forkd::memory::{Gpa, GuestRam, PAGE};
 use forkd::wires::{Devices, Identity, Interrupt, IoBus, PowerSwitch, Wires};
-use format::{Error, Result};
+use format::{Error, Kind, Result};
 use parking_lot::{Condvar, Mutex};
 use vhost_blk::event::EventFd;
 
@@ -250,5 +250,9 @@ impl Devices for Panel {
         let mut state = self.state.lock();
         state.quiet = state.quiet.saturating_sub(1);
         Ok(())
+    }
+
+    fn press_power_button(&self) -> Result<()> {
+        Err(Error::new(Kind::Unsupported, "the panel has none"))
     }
 }

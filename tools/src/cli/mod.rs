@@ -25,7 +25,7 @@ pub use fork::Fork;
 pub use images::{Diff, Export, Import, SinkFormat};
 pub use modes::Mode;
 pub use serve::{Attach, Detach, ExportNbd, Limit};
-pub use vm::{ForkVm, RemoveVm, Restore, RunVm, Snapshot, SnapshotRm, VmName, VmVerb};
+pub use vm::{ForkVm, RemoveVm, Restore, RunVm, Snapshot, SnapshotRm, StopVm, VmName, VmVerb};
 
 const ABOUT_CODES: &str = "\
 Exit codes (stable; with --json, failures also come as an object {\"error\": …}):

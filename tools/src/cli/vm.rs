@@ -111,13 +111,19 @@ Examples:
   offshoot vm snapshot-rm /var/snapshots/web1-monday")]
     SnapshotRm(SnapshotRm),
 
-    /// End a machine as if its power was cut
+    /// End a machine
     ///
-    /// What it wrote and flushed is on its disks. It is listed as ended until it is removed.
+    /// Its power button is pressed, so that its guest shuts down and turns itself off. A guest that
+    /// does not listen to the button (no ACPI, or not booted that far), or takes longer than
+    /// --timeout, has its power cut: what it wrote and flushed is on its disks. It is listed as
+    /// ended until it is removed: by `power-off` if it turned itself off, by `stopped` if its power
+    /// was cut.
     #[command(after_help = "\
 Examples:
-  offshoot vm stop web1")]
-    Stop(VmName),
+  offshoot vm stop web1
+  offshoot vm stop web1 --timeout 120
+  offshoot vm stop web1 --force")]
+    Stop(StopVm),
 
     /// Remove a machine that has ended
     ///
@@ -233,6 +239,20 @@ pub struct Restore {
 pub struct SnapshotRm {
     /// The folder of the snapshot
     pub dest: PathBuf,
+}
+
+/// `vm stop`
+#[derive(Debug, Args)]
+pub struct StopVm {
+    /// Name of the machine
+    pub name: String,
+    /// Seconds that its guest has for turning itself off, 3600 at most
+    #[arg(long, value_name = "SECONDS", default_value = "30")]
+    #[arg(value_parser = clap::value_parser!(u64).range(..=3600))]
+    pub timeout: u64,
+    /// Cut its power at once
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// `vm rm`

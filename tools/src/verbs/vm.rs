@@ -41,7 +41,7 @@ pub fn vm(s: &Session, verb: &VmVerb) -> Outcome {
         VmVerb::Snapshot(args) => snapshots::take(s, args),
         VmVerb::Restore(args) => snapshots::restore(s, args),
         VmVerb::SnapshotRm(args) => snapshots::rm(s, args),
-        VmVerb::Stop(args) => change(s, args, "stop", "stopped"),
+        VmVerb::Stop(args) => stop(s, args),
         VmVerb::Rm(args) => rm(s, args),
         VmVerb::Stats => stats(s),
         VmVerb::Status => status(s),
@@ -175,6 +175,19 @@ fn fork(s: &Session, args: &cli::ForkVm) -> Outcome {
             ms(forked.ready_us)
         ));
         lines.join("\n")
+    })?;
+    Ok(Verdict::Done)
+}
+
+fn stop(s: &Session, args: &cli::StopVm) -> Outcome {
+    let how = format!("/stop?force={}&timeout_ms={}", args.force, args.timeout * 1000);
+    let vm: Vm = s.forkd()?.post(path(&args.name, &how), &())?;
+    let reason = vm.end.as_ref().map_or("", |end| &end.reason);
+    s.out.confirm(&vm, || match reason {
+        "stopped" if !args.force => {
+            format!("stopped vm {}: its power was cut, it did not turn itself off", vm.name)
+        }
+        _ => format!("stopped vm {}", vm.name),
     })?;
     Ok(Verdict::Done)
 }

@@ -103,6 +103,11 @@ long_mode:
     mov rbx, 0x208410
     mov rcx, 0x8e0000100000
     call gate
+    // Gate 0x42 for the power button.
+    lea rax, [button_entry]
+    mov rbx, 0x208420
+    mov rcx, 0x8e0000100000
+    call gate
     lidt [gates]
     mov eax, 0x40
     ltr ax
@@ -130,6 +135,13 @@ serial_entry:
     mov dword ptr [rax], 0
     pop rax
     iretq
+
+    // The power button: off.
+button_entry:
+    mov edx, 0x600
+    mov al, 0x34
+    out dx, al
+    jmp button_entry
 
     // int3 from ring 3: sleep until something is typed. Looked at here, where no interrupt can come
     // between look and sleep.
@@ -483,6 +495,14 @@ fn obey(guest: &mut Guest, line: &[u8]) {
         Some(b'g') => told(guest.disk.as_mut().map_or(0, |disk| disk.sector(a, None))),
         // Bytes: floods the console.
         Some(b'x') => (0..a).for_each(|i| out8(SERIAL, b'a' + (i % 26) as u8)),
+        // Listens to the power button, and obeys it, or with another number than 0 does not.
+        Some(b'b') => {
+            put32(IO_APIC, 0x11 + 6 * 2);
+            put32(IO_APIC + 0x10, 0);
+            put32(IO_APIC, 0x10 + 6 * 2);
+            put32(IO_APIC + 0x10, if a == 0 { 0x42 } else { 0x41 });
+            told(a);
+        }
         // Powers off, resets, faults.
         Some(b'o') => out8(POWER, 5 << 2 | 1 << 5),
         Some(b'r') => out8(POWER + 2, 1),
