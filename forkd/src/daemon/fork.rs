@@ -210,7 +210,7 @@ impl Daemon {
 
     /// Has a machine and its disks cut at one instant. The disks that may have been forked stay in
     /// `undo`; blockd is done with them.
-    pub(super) fn cut_all(
+    fn cut_all(
         &self,
         parent: &Machine,
         disks: &ForkDisks,
@@ -235,7 +235,7 @@ impl Daemon {
     }
 
     /// Has a machine cut, and its disks if there is a token for them.
-    fn cut(
+    pub(super) fn cut(
         &self,
         parent: &Machine,
         token: Option<Uuid>,

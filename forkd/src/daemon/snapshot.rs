@@ -31,11 +31,11 @@ use super::undo::{Undo, UndoDisk, Which};
 use crate::api::types::{
     EventKind, RemovedSnapshot, SnapshotDisk, SnapshotTaken, TakeSnapshot, VmParent,
 };
-use crate::clock;
 use crate::memory::Layer;
 use crate::process::serve::read_all;
 use crate::process::wire::WasCut;
 use crate::snapshot::{Draft, Folder, Manifest, RealHost, aside, set_aside};
+use crate::{clock, http};
 
 /// A snapshot that is being taken.
 struct Taking<'a> {
@@ -160,12 +160,35 @@ impl Daemon {
             flatten: FlattenWhen::Auto,
             ..ForkDisks::default()
         };
-        let (was_cut, files, disks) = self.cut_all(machine, &request, undo)?;
+        let (was_cut, files, disks) = self.cut_with(machine, &request, undo)?;
         if disks.len() != frozen.len() {
             let reason = "blockd answers with other disks than asked";
             return Err(Error::new(Kind::Unsupported, reason));
         }
         Ok(Taken { was_cut, files, disks })
+    }
+
+    /// Has a machine and its disks cut at one instant, and waits until the disks are durable.
+    fn cut_with(
+        &self,
+        machine: &Machine,
+        disks: &ForkDisks,
+        undo: &mut Undo,
+    ) -> Result<(WasCut, Vec<OwnedFd>, Vec<Disk>)> {
+        if disks.disks.is_empty() {
+            let (was_cut, files) = self.cut(machine, None, &mut undo.disks)?;
+            return Ok((was_cut, files, Vec::new()));
+        }
+        let token = self.blockd.fork_ready(disks).inspect_err(|_| undo.disks.clear())?;
+        let mut cut = || {
+            let (was_cut, files) = self.cut(machine, Some(token), &mut undo.disks)?;
+            if let Some((status, body)) = &was_cut.disks {
+                let body = body.clone().into_bytes();
+                http::Reply { status: *status, body }.refused()?;
+            }
+            Ok((was_cut, files, self.blockd.forked(token)?.children))
+        };
+        cut().inspect_err(|_| self.blockd.end_fork(token))
     }
 
     /// Removes a snapshot, and the disks that were made for it.

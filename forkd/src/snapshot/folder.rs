@@ -150,7 +150,7 @@ impl<'a> Draft<'a> {
     /// Writes the memory.
     ///
     /// # Errors
-    /// As [`memory::write`].
+    /// What the host reports, or `watch`.
     pub fn memory(&self, layers: &[Layer], bytes: u64, watch: &dyn Watch) -> Result<Written> {
         let mut written = Written { crc32c: Vec::new(), bytes: 0 };
         self.put(MEMORY, &mut |file| {
@@ -277,7 +277,7 @@ impl Folder {
     /// Its memory, as a copy that nobody can change.
     ///
     /// # Errors
-    /// As [`memory::read`].
+    /// `Corrupt` when it was cut short or altered; what the host reports, or `watch`.
     pub fn memory(&self, watch: &dyn Watch) -> Result<Layer> {
         let path = self.path.join(MEMORY);
         let read = || -> Result<Layer> {
