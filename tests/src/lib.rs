@@ -25,6 +25,7 @@ pub mod served;
 pub mod sim;
 pub mod store;
 pub mod tls;
+pub mod trace;
 pub mod vm;
 pub mod vmdriver;
 pub mod wire;

@@ -1,13 +1,15 @@
 //! Whoever is killed when: a fork has all of its children or none, the parent goes on, and nothing
 //! is left over that nobody knows of.
 //!
-//! Kills come at random moments of many forks; a round prints when it did, and the seed repeats the
-//! times, if not what the host makes of them.
+//! Kills come at random moments of many forks, where a round prints when it did, and the seed
+//! repeats the times, if not what the host makes of them; and at each step in turn, as `trace`
+//! finds them.
 
 use std::process::Stdio;
 use std::time::Duration;
 
 use offshoot_tests::rng::{Rng, seed};
+use offshoot_tests::trace::{Step, Tracer, steps_of};
 use offshoot_tests::vm::{Console, Lab, kill, processes_in, word};
 use rustix::process::Signal;
 
@@ -155,6 +157,118 @@ fn a_fork_survives_the_death_of_the_parent_whole_or_not_at_all() {
     }
     lab.settle();
     assert_eq!(lab.traces().exports, 0);
+}
+
+/// What is killed at a step of a fork.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Victim {
+    Daemon,
+    Parent,
+    Child,
+}
+
+/// The process that is to be killed. Of the children, one of the shells that they are made of.
+fn process_of(lab: &Lab, victim: Victim) -> u32 {
+    let parent = lab.pid("p");
+    match victim {
+        Victim::Daemon => lab.forkd_pid(),
+        Victim::Parent => parent,
+        Victim::Child => {
+            let mut shells = processes_in(&lab.state()).into_iter().filter(|pid| *pid != parent);
+            shells.next().expect("a shell of the pool")
+        }
+    }
+}
+
+/// Forks, and kills somebody at a step of its. Whoever it is: children are all there or not at all,
+/// and nothing else is left.
+fn fork_and_kill_at(lab: &mut Lab, victim: Victim, step: &Step) -> bool {
+    lab.settle();
+    let tracer = Tracer::kill_at(process_of(lab, victim), Some(step));
+    let names = ["a1", "a2"].map(str::to_owned);
+    let forked = lab.offshoot(&["vm", "fork", "p", &names[0], &names[1]]);
+    let killed = tracer.end();
+    println!("{victim:?} at {} {}: killed {killed}", step.0, step.1);
+    assert!(killed || forked.status.success(), "{victim:?} {step:?}: {forked:?}");
+    if killed && victim == Victim::Daemon {
+        lab.kill_forkd();
+        lab.start_forkd();
+    }
+    lab.settle();
+    if victim == Victim::Child {
+        // One that was killed when the fork was done is a machine that has ended.
+        let ended = |name: &String| {
+            let shown = lab.offshoot(&["vm", "show", name]);
+            shown.status.success() && lab.show(name)["state"] == "ended"
+        };
+        if names.iter().any(ended) {
+            names.iter().for_each(|name| drop(lab.done(&["vm", "rm", name, "--force"])));
+        }
+    }
+    all_or_none(lab, &names);
+    killed
+}
+
+/// Kills somebody at each of its steps of a fork, one after the other; `own` are among them, or
+/// nothing was tried.
+fn dies_at_each_step(test: &str, victim: Victim, own: &[&str]) {
+    let Some(mut lab) = Lab::new(test) else { return };
+    let mut parent = writing_parent(&lab);
+    lab.settle();
+    let steps = steps_of(process_of(&lab, victim), || {
+        drop(lab.done(&["vm", "fork", "p", "a1", "a2"]));
+    });
+    all_or_none(&lab, &["a1", "a2"].map(str::to_owned));
+    for step in own {
+        assert!(steps.iter().any(|s| s.0 == *step), "no {step:?} among {steps:#?}");
+    }
+    let mut killed = 0;
+    for step in &steps {
+        if !fork_and_kill_at(&mut lab, victim, step) {
+            continue;
+        }
+        killed += 1;
+        if victim == Victim::Parent {
+            assert_eq!(lab.end_of("p")["reason"], "killed");
+            lab.done(&["vm", "rm", "p"]);
+            parent = lab.run("p", &["root"]);
+            assert_eq!(parent.ask("w"), "writing");
+        }
+    }
+    is_unharmed(&mut parent);
+    // What other threads do may not come again; nearly all of it does.
+    println!("killed at {killed} of {} steps", steps.len());
+    assert!(killed * 10 > steps.len() * 8, "{killed} of {steps:#?}");
+}
+
+/// forkd is killed at every one of its steps of a fork.
+#[test]
+fn the_daemon_may_die_at_any_step_of_a_fork() {
+    let own = [
+        "rename undo/ID.json.new",
+        "rename undo/ID.disks.new",
+        "rename ID/vm.json.new",
+        "fsync vms/ID",
+        "unlink undo/ID.json",
+        "connect",
+        "send",
+        "wait for an answer",
+    ];
+    dies_at_each_step("the_daemon_may_die_at_any_step_of_a_fork", Victim::Daemon, &own);
+}
+
+/// The process of the parent is killed at every one of its steps of a fork.
+#[test]
+fn the_parent_may_die_at_any_step_of_a_fork() {
+    let own = ["memfd_create guest-memory-delta", "memfd_create state", "send"];
+    dies_at_each_step("the_parent_may_die_at_any_step_of_a_fork", Victim::Parent, &own);
+}
+
+/// The process of a child is killed at every one of its steps of a fork.
+#[test]
+fn a_child_may_die_at_any_step_of_a_fork() {
+    let own = ["connect", "memfd_create vhost-arena", "send", "wait for an answer"];
+    dies_at_each_step("a_child_may_die_at_any_step_of_a_fork", Victim::Child, &own);
 }
 
 /// Twenty machines run, the daemon is killed, and all of them are there and answer.

@@ -15,6 +15,7 @@ use forkd::kvm::state::tag;
 use forkd::snapshot::{FileSum, Manifest};
 use offshoot_tests::mount::Mount;
 use offshoot_tests::rng::{Rng, seed};
+use offshoot_tests::trace::{Step, Tracer, steps_of};
 use offshoot_tests::until;
 use offshoot_tests::vm::{Console, Lab, kill, parts, processes_in, word};
 use rustix::process::Signal;
@@ -434,6 +435,97 @@ fn a_snapshot_survives_the_death_of_anybody_whole_or_not_at_all() {
     assert!(taking.status.success(), "{taking:?}");
     assert!(!processes_in(&lab.state()).contains(&pid));
     assert!(whole_or_not_at_all(&lab, &snap));
+}
+
+/// Runs the command line, and kills forkd at a step of its; then a new one is started. True if it
+/// came to that; else the command did what it was asked for.
+fn killed_at(lab: &mut Lab, step: &Step, args: &[&str]) -> bool {
+    lab.settle();
+    let tracer = Tracer::kill_at(lab.forkd_pid(), Some(step));
+    let output = lab.offshoot(args);
+    let killed = tracer.end();
+    println!("{} at {} {}: killed {killed}", args[1], step.0, step.1);
+    assert!(killed || output.status.success(), "{step:?}: {output:?}");
+    if killed {
+        lab.kill_forkd();
+        lab.start_forkd();
+    }
+    killed
+}
+
+/// Looks at the steps of forkd for some work; `own` are among them, or nothing would be tried.
+fn steps_with(lab: &Lab, args: &[&str], own: &[&str]) -> Vec<Step> {
+    lab.settle();
+    let steps = steps_of(lab.forkd_pid(), || drop(lab.done(args)));
+    for step in own {
+        assert!(steps.iter().any(|s| s.0 == *step), "no {step:?} among {steps:#?}");
+    }
+    steps
+}
+
+/// forkd is killed at every one of its steps of a snapshot.
+#[test]
+fn the_daemon_may_die_at_any_step_of_a_snapshot() {
+    let Some(mut lab) = Lab::new("the_daemon_may_die_at_any_step_of_a_snapshot") else { return };
+    let place = place(&lab);
+    let mut p = writing_parent(&lab);
+    let snap = place.join("s");
+    let take = ["vm", "snapshot", "p", text(&snap)];
+    let own = [
+        "rename undo/ID.json.new",
+        "mkdir snaps/.s.ID.partial",
+        "fsync .s.ID.partial/memory",
+        "fsync .s.ID.partial/manifest.json",
+        "rename snaps/.s.ID.partial",
+        "unlink undo/ID.json",
+        "wait for an answer",
+    ];
+    let steps = steps_with(&lab, &take, &own);
+    assert!(whole_or_not_at_all(&lab, &snap));
+    let (mut killed, mut made) = (0, 0);
+    for step in &steps {
+        let was_killed = killed_at(&mut lab, step, &take);
+        let there = whole_or_not_at_all(&lab, &snap);
+        assert!(there || was_killed);
+        killed += usize::from(was_killed);
+        made += u32::from(there);
+    }
+    println!("killed at {killed} of {} steps; {made} snapshots were there", steps.len());
+    assert!(killed * 10 > steps.len() * 8, "{killed} of {steps:#?}");
+    is_unharmed(&mut p);
+}
+
+/// forkd is killed at every one of its steps of a restore: the machine is there or not, and if not,
+/// nothing of it is; the snapshot is there in any case.
+#[test]
+fn the_daemon_may_die_at_any_step_of_a_restore() {
+    let Some(mut lab) = Lab::new("the_daemon_may_die_at_any_step_of_a_restore") else { return };
+    let snap = place(&lab).join("s");
+    lab.disk("root");
+    lab.run("p", &["root"]).number("p 9 9");
+    lab.done(&["vm", "snapshot", "p", text(&snap)]);
+    let before = lab.traces();
+    let restore = ["vm", "restore", text(&snap), "q"];
+    let gone = |lab: &Lab, what: &str| {
+        lab.settle();
+        let there = lab.offshoot(&["vm", "show", "q"]).status.success();
+        if there {
+            assert_eq!(lab.console("q").number("g 9"), 9, "{what}");
+            lab.done(&["vm", "rm", "q", "--force"]);
+        }
+        lab.settle();
+        let after = lab.traces();
+        assert_eq!((&after.disks, after.exports), (&before.disks, before.exports), "{what}");
+        there
+    };
+    let own = ["rename undo/ID.json.new", "rename ID/vm.json.new", "unlink undo/ID.json"];
+    let steps = steps_with(&lab, &restore, &own);
+    assert!(gone(&lab, "nobody was killed"));
+    for step in &steps {
+        let killed = killed_at(&mut lab, step, &restore);
+        let there = gone(&lab, &format!("{step:?}"));
+        assert!(there || killed);
+    }
 }
 
 /// The power of the disk that snapshots are written to is cut, at a random moment and when the verb

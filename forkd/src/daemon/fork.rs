@@ -180,6 +180,8 @@ impl Daemon {
         self.janitor.begin(undo)?;
         let (was_cut, files, forked) =
             self.cut_all(parent, &fork_request(request, frozen), undo)?;
+        let made = forked.iter().map(|disk| (disk.name.clone(), disk.disk)).collect();
+        self.janitor.made(undo, &made)?;
         let children: Vec<Child> = shells
             .into_iter()
             .zip(identities)

@@ -64,11 +64,11 @@ impl Daemon {
             is: Which::Over(base.disk.segment),
         };
         let own = bases.iter().enumerate().filter(|(_, base)| !base.read_only);
-        let undo = Undo::of(vec![shell.id], !bases.is_empty(), own.map(to_undo).collect());
-        self.make_restored(request, manifest, (&state, memory), (&shell, &bases), &undo)
+        let mut undo = Undo::of(vec![shell.id], !bases.is_empty(), own.map(to_undo).collect());
+        self.make_restored(request, manifest, (&state, memory), (&shell, &bases), &mut undo)
             .inspect_err(|_| {
                 // What cannot be removed now is told of by health, and removed later.
-                let _ = self.give_up(undo.clone());
+                let _ = self.give_up(undo);
             })
     }
 
@@ -116,12 +116,14 @@ impl Daemon {
         manifest: &Manifest,
         (state, memory): (&[u8], Layer),
         (shell, bases): (&Arc<Process>, &[Base]),
-        undo: &Undo,
+        undo: &mut Undo,
     ) -> Result<Arc<Machine>> {
         self.janitor.know(Arc::clone(shell));
         self.janitor.begin(undo)?;
         let identity = identity::fresh(&request.name, shell.id)?;
         let disks = self.disks_over(&request.name, bases)?;
+        let made = disks.iter().map(|disk| (disk.disk.clone(), disk.id)).collect();
+        self.janitor.made(undo, &made)?;
         let hardware = self.attach_disks(shell, &disks)?;
         let description = Description {
             layout: Description::LAYOUT,

@@ -9,7 +9,10 @@
 //! removal that is cut short is taken up again. Every step may find that it was done before.
 //!
 //! A disk is never removed by its name alone, which may be another's by now: it has the identity
-//! that was noted, or stands on the very segment that the fork froze.
+//! that was noted, or stands on the very segment that the fork froze. Identities are noted as soon
+//! as they are known, before anybody uses the disks: one in service may be flattened, and then
+//! stands on nothing that a fork froze. That note is a file of its own, and not durable: after a
+//! kill it is there, after a power cut it may be missing, and the first one counts.
 //!
 //! Of a snapshot, the folder that it is made in says whether it is done: it takes another name as
 //! the last step. While it has the first one, it and the disks go; when it has not, the snapshot is
@@ -37,6 +40,8 @@ use crate::process::Process;
 
 /// Version of the records.
 const LAYOUT: u32 = 1;
+/// How the file of known disks ends that is beside a record.
+const KNOWN: &str = "disks";
 /// Time between two attempts.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -55,6 +60,13 @@ pub struct Undo {
     /// The folder of a snapshot that is not done; without it there, the disks stay.
     #[serde(default)]
     pub partial: Option<PathBuf>,
+}
+
+/// The disks of a record, when their identities are known.
+#[derive(Serialize, Deserialize)]
+struct Known {
+    layout: u32,
+    disks: Vec<UndoDisk>,
 }
 
 /// A disk to remove.
@@ -122,8 +134,20 @@ impl Janitor {
                 fs::remove_file(&path)?;
                 continue;
             }
+            if path.extension().is_some_and(|e| e == KNOWN) {
+                if !path.with_extension("json").exists() {
+                    fs::remove_file(&path)?;
+                }
+                continue;
+            }
             match state::read::<Undo>(&path) {
-                Ok(Some(undo)) => drop(work.undo.insert(undo.id, undo)),
+                Ok(Some(mut undo)) => {
+                    // One that a power cut left makes no sense, and is not needed then.
+                    if let Ok(Some(known)) = state::read::<Known>(&path.with_extension(KNOWN)) {
+                        undo.disks = known.disks;
+                    }
+                    work.undo.insert(undo.id, undo);
+                }
                 Ok(None) => {}
                 Err(error) => tracing::warn!(%error, "not undone"),
             }
@@ -167,6 +191,20 @@ impl Janitor {
         state::write(&self.folder, &format!("{}.json", undo.id.simple()), undo, true)
     }
 
+    /// Notes which disks were made, by name and identity, before anybody uses them.
+    ///
+    /// # Errors
+    /// What the host reports.
+    pub fn made(&self, undo: &mut Undo, made: &BTreeMap<String, Uuid>) -> Result<()> {
+        for disk in &mut undo.disks {
+            if let Some(id) = made.get(&disk.name) {
+                disk.is = Which::Identity(*id);
+            }
+        }
+        let known = Known { layout: LAYOUT, disks: undo.disks.clone() };
+        state::write(&self.folder, &format!("{}.{KNOWN}", undo.id.simple()), &known, false)
+    }
+
     /// What was under way is done: durably nothing of it is to be removed.
     ///
     /// # Errors
@@ -174,6 +212,8 @@ impl Janitor {
     pub fn done(&self, undo: &Undo) -> Result<()> {
         let remove = || -> Result<()> {
             fs::remove_file(self.file(undo.id))?;
+            // After the record: without it, this says nothing. Mostly it is not there.
+            let _ = fs::remove_file(self.file(undo.id).with_extension(KNOWN));
             // A record that comes back after a power cut would remove what somebody was told of.
             state::sync_folder(&self.folder)
         };
@@ -339,5 +379,48 @@ fn remove_folder(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
         removed => removed.map_err(Error::from).context("remove", || path.display().to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn undo() -> Undo {
+        let disk = |name: &str| UndoDisk { name: name.into(), is: Which::Over(Uuid::nil()) };
+        Undo::of(Vec::new(), true, vec![disk("a"), disk("b")])
+    }
+
+    fn found(dir: &StateDir) -> Vec<Undo> {
+        Janitor::open(dir).unwrap().work.lock().undo.values().cloned().collect()
+    }
+
+    /// A fork was killed when one of its children had been flattened: the disk stood on nothing
+    /// that the fork had frozen any more, was taken for somebody else's, and stayed for ever.
+    #[test]
+    fn disks_whose_identity_is_known_are_found_by_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = StateDir::open(dir.path()).unwrap();
+        let janitor = Janitor::open(&dir).unwrap();
+        let mut undo = undo();
+        janitor.begin(&undo).unwrap();
+        assert_eq!(found(&dir), [undo.clone()]);
+        let made = BTreeMap::from([("b".to_owned(), Uuid::from_u128(7))]);
+        janitor.made(&mut undo, &made).unwrap();
+        assert_eq!(undo.disks[1].is, Which::Identity(Uuid::from_u128(7)));
+        assert_eq!(found(&dir), [undo.clone()]);
+        // What a power cut leaves of the second note counts for nothing.
+        fs::write(janitor.file(undo.id).with_extension(KNOWN), [0; 64]).unwrap();
+        let first = found(&dir);
+        assert_eq!(first[0].disks[1].is, Which::Over(Uuid::nil()));
+
+        janitor.made(&mut undo, &made).unwrap();
+        janitor.done(&undo).unwrap();
+        assert!(found(&dir).is_empty());
+        assert_eq!(fs::read_dir(dir.undo()).unwrap().count(), 0);
+        // Killed between the removals of the two.
+        janitor.made(&mut undo, &made).unwrap();
+        assert!(found(&dir).is_empty());
+        assert_eq!(fs::read_dir(dir.undo()).unwrap().count(), 0);
     }
 }
