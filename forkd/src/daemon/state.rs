@@ -22,6 +22,7 @@ use std::fs::{self, File};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use format::{Context as _, Error, Kind, Result};
 use rustix::fs::{FlockOperation, flock};
@@ -37,6 +38,8 @@ use crate::machine::SizeClass;
 const LAYOUT: u32 = 1;
 /// Name of a machine's description in its folder.
 const DESCRIPTION: &str = "vm.json";
+/// How long to wait for a lock that somebody has.
+const LOCK_WAIT: Duration = Duration::from_secs(1);
 /// Bytes of the folder's path at most: sockets below it have 107.
 const PATH_MAX: usize = 54;
 
@@ -106,11 +109,7 @@ impl StateDir {
             let mut options = File::options();
             let lock = options.create(true).truncate(false).write(true).mode(0o600);
             let lock = lock.open(path.join("lock"))?;
-            flock(lock.as_fd(), FlockOperation::NonBlockingLockExclusive).map_err(|e| {
-                Error::new(Kind::Busy, "another daemon has it")
-                    .caused_by(std::io::Error::from(e))
-                    .hint("stop it, or choose another folder with --state")
-            })?;
+            take_lock(&lock)?;
             Ok(StateDir { path: path.to_owned(), _lock: lock })
         };
         open().context("open", object)
@@ -174,6 +173,23 @@ impl StateDir {
         File::open(self.vm(id).join(DESCRIPTION))?.sync_all()?;
         sync_folder(&self.vm(id))?;
         sync_folder(&self.vms())
+    }
+}
+
+/// Takes the lock, and waits a little for it: a daemon that was killed while it started a shell has
+/// left it to that one, which lets go of it as soon as it has become a program of its own.
+fn take_lock(lock: &File) -> Result<()> {
+    let since = Instant::now();
+    loop {
+        match flock(lock.as_fd(), FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(_) if since.elapsed() < LOCK_WAIT => std::thread::sleep(LOCK_WAIT / 100),
+            Err(e) => {
+                return Err(Error::new(Kind::Busy, "another daemon has it")
+                    .caused_by(std::io::Error::from(e))
+                    .hint("stop it, or choose another folder with --state"));
+            }
+        }
     }
 }
 
