@@ -54,6 +54,23 @@ impl Machines {
         self.forked.extend(children.iter().map(|c| (*c).to_owned()));
     }
 
+    /// Writes a machine to files.
+    pub fn snapshot(&mut self, name: &str, path: &str) {
+        println!("{}", self.verb(&format!("vm snapshot {name} {path}")));
+    }
+
+    /// Makes a machine of files.
+    pub fn restore(&mut self, path: &str, name: &str) {
+        self.verb(&format!("vm restore {path} {name}"));
+        self.forked.insert(name.to_owned());
+    }
+
+    /// Stops a machine, which has some seconds to turn itself off, and says how it ended.
+    pub fn stop(&mut self, name: &str, seconds: u32) -> String {
+        let vm = self.verb(&format!("vm stop {name} --timeout {seconds}"));
+        vm["end"]["reason"].as_str().expect("a reason").to_owned()
+    }
+
     /// Everything about a machine.
     pub fn show(&mut self, name: &str) -> Value {
         self.verb(&format!("vm show {name}"))
