@@ -3,7 +3,7 @@
 pub mod api;
 pub mod catalogue;
 pub mod check;
-mod clock;
+pub mod clock;
 pub mod content;
 pub mod daemon;
 pub mod diff;

@@ -5,7 +5,6 @@
 
 pub mod api;
 pub mod boot;
-mod clock;
 pub mod daemon;
 pub mod devices;
 pub mod http;

@@ -242,6 +242,12 @@ pub const fn index(n: u64) -> usize {
     n as usize
 }
 
+/// A length in memory as a 64-bit count; never loses anything.
+#[must_use]
+pub const fn wide(n: usize) -> u64 {
+    n as u64
+}
+
 /// The CRC32C (Castagnoli) of `bytes`.
 #[must_use]
 pub fn crc(bytes: &[u8]) -> u32 {

@@ -97,6 +97,13 @@ pub fn say(text: &str) {
     let _ = io::stderr().lock().write_all(line.as_bytes());
 }
 
+/// Keys and values, a line each.
+#[must_use]
+pub fn fields<'a>(lines: impl IntoIterator<Item = (&'a str, String)>) -> String {
+    let lines = lines.into_iter().map(|(key, value)| format!("{key:<12}{value}"));
+    lines.collect::<Vec<_>>().join("\n")
+}
+
 /// Rows of text in columns; numbers may be put to the right.
 pub struct Table {
     right: &'static [usize],

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
@@ -11,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::body::streamed;
+use super::events::{EventParams, told};
 use super::jobs::{self, WaitParams};
 use super::reply::{Answer, Asked, Named, Params, blocking};
 use super::types::{Event, FailureBody, HandOver, HandedOver, Health, Job, Version};
@@ -87,17 +86,6 @@ pub async fn cancel(State(daemon): Shared, Named(id): Named<u64>) -> Answer<Json
     Ok(Json(entry.describe()))
 }
 
-/// Which events.
-#[derive(Debug, Default, Deserialize, IntoParams)]
-#[into_params(parameter_in = Query)]
-#[serde(default, deny_unknown_fields)]
-pub struct EventParams {
-    /// Those after this number.
-    pub since: u64,
-    /// Go on with new ones as they come.
-    pub follow: bool,
-}
-
 /// What happened
 ///
 /// One JSON object per line. The last thousand events are kept; numbers without gaps tell a
@@ -105,35 +93,7 @@ pub struct EventParams {
 #[utoipa::path(get, path = "/v1/events", tag = "daemon", params(EventParams),
     responses((status = 200, body = Event, content_type = "application/x-ndjson")))]
 pub async fn events(State(daemon): Shared, Params(p): Params<EventParams>) -> Response {
-    let (pieces, response) = streamed("application/x-ndjson");
-    tokio::spawn(async move {
-        let mut latest = daemon.events().follow();
-        let mut stopping = daemon.stopping();
-        let mut seq = p.since;
-        loop {
-            latest.mark_unchanged();
-            let mut text = Vec::new();
-            for event in daemon.events().since(seq) {
-                seq = event.seq;
-                // An event is plain data: writing it to memory cannot fail.
-                let _ = serde_json::to_writer(&mut text, &event);
-                text.push(b'\n');
-            }
-            if !text.is_empty() && pieces.send(Ok(Bytes::from(text))).await.is_err() {
-                return;
-            }
-            if !p.follow || *stopping.borrow() {
-                return;
-            }
-            tokio::select! {
-                changed = latest.changed() => if changed.is_err() { return },
-                // One more round: what is told about the end is told to followers, too.
-                _ = stopping.wait_for(|stop| *stop) => {}
-                () = pieces.closed() => return,
-            }
-        }
-    });
-    response
+    told(Arc::clone(daemon.events()), daemon.stopping(), &p)
 }
 
 /// Numbers for Prometheus

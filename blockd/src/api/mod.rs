@@ -12,6 +12,7 @@ pub mod body;
 mod content;
 mod daemon;
 mod disks;
+pub mod events;
 mod exports;
 mod flatten;
 pub mod jobs;

@@ -15,7 +15,7 @@ use vhost_blk::session::Handover;
 
 use super::events::Events;
 use crate::api::types::{
-    EventKind, Export, ExportKind, ExportSpec, ExportState, Place, SocketName, TlsFiles,
+    Event, EventKind, Export, ExportKind, ExportSpec, ExportState, Place, SocketName, TlsFiles,
 };
 use crate::nbd::{
     self, ExportEntry, Exports, Listener, NbdServer, ServerOptions, StoreAncestors, TlsConfig,
@@ -90,11 +90,11 @@ impl Exports for OneDisk {
 }
 
 /// Tells of what happens to volumes.
-pub(super) struct Teller(Arc<Events>);
+pub(super) struct Teller(Arc<Events<Event>>);
 
 impl Teller {
     /// Tells `events`.
-    pub(super) fn new(events: Arc<Events>) -> Self {
+    pub(super) fn new(events: Arc<Events<Event>>) -> Self {
         Teller(events)
     }
 }

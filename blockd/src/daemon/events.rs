@@ -9,30 +9,50 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use crate::api::types::{Event, EventKind};
-
 /// Events that are kept.
 const KEPT: usize = 1024;
 
+/// What a daemon tells of: an event with a number.
+pub trait Happened: Clone {
+    /// What can happen.
+    type Kind: Copy;
+
+    /// The name of a kind, as people and programs see it.
+    fn name(kind: Self::Kind) -> &'static str;
+
+    /// Whether somebody should look at it.
+    fn is_alarming(kind: Self::Kind) -> bool;
+
+    /// Event number `seq`, at `time_ms` milliseconds since 1970.
+    fn new(seq: u64, time_ms: u64, kind: Self::Kind, object: String, detail: String) -> Self;
+
+    /// Its number.
+    fn seq(&self) -> u64;
+
+    /// Gives it another number.
+    fn renumber(&mut self, seq: u64);
+}
+
 /// The last events.
-pub struct Events {
-    ring: Mutex<VecDeque<Event>>,
+pub struct Events<E> {
+    ring: Mutex<VecDeque<E>>,
     latest: watch::Sender<u64>,
 }
 
-impl Default for Events {
+impl<E> Default for Events<E> {
     fn default() -> Self {
         Events { ring: Mutex::default(), latest: watch::Sender::new(0) }
     }
 }
 
-impl Events {
+impl<E: Happened> Events<E> {
     /// Adds an event, and logs it.
-    pub fn add(&self, kind: EventKind, object: impl Into<String>, detail: impl Into<String>) {
+    pub fn add(&self, kind: E::Kind, object: impl Into<String>, detail: impl Into<String>) {
         let (object, detail) = (object.into(), detail.into());
-        match kind {
-            EventKind::Damaged => tracing::warn!(%object, %detail, "{}", kind.name()),
-            _ => tracing::info!(%object, %detail, "{}", kind.name()),
+        if E::is_alarming(kind) {
+            tracing::warn!(%object, %detail, "{}", E::name(kind));
+        } else {
+            tracing::info!(%object, %detail, "{}", E::name(kind));
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let time_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
@@ -41,7 +61,7 @@ impl Events {
         if ring.len() == KEPT {
             ring.pop_front();
         }
-        ring.push_back(Event { seq, time_ms, kind, object, detail });
+        ring.push_back(E::new(seq, time_ms, kind, object, detail));
         // Still under the lock, so that numbers go up for followers, too.
         self.latest.send_replace(seq);
     }
@@ -50,14 +70,14 @@ impl Events {
     pub fn go_on_after(&self, seq: u64) {
         let mut ring = self.ring.lock();
         for (own, event) in (1..).zip(ring.iter_mut()) {
-            event.seq = seq + own;
+            event.renumber(seq + own);
         }
         self.latest.send_replace(seq + ring.len() as u64);
     }
 
     /// The kept events after number `seq`.
-    pub fn since(&self, seq: u64) -> Vec<Event> {
-        self.ring.lock().iter().filter(|e| e.seq > seq).cloned().collect()
+    pub fn since(&self, seq: u64) -> Vec<E> {
+        self.ring.lock().iter().filter(|e| e.seq() > seq).cloned().collect()
     }
 
     /// Tells of the number of the latest event.
@@ -69,10 +89,11 @@ impl Events {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::types::{Event, EventKind};
 
     #[test]
     fn the_last_events_are_kept_and_numbered() {
-        let events = Events::default();
+        let events = Events::<Event>::default();
         for i in 0..KEPT + 10 {
             events.add(EventKind::Damaged, format!("disk {i}"), "");
         }
@@ -87,7 +108,7 @@ mod tests {
 
     #[test]
     fn numbers_go_on_after_those_of_a_predecessor() {
-        let events = Events::default();
+        let events = Events::<Event>::default();
         events.add(EventKind::Started, "a", "");
         events.go_on_after(40);
         events.add(EventKind::Upgraded, "a", "");

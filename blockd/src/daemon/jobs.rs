@@ -17,7 +17,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use super::events::Events;
-use crate::api::types::{EventKind, Failure, Job, JobKind, JobState};
+use crate::api::types::{Event, EventKind, Failure, Job, JobKind, JobState};
 use crate::clock::now;
 use crate::pump::Watch;
 
@@ -56,18 +56,18 @@ pub struct Entry {
 pub struct Jobs {
     table: Mutex<BTreeMap<u64, Arc<Entry>>>,
     last: AtomicU64,
-    events: Arc<Events>,
+    events: Arc<Events<Event>>,
 }
 
 /// A job, as seen by the one who does it. When this is dropped the job has ended.
 pub struct Running {
     entry: Arc<Entry>,
-    events: Arc<Events>,
+    events: Arc<Events<Event>>,
 }
 
 impl Jobs {
     /// No jobs; what happens to them is told to `events`.
-    pub fn new(events: Arc<Events>) -> Self {
+    pub fn new(events: Arc<Events<Event>>) -> Self {
         Jobs { events, ..Jobs::default() }
     }
 

@@ -47,14 +47,14 @@ use tokio::sync::watch;
 use flatten::Underway;
 use tokens::{Outcomes, Tokens};
 
-use crate::api::types::{EventKind, ExportState, Health, Version};
+use crate::api::types::{Event, EventKind, ExportState, Health, Version};
 use crate::clock;
 use crate::store::Access;
 use crate::store::file::CacheMode;
 use crate::storedir::{Identity, OpenOptions, StoreDir, boot_id};
 
 pub use disks::Noted;
-pub use events::Events;
+pub use events::{Events, Happened};
 pub use handover::{Inheritance, Predecessor};
 pub use holds::{Hold, Holds, PATIENCE};
 pub use jobs::{Entry, Jobs, Running};
@@ -76,7 +76,7 @@ pub struct Daemon {
     started: u64,
     holds: Arc<Holds>,
     jobs: Jobs,
-    events: Arc<Events>,
+    events: Arc<Events<Event>>,
     sessions: Sessions,
     service: Service,
     sandbox: Vec<String>,
@@ -166,7 +166,7 @@ impl Daemon {
 
     /// What happened.
     #[must_use]
-    pub fn events(&self) -> &Events {
+    pub fn events(&self) -> &Arc<Events<Event>> {
         &self.events
     }
 

@@ -92,12 +92,18 @@ impl StoreDir {
     pub fn fork(&self, wanted: &[ForkOf]) -> Result<Vec<DiskRow>> {
         let (fork, options) = (self.begin_fork(wanted)?, self.disk_options());
         let frozen = fork.disks.iter().try_for_each(|forked| self.freeze(forked, &options));
-        // Also when a disk could not be frozen: those that were must go on.
-        if !self.settle_fork(&fork, &[])? {
-            frozen?;
-            return Err(not_all_frozen());
-        }
+        self.settled(&fork, frozen)?;
         self.children(&fork)
+    }
+
+    /// Settles a fork; `frozen` tells how the freezing went.
+    pub(super) fn settled(&self, fork: &ForkRow, frozen: Result<()>) -> Result<()> {
+        // Also when a disk could not be frozen: those that were must go on. Whatever was reported,
+        // what is durable counts.
+        if self.settle_fork(fork, &[])? {
+            return Ok(());
+        }
+        frozen.and_then(|()| Err(not_all_frozen()))
     }
 
     /// The disks that a fork has made.
@@ -310,9 +316,7 @@ impl StoreDir {
         let (draft, name) = (new_name(new), file_name(new));
         let file = match self.store.open(&draft, Access::Write) {
             // It has its name already.
-            Err(e) if e.kind() == Kind::NotFound => {
-                return self.store.open(&name, Access::Read).map(drop);
-            }
+            Err(e) if e.kind() == Kind::NotFound => return self.name_finally(new),
             file => file?,
         };
         // A flip, and not just new copies: a cut in the middle must leave a draft that can be read.

@@ -15,7 +15,7 @@
 //! Tests: `crash_points::undo`, `persistence_modes`.
 
 use format::superblock::{Attached, Mode, Seal, State, Superblock};
-use format::{Context, Error, Kind, Result};
+use format::{Context, Error, Result};
 use uuid::Uuid;
 
 use super::StoreDir;
@@ -145,17 +145,6 @@ impl StoreDir {
             return Err(Error::invalid(reason).on(format!("disk {name}")));
         }
         Ok(row)
-    }
-
-    /// Settles a fork of one disk; `frozen` tells how its freezing went.
-    fn settled(&self, fork: &ForkRow, frozen: Result<()>) -> Result<()> {
-        // Whatever was reported: what is durable counts.
-        if self.settle_fork(fork, &[])? {
-            return Ok(());
-        }
-        frozen?;
-        Err(Error::new(Kind::Failed, "it was not frozen")
-            .on(format!("disk {}", fork.disks[0].name)))
     }
 
     /// Step 1 of an undo: a segment over the base, whole, as the disk was then.

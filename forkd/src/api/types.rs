@@ -6,6 +6,7 @@
 
 use std::path::PathBuf;
 
+use blockd::daemon::Happened;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
@@ -431,4 +432,28 @@ pub struct Event {
     pub object: String,
     /// What else there is to say.
     pub detail: String,
+}
+
+impl Happened for Event {
+    type Kind = EventKind;
+
+    fn name(kind: EventKind) -> &'static str {
+        kind.name()
+    }
+
+    fn is_alarming(kind: EventKind) -> bool {
+        kind == EventKind::Failed
+    }
+
+    fn new(seq: u64, time_ms: u64, kind: EventKind, object: String, detail: String) -> Self {
+        Event { seq, time_ms, kind, object, detail }
+    }
+
+    fn seq(&self) -> u64 {
+        self.seq
+    }
+
+    fn renumber(&mut self, seq: u64) {
+        self.seq = seq;
+    }
 }

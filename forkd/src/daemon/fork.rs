@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use blockd::api::types::{CutForks, Disk, FlattenWhen, ForkDisk, ForkDisks, ForkMode};
+use blockd::clock;
 use format::{Error, Kind, Result};
 use parking_lot::Mutex;
 use uuid::Uuid;
@@ -39,7 +40,7 @@ use crate::api::types::{EventKind, ForkVm, ForkedVms, VmDisk, VmParent, VmState}
 use crate::process::Process;
 use crate::process::wire::{Ask, BecomeChild, CutVm, Cutting, DisksAre, WasCut};
 use crate::wires::Identity;
-use crate::{clock, http, identity};
+use crate::{http, identity};
 
 /// Children of one fork at most.
 const CHILDREN_MAX: usize = 1024;

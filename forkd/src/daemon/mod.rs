@@ -16,7 +16,6 @@
 //! processes, events. None but the first is held over a question to somebody else.
 
 mod blockd;
-mod events;
 mod fork;
 mod life;
 mod metrics;
@@ -35,13 +34,12 @@ use std::sync::Arc;
 use format::Result;
 use tokio::sync::watch;
 
-use crate::api::types::{EventKind, Health, VmState};
-use crate::clock;
+use crate::api::types::{Event, EventKind, Health, VmState};
 use ::blockd::api::types::Version;
-use ::blockd::daemon::Jobs;
+use ::blockd::clock;
+use ::blockd::daemon::{Events, Jobs};
 
 pub use blockd::Blockd;
-pub use events::Events;
 pub use state::StateDir;
 
 use fork::Forks;
@@ -72,7 +70,7 @@ pub struct Daemon {
     table: Table,
     pool: Arc<Pool>,
     janitor: Janitor,
-    events: Arc<Events>,
+    events: Arc<Events<Event>>,
     forks: Forks,
     jobs: Jobs,
     started: u64,
@@ -115,7 +113,7 @@ impl Daemon {
 
     /// What happened.
     #[must_use]
-    pub fn events(&self) -> &Events {
+    pub fn events(&self) -> &Arc<Events<Event>> {
         &self.events
     }
 

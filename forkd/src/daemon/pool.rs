@@ -17,10 +17,10 @@ use std::time::{Duration, Instant};
 use format::Result;
 use parking_lot::{Condvar, Mutex};
 
-use super::events::Events;
-use crate::api::types::{EventKind, PoolClass};
+use crate::api::types::{Event, EventKind, PoolClass};
 use crate::machine::SizeClass;
 use crate::process::{Process, spawn};
+use ::blockd::daemon::Events;
 
 /// Sizes of which shells are kept: those that were used last.
 const CLASSES_MAX: usize = 4;
@@ -36,7 +36,7 @@ pub struct Pool {
     vms: PathBuf,
     size: usize,
     sandbox: bool,
-    events: Arc<Events>,
+    events: Arc<Events<Event>>,
     shelves: Mutex<Shelves>,
     changed: Condvar,
 }
@@ -70,7 +70,7 @@ pub struct Counts {
 impl Pool {
     /// A pool that keeps `size` shells of each size, in folders below `vms`.
     #[must_use]
-    pub fn new(vms: PathBuf, size: usize, sandbox: bool, events: Arc<Events>) -> Pool {
+    pub fn new(vms: PathBuf, size: usize, sandbox: bool, events: Arc<Events<Event>>) -> Pool {
         let (shelves, changed) = (Mutex::default(), Condvar::new());
         Pool { vms, size, sandbox, events, shelves, changed }
     }

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use blockd::clock;
 use format::{Context as _, Error, Result};
 use rustix::fs::{MemfdFlags, memfd_create};
 use uuid::Uuid;
@@ -16,7 +17,6 @@ use super::table::{Machine, object};
 use super::undo::Undo;
 use crate::api::types::{DiskPath, EventKind, RunVm, UseDisk, Vm, VmDisk, VmState};
 use crate::boot::linux::check_kernel;
-use crate::clock;
 use crate::devices::DiskConfig;
 use crate::identity;
 use crate::machine::SizeClass;

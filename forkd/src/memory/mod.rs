@@ -10,6 +10,7 @@ pub mod dirty;
 pub mod image;
 pub mod ram;
 
+pub(crate) use format::units::{index, wide};
 pub use image::{Layer, Span};
 pub use ram::GuestRam;
 
@@ -28,15 +29,3 @@ pub const HIGH_START: u64 = 4 << 30;
 /// A guest-physical address, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Gpa(pub u64);
-
-/// An offset or length as an index.
-#[allow(clippy::cast_possible_truncation)] // the crate builds for 64-bit targets only
-pub(crate) const fn index(value: u64) -> usize {
-    const { assert!(usize::BITS == 64) };
-    value as usize
-}
-
-/// A length as a `u64`; never loses anything.
-pub(crate) const fn wide(value: usize) -> u64 {
-    value as u64
-}

@@ -262,6 +262,6 @@ pub fn how_it_ended(folder: &Folder) -> Ended {
     text.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_else(|| Ended {
         reason: "killed".into(),
         detail: "its process is gone, and did not say why".into(),
-        at: crate::clock::now(),
+        at: blockd::clock::now(),
     })
 }

@@ -32,11 +32,11 @@ use super::wire::{
     Ready, Told, WasCut,
 };
 use super::{confine, hardware};
-use crate::clock;
 use crate::http::{self, Reply};
 use crate::machine::{Exit, Image, Machine, Pause, SizeClass};
 use crate::memory::{GuestRam, Layer};
 use crate::wires::{DiskCut, Wires};
+use blockd::clock;
 
 /// How long a watcher may take to take a word: one that does not listen is let go.
 const WATCHER_MAX: Duration = Duration::from_secs(1);

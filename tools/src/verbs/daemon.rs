@@ -17,7 +17,7 @@ use super::Session;
 use super::place::default_socket;
 use crate::cli::{Cache, StartDaemon, UpgradeDaemon};
 use crate::client::Client;
-use crate::output::{Outcome, Verdict, utc};
+use crate::output::{Outcome, Verdict, fields, utc};
 use crate::signals;
 
 /// How long a daemon may take to answer, or to end.
@@ -136,8 +136,7 @@ fn render(h: &Health) -> String {
         ("failed", list(&h.failed)),
         ("confined by", list(&h.sandbox)),
     ];
-    let lines = lines.into_iter().map(|(key, value)| format!("{key:<12}{value}"));
-    lines.collect::<Vec<_>>().join("\n")
+    fields(lines)
 }
 
 /// What an upgrade did.

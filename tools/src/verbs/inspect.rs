@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::Session;
 use crate::cli::Name;
-use crate::output::{Outcome, Table, Verdict, utc};
+use crate::output::{Outcome, Table, Verdict, fields, utc};
 use crate::size::show as size;
 
 /// The first eight digits of an identity: enough to tell the segments of one store apart.
@@ -91,6 +91,5 @@ fn render(d: &DiskDetails) -> String {
         let digest = s.digest.as_deref().unwrap_or(if s.own { "own" } else { "-" });
         lines.push(("chain", format!("{:>3}  {}  {digest}", s.index, s.segment)));
     }
-    let lines = lines.into_iter().map(|(key, value)| format!("{key:<12}{value}"));
-    lines.collect::<Vec<_>>().join("\n")
+    fields(lines)
 }

@@ -10,7 +10,7 @@ use format::{Error, Result};
 use super::{Session, console, snapshots};
 use crate::cli::{self, VmName, VmVerb};
 use crate::client::{Client, FORKD, path_of};
-use crate::output::{Outcome, Table, Verdict, utc};
+use crate::output::{Outcome, Table, Verdict, fields, utc};
 use crate::size::show;
 
 /// Where forkd listens unless it is told otherwise.
@@ -140,8 +140,7 @@ fn render(vm: &Vm) -> String {
         let own = if d.own { ", made for this machine" } else { "" };
         lines.push(("disk", format!("{}{own}", disk(d))));
     }
-    let lines = lines.into_iter().map(|(key, value)| format!("{key:<12}{value}"));
-    lines.collect::<Vec<_>>().join("\n")
+    fields(lines)
 }
 
 fn attach(s: &Session, name: &str) -> Outcome {
@@ -248,8 +247,7 @@ fn status(s: &Session) -> Outcome {
             ("unfinished", health.unfinished.to_string()),
             ("confined by", list(&health.sandbox)),
         ];
-        let lines = lines.into_iter().map(|(key, value)| format!("{key:<12}{value}"));
-        lines.collect::<Vec<_>>().join("\n")
+        fields(lines)
     })?;
     Ok(Verdict::Done)
 }

@@ -50,14 +50,27 @@ pub fn head(title: &str, about: &str, peer: &str) {
 }
 
 impl Report {
-    /// Prints a row. `group` says in the graph what the table's title says here.
+    /// Prints a row, and keeps its ratio for the graph. `group` says there what the table's title
+    /// says here.
     pub fn row(&mut self, group: &str, name: &str, rounds: &Rounds, aim: Aim) {
+        let name_here = if group.is_empty() { name.to_owned() } else { format!("{name}, {group}") };
+        let (at, spread) = self.line(&name_here, name, rounds, aim);
+        self.bars.push(Bar { name: name_here, at, spread, aim: aim.iops });
+    }
+
+    /// Prints a row; gives the ratio and its spread.
+    fn line(
+        &mut self,
+        name_here: &str,
+        name: &str,
+        rounds: &Rounds,
+        aim: Aim,
+    ) -> (f64, (f64, f64)) {
         let of = |pick: &dyn Fn(&(Outcome, Outcome)) -> f64| middle(rounds, pick);
         let mut ratios: Vec<f64> = rounds.iter().map(|(o, p)| o.iops / p.iops).collect();
         let ratio = median(&mut ratios);
         let spread = (ratios[0], ratios[ratios.len() - 1]);
         let cpu = of(&|r| r.0.cpu_us / r.1.cpu_us);
-        let name_here = if group.is_empty() { name.to_owned() } else { format!("{name}, {group}") };
         let mut told = |what, value: f64, aim: Option<f64>, met: bool| match aim {
             None => "–".to_owned(),
             Some(aim) if met => format!("{aim:.2} met"),
@@ -82,7 +95,7 @@ impl Report {
             of(&|r| r.0.cpu_us),
             of(&|r| r.1.cpu_us),
         );
-        self.bars.push(Bar { name: name_here, at: ratio, spread, aim: aim.iops });
+        (ratio, spread)
     }
 
     /// Prints what one depth of a chain gave, and keeps the processor time for the graph. The peer
@@ -93,7 +106,8 @@ impl Report {
         let name = format!("{depth} layers");
         if let Some(peer) = peer {
             let rounds = ours.into_iter().zip(peer).collect();
-            return self.row("4k random read", &name, &rounds, Aim::default());
+            self.line(&name, &name, &rounds, Aim::default());
+            return;
         }
         println!(
             "| {name} | {:.0} | – | – | – | {:.0}/{:.0} | – | {:.1} | – | – | – |",
@@ -106,7 +120,7 @@ impl Report {
 
     /// Says how the processor time of a read grows from the shortest to the longest chain.
     fn growth(&mut self) {
-        let ([(first, from, _), .., (last, to, _)], aim) = (&self.depths[..], 1.1) else { return };
+        let ([(first, from, _), .., (last, to, _)], aim) = (&self.depths[..], 1.05) else { return };
         let value = to / from;
         println!(
             "\nOurs takes {value:.2} times the processor time at {last} layers as at {first}."
@@ -122,9 +136,7 @@ impl Report {
     /// Prints what is left to say, and writes the graphs to `graphs`.
     pub fn finish(&mut self, graphs: Option<&Path>) {
         self.growth();
-        if !self.bars.is_empty() {
-            self.aims();
-        }
+        self.aims();
         let Some(dir) = graphs else { return };
         let put = |name: &str, text: &str, svg: String| {
             std::fs::write(dir.join(name), svg).expect("the folder of results can be written");

@@ -7,6 +7,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::Failure;
+use crate::daemon::Happened;
 
 /// Who answers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -281,4 +282,28 @@ pub struct Event {
     pub object: String,
     /// What else there is to say.
     pub detail: String,
+}
+
+impl Happened for Event {
+    type Kind = EventKind;
+
+    fn name(kind: EventKind) -> &'static str {
+        kind.name()
+    }
+
+    fn is_alarming(kind: EventKind) -> bool {
+        kind == EventKind::Damaged
+    }
+
+    fn new(seq: u64, time_ms: u64, kind: EventKind, object: String, detail: String) -> Self {
+        Event { seq, time_ms, kind, object, detail }
+    }
+
+    fn seq(&self) -> u64 {
+        self.seq
+    }
+
+    fn renumber(&mut self, seq: u64) {
+        self.seq = seq;
+    }
 }
