@@ -110,6 +110,13 @@ pub struct Forked {
     pub children: Vec<Child>,
 }
 
+impl Forked {
+    /// The segments that are made for it: the one in which it goes on, then those of its children.
+    pub fn new_segments(&self) -> impl Iterator<Item = Uuid> + '_ {
+        [self.successor].into_iter().chain(self.children.iter().map(|child| child.segment))
+    }
+}
+
 /// A disk that a fork makes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Child {

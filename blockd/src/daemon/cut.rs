@@ -3,10 +3,11 @@
 //!
 //! The order is that of `storedir/cut.rs`. For disks in service, it goes like this:
 //! 1. while their guests run: a checkpoint, so that little is left to be made durable, and the
-//!    successor is opened;
+//!    successor is opened, and children that are to be served at once (`ahead.rs`);
 //! 2. the gates of all disks are closed and what is in work ends: the instant. No guest has an
 //!    answer to a request that the children do not have, and none of a later one is in them;
-//! 3. the volumes go on with the successors, and the old gates send everybody there;
+//! 3. the volumes go on with the successors, and the old gates send everybody there. Then children
+//!    that are served already let their machines in;
 //! 4. the old disks are frozen and the fork is settled; flushes of guests wait for that.
 //!
 //! A guest waits from 2 to 3, and sees a slow request; there is no I/O of ours in between. Disks
@@ -23,12 +24,13 @@ use std::time::{Duration, Instant};
 
 use format::{Error, Kind, Result};
 
+use super::ahead::Ahead;
 use super::handover::side_by_side;
 use crate::catalogue::{ForkRow, Forked};
 use crate::disk::gate::Closed;
 use crate::disk::{Disk, HeldDisk};
 use crate::serve::Volume;
-use crate::storedir::{Crossing, StoreDir};
+use crate::storedir::{Crossing, StoreDir, not_all_frozen};
 
 /// How long requests in work may take to end.
 pub(super) const DRAIN_MAX: Duration = Duration::from_secs(2);
@@ -64,6 +66,9 @@ struct Live<'a> {
 
 /// Who follows a fork of disks in service.
 pub(super) trait Steps {
+    /// It is known what will be made.
+    fn begun(&self, _fork: &ForkRow) {}
+
     /// All is ready for the instant, which is when this returns.
     ///
     /// # Errors
@@ -80,45 +85,57 @@ pub(super) trait Steps {
 impl Steps for () {}
 
 /// Forks disks that [`StoreDir::begin_fork`] has begun to fork: they are all frozen and have their
-/// children afterwards, or none has. `at_cut` is called at the instant if any is in service.
+/// children afterwards, or none has. `open_ahead` opens children that are served from the instant
+/// on, which are given back; `at_cut` is called at the instant if any disk is in service.
 pub(super) fn cut(
     (dir, fork): (&StoreDir, &ForkRow),
     volumes: &Volumes,
     then: Then,
     steps: &dyn Steps,
+    open_ahead: &dyn Fn() -> Result<Vec<Ahead>>,
     at_cut: &mut dyn FnMut(Cut),
-) -> Result<()> {
-    let begun = begin(dir, fork, volumes).and_then(|live| {
-        if !live.is_empty() {
-            steps.ready()?;
-        }
-        let cut = at_one_instant(&live, then)?;
-        Ok((live, cut))
-    });
-    let (live, cut) = match begun {
-        Ok(begun) => begun,
+) -> Result<Vec<Ahead>> {
+    let live = match begin(dir, fork, volumes) {
+        Ok(live) => live,
         Err(e) => return give_up(dir, fork, e),
     };
-    if !live.is_empty() {
-        let pause = cut.pause;
-        at_cut(cut);
-        steps.at_cut(pause);
+    let mut ahead = match open_ahead() {
+        Ok(ahead) => ahead,
+        Err(e) => return give_up(dir, fork, e),
+    };
+    let ready = if live.is_empty() { Ok(()) } else { steps.ready() };
+    match ready.and_then(|()| at_one_instant(&live, then)) {
+        Ok(cut) if !live.is_empty() => {
+            let pause = cut.pause;
+            at_cut(cut);
+            ahead.iter_mut().for_each(Ahead::begin);
+            steps.at_cut(pause);
+        }
+        Ok(_) => {}
+        Err(e) => {
+            ahead.into_iter().for_each(|child| child.give_up(&e));
+            return give_up(dir, fork, e);
+        }
     }
     let crossings: Vec<Crossing> = live.into_iter().map(|disk| disk.crossing).collect();
-    match settle(dir, fork, &crossings) {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(Error::new(Kind::Failed, "not all of the disks were frozen")),
+    match settle(dir, fork, &crossings, &ahead) {
+        Ok(true) => Ok(ahead),
+        Ok(false) => {
+            let e = not_all_frozen();
+            ahead.into_iter().for_each(|child| child.give_up(&e));
+            Err(e)
+        }
         Err(e) => {
-            for crossing in &crossings {
-                crossing.next().give_up(Error::new(e.kind(), format!("its fork failed: {e}")));
-            }
+            let why = || Error::new(e.kind(), format!("its fork failed: {e}"));
+            crossings.iter().for_each(|crossing| crossing.next().give_up(why()));
+            ahead.into_iter().for_each(|child| child.give_up(&why()));
             Err(e)
         }
     }
 }
 
 /// Ends a fork whose instant did not come. Disks that nobody serves may be frozen: they go on.
-fn give_up(dir: &StoreDir, fork: &ForkRow, error: Error) -> Result<()> {
+fn give_up<T>(dir: &StoreDir, fork: &ForkRow, error: Error) -> Result<T> {
     dir.settle_fork(fork, &[]).and(Err(error))
 }
 
@@ -159,13 +176,14 @@ fn at_one_instant(live: &[Live<'_>], then: Then) -> Result<Cut> {
 }
 
 /// Step 4. Returns whether there are children.
-fn settle(dir: &StoreDir, fork: &ForkRow, crossings: &[Crossing]) -> Result<bool> {
+fn settle(dir: &StoreDir, fork: &ForkRow, crossings: &[Crossing], ahead: &[Ahead]) -> Result<bool> {
+    let all: Vec<&Crossing> = crossings.iter().chain(ahead.iter().map(Ahead::crossing)).collect();
     let until = Instant::now() + NO_SPACE_MAX;
     let mut told = false;
     loop {
         let frozen = side_by_side(crossings.iter().collect(), |crossing| crossing.freeze(dir));
         let frozen = frozen.into_iter().collect::<Result<()>>();
-        match frozen.and_then(|()| dir.settle_fork(fork, crossings)) {
+        match frozen.and_then(|()| dir.settle_fork(fork, &all)) {
             Err(error) if error.kind() == Kind::NoSpace && Instant::now() < until => {
                 if !std::mem::replace(&mut told, true) {
                     tracing::warn!(%error, "a fork waits for space on the host");

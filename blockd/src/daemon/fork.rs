@@ -9,6 +9,7 @@
 //!
 //! Tests: `fork_under_load`.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -19,7 +20,7 @@ use super::Daemon;
 use super::cut::{Cut, Steps, Then, Volumes, cut};
 use super::holds::Hold;
 use super::served::in_service;
-use super::tokens::{Going, cut_of, lasting};
+use super::tokens::{Going, lasting};
 use crate::api::types::{CutForks, EventKind, ForkAnswer, ForkDisks, ForkedDisks, JobKind};
 use crate::store::Access;
 use crate::verbs;
@@ -65,6 +66,7 @@ impl Daemon {
         let _changing = self.service.changing.lock();
         let hold = request.hold_ms.map(lasting).transpose()?;
         let (volumes, names) = self.hold_for_fork(request)?;
+        self.check_ahead(request, &volumes)?;
         if volumes.is_empty() && (hold.is_some() || token.is_some()) {
             let reason = "no disk of it is in service: there is no instant to wait for";
             return Err(Error::invalid(reason));
@@ -74,6 +76,14 @@ impl Daemon {
             verbs::take_tail(&dir, &of.disk, request.accept_lost_tail)?;
         }
         let row = dir.begin_fork(&verbs::forks(request))?;
+        steps.begun(&row);
+        let is_ahead = |hold: &Hold| {
+            let serve = request.disks.iter().flat_map(|of| &of.serve);
+            serve.map(|serve| &serve.child).any(|child| child == hold.name())
+        };
+        let (of_ahead, names): (Vec<Hold>, Vec<Hold>) = names.into_iter().partition(is_ahead);
+        let of_ahead: BTreeMap<String, Hold> =
+            of_ahead.into_iter().map(|hold| (hold.name().to_owned(), hold)).collect();
         let (names, mut pause) = (Arc::new(names), None);
         let mut told = |Cut { pause: lasted, held }| {
             pause = Some(lasted);
@@ -82,7 +92,17 @@ impl Daemon {
             }
         };
         let then = if hold.is_some() { Then::Hold } else { Then::GoOn };
-        cut((&dir, &row), &volumes, then, steps, &mut told)?;
+        let open_ahead = || self.open_ahead(&dir, request, &row, &volumes);
+        let ahead = cut((&dir, &row), &volumes, then, steps, &open_ahead, &mut told);
+        match ahead {
+            Ok(ahead) => self.serve_children(ahead, of_ahead),
+            Err(e) => {
+                if !of_ahead.is_empty() {
+                    self.remember();
+                }
+                return Err(e);
+            }
+        }
         let forked = verbs::forked(&dir, &dir.children(&row)?, (began.elapsed(), pause))?;
         Ok(ForkedDisks { token, ..forked })
     }
@@ -101,9 +121,9 @@ impl Daemon {
         std::thread::Builder::new().name("fork".into()).spawn(work)?;
         if ready {
             going.wait_ready()?;
-            return Ok(CutForks { token, pause_us: None });
+            return Ok(going.describe(token, None));
         }
-        going.wait_cut().map(|pause| cut_of(token, pause))
+        going.wait_cut().map(|pause| going.describe(token, Some(pause)))
     }
 
     pub(super) fn tell_of_fork(&self, request: &ForkDisks) {

@@ -63,6 +63,13 @@ pub struct Hold {
     name: String,
 }
 
+impl Hold {
+    /// What is held.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
 impl Holds {
     /// Holds a name, alone for writing.
     ///

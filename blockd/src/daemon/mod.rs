@@ -14,6 +14,7 @@
 //! holds, jobs, events; only the first two are held over I/O.
 
 mod again;
+mod ahead;
 mod attachments;
 mod cut;
 mod disks;

@@ -52,7 +52,8 @@ impl Daemon {
 
     fn keep(self: &Arc<Self>, name: &str, keep: Keep, accept_lost_tail: bool) -> Result<DiskRow> {
         let _changing = self.service.changing.lock();
-        let disks = vec![ForkDisk { disk: name.to_owned(), children: Vec::new() }];
+        let disks =
+            vec![ForkDisk { disk: name.to_owned(), children: Vec::new(), serve: Vec::new() }];
         let request = ForkDisks { disks, accept_lost_tail, ..ForkDisks::default() };
         let (volumes, _holds) = self.hold_for_fork(&request)?;
         let dir = self.dir()?;
@@ -60,7 +61,7 @@ impl Daemon {
             verbs::take_tail(&dir, name, accept_lost_tail)?;
         }
         if let Some(fork) = dir.begin_keep(name, keep)? {
-            cut((&dir, &fork), &volumes, Then::GoOn, &(), &mut |_| ())?;
+            cut((&dir, &fork), &volumes, Then::GoOn, &(), &|| Ok(Vec::new()), &mut |_| ())?;
             self.sum_frozen();
         }
         dir.disk(name)

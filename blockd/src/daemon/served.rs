@@ -28,14 +28,14 @@ use crate::serve::{Limits, Volume, VolumeOptions};
 use crate::store::Access;
 
 /// Lanes of a volume at least: what comes later shares them.
-const LANES_MIN: usize = 8;
+pub(super) const LANES_MIN: usize = 8;
 
 /// A disk in service.
 pub(super) struct Served {
     pub(super) disk: Uuid,
     pub(super) doors: Vec<Door>,
     pub(super) limits: Limits,
-    read_only: bool,
+    pub(super) read_only: bool,
     // Before the hold: the disk is closed when others may have it.
     pub(super) volume: Arc<Volume>,
     pub(super) hold: Hold,
@@ -320,9 +320,16 @@ impl Daemon {
         Ok(export)
     }
 
+    /// Writes down what is served now, and what is going to be.
+    pub(super) fn remember_also(&self, more: Vec<Attachment>) -> Result<()> {
+        let mut remembered = self.table().attachments();
+        remembered.extend(more);
+        self.service.file.write(&remembered)
+    }
+
     /// Writes down what is served now. A failure is told and costs nothing yet: what is remembered
     /// too much is served again at the next start, and can be detached then.
-    fn remember(&self) {
+    pub(super) fn remember(&self) {
         let attachments = self.table().attachments();
         if let Err(error) = self.service.file.write(&attachments) {
             tracing::error!(%error, "what is served could not be written down");

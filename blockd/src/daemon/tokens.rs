@@ -11,7 +11,7 @@
 //! Test: `fork_under_load` (`a_token_…`).
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use format::{Error, Kind, Result};
@@ -21,7 +21,8 @@ use uuid::Uuid;
 use super::Daemon;
 use super::cut::Steps;
 use super::holds::Hold;
-use crate::api::types::{CutForks, EventKind, Failure, ForkedDisks, ReleasedFork};
+use crate::api::types::{CutForks, EventKind, Failure, ForkedDisks, MadeChild, ReleasedFork};
+use crate::catalogue::ForkRow;
 use crate::disk::HeldDisk;
 
 /// How long a token lasts at most.
@@ -62,6 +63,7 @@ enum Stage {
 pub(super) struct Going {
     stage: Mutex<Stage>,
     changed: Condvar,
+    children: OnceLock<Vec<MadeChild>>,
     /// Wait for the word.
     waits: bool,
 }
@@ -69,7 +71,15 @@ pub(super) struct Going {
 impl Going {
     /// One that cuts as soon as it is ready, or waits for the word.
     pub(super) fn new(waits: bool) -> Arc<Self> {
-        Arc::new(Going { stage: Mutex::new(Stage::Begun), changed: Condvar::new(), waits })
+        let (stage, changed) = (Mutex::new(Stage::Begun), Condvar::new());
+        Arc::new(Going { stage, changed, children: OnceLock::new(), waits })
+    }
+
+    /// How it is: ready, or past its instant.
+    pub(super) fn describe(&self, token: Uuid, pause: Option<Duration>) -> CutForks {
+        let pause_us = pause.and_then(|pause| u64::try_from(pause.as_micros()).ok());
+        let children = self.children.get().cloned().unwrap_or_default();
+        CutForks { token, pause_us, children }
     }
 
     fn set(&self, stage: Stage) {
@@ -124,6 +134,13 @@ impl Going {
 }
 
 impl Steps for Going {
+    fn begun(&self, fork: &ForkRow) {
+        let children = fork.disks.iter().flat_map(|forked| &forked.children);
+        let made = children.map(|c| MadeChild { name: c.name.clone(), disk: c.disk });
+        // Told once.
+        let _ = self.children.set(made.collect());
+    }
+
     fn ready(&self) -> Result<()> {
         self.set(Stage::Ready);
         if !self.waits {
@@ -164,11 +181,6 @@ pub(super) fn lasting(ms: u64) -> Result<Duration> {
     Ok(asked)
 }
 
-/// The instant of a fork is past.
-pub(super) fn cut_of(token: Uuid, pause: Duration) -> CutForks {
-    CutForks { token, pause_us: u64::try_from(pause.as_micros()).ok() }
-}
-
 impl Daemon {
     /// Keeps what is to come of a fork, and forgets what is old.
     pub(super) fn keep_going(&self, token: Uuid, going: &Arc<Going>) {
@@ -202,7 +214,7 @@ impl Daemon {
             }
             going.changed.notify_all();
         }
-        going.wait_cut().map(|pause| cut_of(token, pause))
+        going.wait_cut().map(|pause| going.describe(token, Some(pause)))
     }
 
     /// Gives up a fork that is ready: its instant has not come.

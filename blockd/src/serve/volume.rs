@@ -19,7 +19,7 @@ use super::hold::{self, Change, Hold};
 use super::limits::{Limits, Throttle};
 use super::slow::{Errand, Mailbox, SlowLane};
 use super::stats::{self, LaneStats, OpKind, VolumeStats};
-use crate::catalogue::Forked;
+use crate::catalogue::{Child, Forked};
 use crate::disk::{Disk, Options, Vouched};
 use crate::store::Access;
 use crate::storedir::{Crossing, StoreDir};
@@ -139,6 +139,24 @@ impl Volume {
         let tail_dir = &dir.identity().tail_dir;
         let cache_mode = CacheMode::in_file(cache_mode::path_in(tail_dir, dir.disk(name)?.disk));
         Volume::assemble(Arc::new(disk), name, options, cache_mode)
+    }
+
+    /// Opens a child ahead of a fork of this disk, and takes it into service.
+    ///
+    /// # Errors
+    /// As [`StoreDir::begin_crossing`], or what the host reports.
+    pub fn begin_child(
+        &self,
+        dir: &StoreDir,
+        (forked, child): (&Forked, &Child),
+        options: &VolumeOptions,
+    ) -> Result<(Crossing, Arc<Volume>)> {
+        let (old, live) = (self.disk(), live_options(dir, options.lanes));
+        let crossing = dir.begin_crossing_into(child.segment, forked, &old, &live)?;
+        let path = cache_mode::path_in(&dir.identity().tail_dir, child.disk);
+        let next = Arc::clone(crossing.next());
+        let volume = Volume::assemble(next, &child.name, options, CacheMode::in_file(path))?;
+        Ok((crossing, volume))
     }
 
     /// Takes an open disk into service.

@@ -1,10 +1,11 @@
 //! Forks of disks in service: each goes on in its successor at the instant, and is frozen behind
-//! that.
+//! that. Children that are wanted at once begin at the instant in the same way.
 //!
 //! Order, and the crash it defends against (steps of `fork.rs`):
 //! 1. and 2. as for any fork;
 //! 3. the successor's draft is open for writing, with its tail, before the instant: what completes
-//!    there survives a kill from the first request on;
+//!    there survives a kill from the first request on. So is the draft of a child that is served
+//!    from the instant on;
 //! 4. the instant: nobody has a request in work on any of the disks, and all of them go on in their
 //!    successors. Nothing is written;
 //! 5. the old disks are frozen, and the fork is settled, as for any fork. The successors complete
@@ -12,10 +13,10 @@
 //!
 //! A power cut between 4 and the end of 5 takes what no flush covered, so the fork is settled from
 //! what is frozen, as ever. A process that is killed there leaves records in the tails of
-//! successors: guests were told of these writes. Then whoever opens the store freezes what is not
-//! frozen yet; nobody has written to the old disks since the instant, so that is the same instant.
-//! When no tail has a record, nothing has happened since, and disks that are not frozen stay what
-//! they are.
+//! successors and children: guests were told of these writes. Then whoever opens the store freezes
+//! what is not frozen yet; nobody has written to the old disks since the instant, so that is the
+//! same instant. When no tail has a record, nothing has happened since, and disks that are not
+//! frozen stay what they are.
 //!
 //! Tests: `crash_points::cut`, `fork_under_load`.
 
@@ -30,21 +31,23 @@ use crate::disk::{Disk, Options, left_tail};
 use crate::segment::{self, Sealed, Segments, new_name};
 use crate::store::Access;
 
-/// A disk in service on its way into its successor.
+/// A disk in service on its way into its successor, or into a child.
 pub struct Crossing {
+    into: Uuid,
+    /// In which the disk goes on.
     successor: Uuid,
     old: Arc<Disk>,
     next: Arc<Disk>,
 }
 
 impl Crossing {
-    /// The successor.
+    /// The disk in the new segment.
     #[must_use]
     pub fn next(&self) -> &Arc<Disk> {
         &self.next
     }
 
-    /// The instant: the successor shows what the old disk shows. Nobody may have a request in work.
+    /// The instant: the new one shows what the old disk shows. Nobody may have a request in work.
     pub fn cross(&self) {
         self.next.take_over(&self.old);
     }
@@ -57,14 +60,14 @@ impl Crossing {
         if dir.is_frozen(self.old.segment())? { Ok(()) } else { self.old.freeze(self.successor) }
     }
 
-    /// Puts the successor on the frozen map.
+    /// Puts the new one on the frozen map.
     pub(super) fn settle(&self) -> Result<()> {
         self.next.settle_on(&self.old)
     }
 
-    /// Whether it leads into this successor.
-    pub(super) fn is_into(&self, successor: Uuid) -> bool {
-        self.successor == successor
+    /// Whether it leads into this segment.
+    pub(super) fn is_into(&self, segment: Uuid) -> bool {
+        self.into == segment
     }
 
     /// The catalogue knows of it.
@@ -100,13 +103,29 @@ impl StoreDir {
         old: &Arc<Disk>,
         options: &Options,
     ) -> Result<Crossing> {
+        self.begin_crossing_into(forked.successor, forked, old, options)
+    }
+
+    /// The same for any of the segments that the fork makes: a child begins where its parent goes
+    /// on.
+    ///
+    /// # Errors
+    /// As [`Disk::open`].
+    pub fn begin_crossing_into(
+        &self,
+        into: Uuid,
+        forked: &Forked,
+        old: &Arc<Disk>,
+        options: &Options,
+    ) -> Result<Crossing> {
         old.check_undamaged()?;
         let segments = WithFrozen { dir: self, frozen: Arc::new(self.as_frozen(forked)?) };
-        let draft = self.store.open(&new_name(forked.successor), Access::Write)?;
+        let draft = self.store.open(&new_name(into), Access::Write)?;
         let next = Disk::open(draft, &segments, options)?;
         next.float()?;
         next.share_ahead(old);
-        Ok(Crossing { successor: forked.successor, old: Arc::clone(old), next: Arc::new(next) })
+        let (old, next) = (Arc::clone(old), Arc::new(next));
+        Ok(Crossing { into, successor: forked.successor, old, next })
     }
 
     /// Settles a fork that a crash, or a failure, has left as it is.
@@ -122,7 +141,9 @@ impl StoreDir {
             // under what is put on it now.
             old.sync()?;
             old.forget_cached()?;
-            went_on |= self.has_gone_on(forked, options)?;
+            for new in forked.new_segments() {
+                went_on |= self.has_gone_on(new, options)?;
+            }
         }
         for forked in fork.disks.iter().filter(|_| went_on) {
             if !self.is_frozen(forked.segment)? {
@@ -132,9 +153,9 @@ impl StoreDir {
         self.settle_fork(fork, &[])
     }
 
-    /// Whether a killed process has left completed changes in a successor that is not settled.
-    fn has_gone_on(&self, forked: &Forked, options: &Options) -> Result<bool> {
-        let draft = match self.store.open(&new_name(forked.successor), Access::Read) {
+    /// Whether a killed process has left completed changes in a new segment that is not settled.
+    fn has_gone_on(&self, new: Uuid, options: &Options) -> Result<bool> {
+        let draft = match self.store.open(&new_name(new), Access::Read) {
             // It has its final name: what it stands on is frozen.
             Err(e) if e.kind() == Kind::NotFound => return Ok(false),
             draft => draft?,

@@ -236,19 +236,19 @@ impl StoreDir {
     }
 
     fn drop_drafts(&self, forked: &Forked) {
-        let children = forked.children.iter().map(|child| child.segment);
-        for segment in children.chain([forked.successor]) {
+        for segment in forked.new_segments() {
             // Not there, or to be removed at the next opening.
             let _ = self.store.remove(&new_name(segment));
         }
     }
 
     /// Steps 4 and 5, from whatever there is of step 3. `crossings` are the disks that went on in
-    /// their successors already; they are frozen. Returns whether the children exist.
+    /// their successors already, which are frozen, and children that have begun. Returns whether
+    /// the children exist.
     ///
     /// # Errors
     /// `NoSpace`, or what the host reports; to be done again then.
-    pub fn settle_fork(&self, fork: &ForkRow, crossings: &[Crossing]) -> Result<bool> {
+    pub fn settle_fork(&self, fork: &ForkRow, crossings: &[&Crossing]) -> Result<bool> {
         let frozen = fork.disks.iter().map(|forked| {
             let file = self.segment_file(forked.segment, Access::Read)?;
             let superblock = segment::read_superblock(file.as_ref())?.superblock;
@@ -266,36 +266,36 @@ impl StoreDir {
         let mut made = Vec::new();
         for (forked, frozen) in fork.disks.iter().zip(&frozen) {
             let Some(sb) = frozen else { continue };
-            match crossings.iter().find(|crossing| crossing.is_into(forked.successor)) {
-                Some(crossing) => {
-                    crossing.settle()?;
-                    self.name_finally(forked.successor)?;
+            let children = forked.children.iter().filter(|_| whole).map(|child| child.segment);
+            for new in [forked.successor].into_iter().chain(children) {
+                match crossings.iter().find(|crossing| crossing.is_into(new)) {
+                    Some(crossing) => {
+                        crossing.settle()?;
+                        self.name_finally(new)?;
+                    }
+                    None => self.complete(sb, new)?,
                 }
-                None => self.complete(sb, forked.successor)?,
+                made.push(new);
             }
-            made.push(forked.successor);
             let row = FrozenRow { segment: sb.segment, disk: sb.disk, summing: false };
             changes.push(Change::PutFrozen(row));
-            for new in forked.children.iter().filter(|_| whole) {
-                self.complete(sb, new.segment)?;
-                made.push(new.segment);
-            }
         }
         self.store.sync_names()?;
-        for segment in made {
-            let row = self.row_of(segment)?;
+        for segment in &made {
+            let row = self.row_of(*segment)?;
             // The row of a disk that goes on tells more than its segment.
             let before = self.catalogue.get(&row.name);
             changes.push(Change::Put(before.map_or(row.clone(), |before| before.with(row))));
         }
-        for (forked, _) in fork.disks.iter().zip(&frozen).filter(|(_, frozen)| frozen.is_none()) {
+        let new = fork.disks.iter().flat_map(Forked::new_segments);
+        for segment in new.filter(|segment| !made.contains(segment)) {
             // Nobody went on in it.
-            let tail = tail::path_in(&self.identity.tail_dir, forked.successor);
-            let _ = std::fs::remove_file(tail);
+            let _ = std::fs::remove_file(tail::path_in(&self.identity.tail_dir, segment));
         }
         fork.disks.iter().for_each(|forked| self.drop_drafts(forked));
         self.catalogue.apply(&changes)?;
-        crossings.iter().for_each(Crossing::settled);
+        let settled = crossings.iter().filter(|c| made.iter().any(|segment| c.is_into(*segment)));
+        settled.for_each(|crossing| crossing.settled());
         let mut cached = self.sealed.lock();
         fork.disks.iter().for_each(|forked| _ = cached.remove(&forked.segment));
         Ok(whole)

@@ -38,6 +38,7 @@ use crate::store::file::{CacheMode, FileStore, FileStoreOptions, LockGuard, Lock
 use crate::store::{Access, File, Store};
 
 pub use cut::Crossing;
+pub(crate) use cut::not_all_frozen;
 pub use flatten::{DEPTH_MAX, Going, TO_BASE, TO_NOTHING};
 pub use fork::ForkOf;
 pub use import::Import;

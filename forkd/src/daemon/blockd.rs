@@ -68,19 +68,8 @@ impl Blockd {
     /// # Errors
     /// What it says.
     pub fn attach(&self, disk: &str, socket: &Path, read_only: bool) -> Result<()> {
-        let request = AttachDisk {
-            export: ExportSpec {
-                kind: ExportKind::VhostUser,
-                socket: SocketName::Unix(socket.to_owned()),
-                tls: None,
-                read_only,
-                queues: 1,
-                poll_us_max: None,
-                packed: true,
-            },
-            limits: None,
-            accept_lost_tail: false,
-        };
+        let export = export(socket, read_only);
+        let request = AttachDisk { export, limits: None, accept_lost_tail: false };
         self.ask::<Export>("POST", &disk_path(disk, "/attach"), &request).map(drop)
     }
 
@@ -103,13 +92,13 @@ impl Blockd {
         Ok(exports)
     }
 
-    /// Has it get ready for a fork, which is to be cut within ten seconds. Returns the token.
+    /// Has it get ready for a fork, which is to be cut within ten seconds.
     ///
     /// # Errors
     /// What it says; nothing is made then.
-    pub fn fork_ready(&self, request: &ForkDisks) -> Result<Uuid> {
+    pub fn fork_ready(&self, request: &ForkDisks) -> Result<CutForks> {
         let asked = ForkDisks { answer: ForkAnswer::Ready, ..request.clone() };
-        self.ask::<CutForks>("POST", "/v1/forks", &asked).map(|ready| ready.token)
+        self.ask("POST", "/v1/forks", &asked)
     }
 
     /// The request that cuts a fork that is ready.
@@ -176,6 +165,20 @@ impl Blockd {
     /// What it says.
     pub fn remove(&self, disk: &str) -> Result<()> {
         self.ask::<RemovedDisk>("DELETE", &disk_path(disk, ""), &()).map(drop)
+    }
+}
+
+/// How a disk is served to a machine.
+#[must_use]
+pub fn export(socket: &Path, read_only: bool) -> ExportSpec {
+    ExportSpec {
+        kind: ExportKind::VhostUser,
+        socket: SocketName::Unix(socket.to_owned()),
+        tls: None,
+        read_only,
+        queues: 1,
+        poll_us_max: None,
+        packed: true,
     }
 }
 

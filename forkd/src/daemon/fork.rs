@@ -5,16 +5,18 @@
 //!    anything changes. Without new random numbers there is no fork;
 //! 2. what is going to be made is written down durably (`undo.rs`), before a disk can be;
 //! 3. blockd gets ready for the fork of the disks: what takes a sync is done while the machine
-//!    runs;
+//!    runs, and the sockets of the children's disks are there;
 //! 4. the parent's process is told to cut. It stops the machine, has blockd cut the disks on a
 //!    connection that is open already, and lets the machine go on; then it answers. Nobody else has
 //!    a part in the pause: a daemon that is killed or slow does not prolong it;
-//! 5. when the fork of the disks is durable, each shell becomes a child, with its disks attached
-//!    and its identity in place, and stands;
-//! 6. when all of them are there, each is described and begins to run. One that runs is not undone
-//!    by a failure of another: all that could fail has been done before;
-//! 7. descriptions are made durable, and what was written down in 2 goes. Only then is somebody
-//!    told.
+//! 5. each shell becomes a child, connected to its disks and with its identity in place, and
+//!    stands;
+//! 6. when all of them are there, each is described and begins to run. The fork of the disks need
+//!    not be durable yet: blockd lets no flush of a child end before it is. Should it fail, the
+//!    children are ended: nobody was told that they are there, and none of them was told that
+//!    anything is durable;
+//! 7. when it is, descriptions are made durable, and what was written down in 2 goes. Only then is
+//!    somebody told.
 //!
 //! Whatever fails on the way, the parent goes on, and what was made of children is removed. A
 //! daemon that is killed leaves shells that end with it, children that the next one removes, and
@@ -24,15 +26,17 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blockd::api::types::{CutForks, Disk, FlattenWhen, ForkDisk, ForkDisks, ForkMode};
+use blockd::api::types::{
+    CutForks, FlattenWhen, ForkDisk, ForkDisks, ForkMode, MadeChild, ServeChild,
+};
 use blockd::clock;
 use format::{Error, Kind, Result};
 use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::Daemon;
-use super::blockd::Blockd;
-use super::run::lent;
+use super::blockd::{Blockd, export};
+use super::run::{hardware, lent};
 use super::state::Description;
 use super::table::{Machine, object};
 use super::undo::{Undo, UndoDisk, Which};
@@ -179,62 +183,41 @@ impl Daemon {
         let identities: Result<Vec<_>> = request.children.iter().zip(&shells).map(fresh).collect();
         let identities = identities?;
         self.janitor.begin(undo)?;
-        let (was_cut, files, forked) =
-            self.cut_all(parent, &fork_request(request, frozen), undo)?;
-        let made = forked.iter().map(|disk| (disk.name.clone(), disk.disk)).collect();
-        self.janitor.made(undo, &made)?;
-        let children: Vec<Child> = shells
-            .into_iter()
-            .zip(identities)
-            .enumerate()
-            .map(|(n, (process, identity))| {
-                let of = |(k, i): (usize, usize)| {
-                    // blockd answers disk by disk, with the children of each in their order.
-                    forked.get(k * request.children.len() + n).map(|disk| (i, disk))
-                };
-                let own = frozen.iter().enumerate().filter_map(|(k, f)| of((k, f.i)));
-                let mut disks = parent.is.disks.clone();
-                for (i, disk) in own {
-                    let (id, name) = (disk.disk, disk.name.clone());
-                    disks[i] = VmDisk { disk: name, id, own: true, ..disks[i].clone() };
-                }
-                Child { process, identity, disks }
-            })
-            .collect();
-        if forked.len() != frozen.len() * children.len() {
-            return Err(Error::new(
-                Kind::Unsupported,
-                "blockd answers with other disks than asked",
-            ));
-        }
-        side_by_side(&children, &|child| self.fill(child, &was_cut, &files))?;
-        self.let_run(parent, children, &was_cut, request, undo)
-    }
-
-    /// Has a machine and its disks cut at one instant. The disks that may have been forked stay in
-    /// `undo`; blockd is done with them.
-    fn cut_all(
-        &self,
-        parent: &Machine,
-        disks: &ForkDisks,
-        undo: &mut Undo,
-    ) -> Result<(WasCut, Vec<OwnedFd>, Vec<Disk>)> {
-        if disks.disks.is_empty() {
-            return self
-                .cut(parent, None, &mut undo.disks)
-                .map(|(cut, fds)| (cut, fds, Vec::new()));
-        }
-        let token = self.blockd.fork_ready(disks).inspect_err(|_| undo.disks.clear())?;
-        let mut cut = || {
-            let (was_cut, files) = self.cut(parent, Some(token), &mut undo.disks)?;
+        let disks = fork_request(request, frozen, &shells);
+        let ready = match disks.disks.is_empty() {
+            true => None,
+            false => Some(self.blockd.fork_ready(&disks).inspect_err(|_| undo.disks.clear())?),
+        };
+        let token = ready.as_ref().map(|ready| ready.token);
+        let disks = ready.map_or_else(Vec::new, |ready| ready.children);
+        let mut make = || {
+            if disks.len() != frozen.len() * shells.len() {
+                let reason = "blockd answers with other disks than asked";
+                return Err(Error::new(Kind::Unsupported, reason));
+            }
+            let made = disks.iter().map(|made| (made.name.clone(), made.disk)).collect();
+            self.janitor.made(undo, &made)?;
+            let children = children_of(parent, (frozen, &disks), shells, identities);
+            side_by_side(&children, &|child| self.attach_shared(child))?;
+            let (was_cut, files) = self.cut(parent, token, &mut undo.disks)?;
             if let Some((status, body)) = &was_cut.disks {
                 let body = body.clone().into_bytes();
                 http::Reply { status: *status, body }.read::<CutForks>()?;
             }
-            let forked = self.blockd.forked(token)?.children;
-            Ok((was_cut, files, forked))
+            side_by_side(&children, &|child| fill(child, &was_cut, &files))?;
+            self.let_run(parent, children, (&was_cut, token), request, undo)
         };
-        cut().inspect_err(|_| self.blockd.end_fork(token))
+        make().inspect_err(|_| token.into_iter().for_each(|token| self.blockd.end_fork(token)))
+    }
+
+    /// Has blockd serve a child's disks that are its parent's as well.
+    fn attach_shared(&self, child: &Child) -> Result<()> {
+        let shared = child.disks.iter().enumerate().filter(|(_, disk)| disk.read_only);
+        for (i, disk) in shared {
+            self.attach_disk(&child.process, i, disk)
+                .map_err(|e| e.within("make", object(&child.identity.name)))?;
+        }
+        Ok(())
     }
 
     /// Has a machine cut, and its disks if there is a token for them.
@@ -262,26 +245,11 @@ impl Daemon {
         }
     }
 
-    /// Makes a shell a child that stands.
-    fn fill(&self, child: &Child, was_cut: &WasCut, files: &[OwnedFd]) -> Result<()> {
-        let fill = || -> Result<()> {
-            let hardware = self.attach_disks(&child.process, &child.disks)?;
-            let become_child = BecomeChild {
-                layers: was_cut.layers.clone(),
-                hardware,
-                identity: child.identity.clone(),
-            };
-            let ask = Ask::Become(Box::new(become_child));
-            child.process.ask_with::<()>(&ask, &lent(files)).map(drop)
-        };
-        fill().map_err(|e| e.within("make", object(&child.identity.name)))
-    }
-
     fn let_run(
         self: &Arc<Self>,
         parent: &Machine,
         children: Vec<Child>,
-        was_cut: &WasCut,
+        (was_cut, token): (&WasCut, Option<Uuid>),
         request: &ForkVm,
         undo: &Undo,
     ) -> Result<Made> {
@@ -303,6 +271,9 @@ impl Daemon {
         let begin = Ask::Begin { paused: request.paused };
         side_by_side(&children, &|child| child.process.ask::<()>(&begin))?;
         let ready = Instant::now();
+        if let Some(token) = token {
+            self.blockd.forked(token)?;
+        }
         described.iter().try_for_each(|is| self.state.sync(is.id))?;
         self.janitor.done(undo)?;
         let state = if request.paused { VmState::Paused } else { VmState::Running };
@@ -310,6 +281,38 @@ impl Daemon {
         let added = added.map(|(is, child)| self.add(is, child.process, state));
         Ok((added.collect::<Result<Vec<_>>>()?, was_cut.clone(), ready))
     }
+}
+
+/// The children, and what disks they have: their own for those that are forked.
+fn children_of(
+    parent: &Machine,
+    (frozen, made): (&[Frozen], &[MadeChild]),
+    shells: Vec<Arc<Process>>,
+    identities: Vec<Identity>,
+) -> Vec<Child> {
+    let count = shells.len();
+    let child = |(n, (process, identity)): (usize, (Arc<Process>, Identity))| {
+        let mut disks = parent.is.disks.clone();
+        for (k, f) in frozen.iter().enumerate() {
+            // blockd answers disk by disk, with the children of each in their order.
+            let MadeChild { name, disk } = made[k * count + n].clone();
+            disks[f.i] = VmDisk { disk: name, id: disk, own: true, ..disks[f.i].clone() };
+        }
+        Child { process, identity, disks }
+    };
+    shells.into_iter().zip(identities).enumerate().map(child).collect()
+}
+
+/// Makes a shell a child that stands. blockd serves its disks already.
+fn fill(child: &Child, was_cut: &WasCut, files: &[OwnedFd]) -> Result<()> {
+    let become_child = BecomeChild {
+        layers: was_cut.layers.clone(),
+        hardware: hardware(&child.process, &child.disks),
+        identity: child.identity.clone(),
+    };
+    let ask = Ask::Become(Box::new(become_child));
+    let filled = child.process.ask_with::<()>(&ask, &lent(files));
+    filled.map(drop).map_err(|e| e.within("make", object(&child.identity.name)))
 }
 
 /// The name of the disk that a child gets for disk number `i` of its parent.
@@ -326,11 +329,18 @@ fn to_undo(request: &ForkVm, frozen: &[Frozen]) -> Vec<UndoDisk> {
     frozen.iter().flat_map(of).collect()
 }
 
-/// What blockd is to fork.
-fn fork_request(request: &ForkVm, frozen: &[Frozen]) -> ForkDisks {
-    let disk = |f: &Frozen| ForkDisk {
-        disk: f.disk.clone(),
-        children: request.children.iter().map(|child| disk_name(child, f.i)).collect(),
+/// What blockd is to fork, and where it is to serve the children.
+fn fork_request(request: &ForkVm, frozen: &[Frozen], shells: &[Arc<Process>]) -> ForkDisks {
+    let disk = |f: &Frozen| {
+        let children: Vec<String> =
+            request.children.iter().map(|child| disk_name(child, f.i)).collect();
+        let serve = |(child, shell): (&String, &Arc<Process>)| ServeChild {
+            child: child.clone(),
+            export: export(&shell.folder().disk(f.i), false),
+            limits: None,
+        };
+        let serve = children.iter().zip(shells).map(serve).collect();
+        ForkDisk { disk: f.disk.clone(), children, serve }
     };
     ForkDisks {
         disks: frozen.iter().map(disk).collect(),
@@ -375,7 +385,7 @@ mod tests {
             Frozen { i: 2, disk: "data".into(), segment: Uuid::from_u128(2) },
         ];
 
-        let body = fork_request(&request, &frozen);
+        let body = fork_request(&request, &frozen, &[]);
         let undo = to_undo(&request, &frozen);
 
         let names = |d: &ForkDisk| (d.disk.clone(), d.children.join(" "));
@@ -398,6 +408,6 @@ mod tests {
                 ("b-disk2", over(2)),
             ]
         );
-        assert!(fork_request(&request, &[]).disks.is_empty());
+        assert!(fork_request(&request, &[], &[]).disks.is_empty());
     }
 }

@@ -104,16 +104,16 @@ impl Daemon {
 
     /// Has blockd serve disks in the folder of a machine.
     pub(super) fn attach_disks(&self, machine: &Process, disks: &[VmDisk]) -> Result<Hardware> {
-        let attach = |(i, disk): (usize, &VmDisk)| -> Result<DiskConfig> {
-            let socket = machine.folder().disk(i);
-            self.blockd
-                .attach(&disk.disk, &socket, disk.read_only)
-                .context("use", || format!("disk {}", disk.disk))?;
-            let (name, read_only) = (disk.disk.clone(), disk.read_only);
-            Ok(DiskConfig { name, socket, read_only })
-        };
-        let disks = disks.iter().enumerate().map(attach).collect::<Result<Vec<_>>>()?;
-        Ok(Hardware { disks })
+        let mut disks_in_order = disks.iter().enumerate();
+        disks_in_order.try_for_each(|(i, disk)| self.attach_disk(machine, i, disk))?;
+        Ok(hardware(machine, disks))
+    }
+
+    /// Has blockd serve disk number `i` of a machine in its folder.
+    pub(super) fn attach_disk(&self, machine: &Process, i: usize, disk: &VmDisk) -> Result<()> {
+        self.blockd
+            .attach(&disk.disk, &machine.folder().disk(i), disk.read_only)
+            .context("use", || format!("disk {}", disk.disk))
     }
 
     /// Adds a machine that lives to the table, and watches over it.
@@ -163,6 +163,15 @@ fn files_of(request: &RunVm) -> Result<Vec<OwnedFd>> {
         copy().context("read", || path.display().to_string())
     };
     [Some(&request.kernel), request.initrd.as_ref()].into_iter().flatten().map(copy).collect()
+}
+
+/// What a machine is to be made of whose disks blockd serves in its folder.
+pub(super) fn hardware(machine: &Process, disks: &[VmDisk]) -> Hardware {
+    let disk = |(i, disk): (usize, &VmDisk)| {
+        let (name, socket) = (disk.disk.clone(), machine.folder().disk(i));
+        DiskConfig { name, socket, read_only: disk.read_only }
+    };
+    Hardware { disks: disks.iter().enumerate().map(disk).collect() }
 }
 
 /// Files as they are lent to a message.

@@ -2,7 +2,8 @@
 //!
 //! Power cuts: children are all there, with exactly what the parents held at the instant, or none
 //! is; a parent has what it flushed, on whichever side of the instant. Kills: every completed write
-//! is there, and if a guest was told of one after the instant, so are the children.
+//! is there, and if a guest was told of one after the instant, so are the children. One of the
+//! children is served from the instant on, and is written to like its parent.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::Path;
@@ -51,8 +52,8 @@ struct Run {
     instant: usize,
     told: usize,
     settled: usize,
-    /// The moments that flushes of `data` end at.
-    flushed: Vec<usize>,
+    /// The moments that flushes of a disk end at.
+    flushed: BTreeMap<&'static str, Vec<usize>>,
 }
 
 fn tails_in(dir: &Path) -> Tails {
@@ -89,7 +90,7 @@ impl Run {
             (name, Arc::new(disk))
         };
         let disks = ["data", "log"].map(open).into();
-        let (moments, flushed) = (Vec::new(), vec![0]);
+        let (moments, flushed) = (Vec::new(), BTreeMap::from([("data", vec![0])]));
         let (instant, told, settled) = (0, 0, 0);
         let mut run = Run { store, dir, tails, disks, moments, instant, told, settled, flushed };
         run.note("opened", 0);
@@ -117,6 +118,22 @@ impl Run {
         self.step("write", |run| write(&run.disks[name], tag, first, count))
     }
 
+    fn flush(&mut self, name: &'static str) {
+        let flushed = self.step("flush", |run| run.disks[name].flush().unwrap());
+        self.flushed.get_mut(name).unwrap().push(flushed);
+    }
+
+    /// Opens the child of `data` ahead of the instant.
+    fn open_child(&mut self, fork: &ForkRow) -> Crossing {
+        let began = self.store.log_len();
+        let forked = fork.disks.iter().find(|forked| forked.name == "data").unwrap();
+        let (into, old) = (forked.children[0].segment, &self.disks["data"]);
+        let options = live(&self.dir);
+        let child = self.dir.begin_crossing_into(into, forked, old, &options).unwrap();
+        self.note("open the child", began);
+        child
+    }
+
     /// The whole story.
     fn whole() -> Self {
         let mut run = Run::start();
@@ -138,6 +155,7 @@ impl Run {
                 crossings.push(run.dir.begin_crossing(forked, old, &live(&run.dir)).unwrap());
             });
         }
+        let child = run.open_child(&fork);
         // Guests still run.
         run.write("data", 7, EXTENT, BLOCK + 2);
         run.write("log", 8, 20 * EXTENT, 5);
@@ -147,9 +165,13 @@ impl Run {
                 let name = *run.disks.keys().find(|name| **name == forked.name).unwrap();
                 run.disks.insert(name, Arc::clone(crossing.next()));
             }
+            child.cross();
+            run.disks.insert("data-1", Arc::clone(child.next()));
         });
+        run.flushed.insert("data-1", vec![run.instant]);
+        run.told = run.write("data-1", 20, EXTENT + 2, BLOCK);
         // Over what was written before the instant, beside it, and in a leaf of its own.
-        run.told = run.write("data", 9, EXTENT + 1, BLOCK);
+        run.write("data", 9, EXTENT + 1, BLOCK);
         run.write("data", 10, 25 * EXTENT, EXTENT);
         run.step("discard", |run| {
             let (offset, len) = (2 * EXTENT * SECTOR as u64, EXTENT * SECTOR as u64);
@@ -158,14 +180,17 @@ impl Run {
         for crossing in &crossings {
             run.step("freeze", |run| crossing.freeze(&run.dir).unwrap());
             run.write("data", 11, 3, 2);
+            run.write("data-1", 21, 27 * EXTENT, BLOCK);
         }
         run.settled = run.step("settle", |run| {
-            assert!(run.dir.settle_fork(&fork, &crossings).unwrap());
+            let all: Vec<&Crossing> = crossings.iter().chain([&child]).collect();
+            assert!(run.dir.settle_fork(&fork, &all).unwrap());
         });
-        drop(crossings);
+        drop((crossings, child));
+        run.flush("data-1");
         run.write("data", 12, 9 * EXTENT, BLOCK);
-        let flushed = run.step("flush", |run| run.disks["data"].flush().unwrap());
-        run.flushed.push(flushed);
+        run.write("data-1", 22, 2, 3);
+        run.flush("data");
         run.write("data", 13, 0, 2 * BLOCK);
         run.step("checkpoint", |run| run.disks["data"].checkpoint().unwrap());
         run.write("data", 14, EXTENT, EXTENT);
@@ -193,31 +218,55 @@ impl Run {
         &self.moments[self.instant].live[name]
     }
 
-    /// Checks children, and `data`, which may hold, in each sector, what it held at some moment
-    /// from `from` to `to`.
-    fn check(&self, world: &World, (from, to): (usize, usize)) -> Result<(), Violation> {
+    /// Checks children, and that `data`, and its child if there is one, hold in each sector what
+    /// they held at some moment up to `to`, and not before those of `from`.
+    fn check(
+        &self,
+        world: &World,
+        (from, to): (&dyn Fn(&str) -> usize, usize),
+    ) -> Result<(), Violation> {
         let children: BTreeSet<&str> =
             world.keys().map(String::as_str).filter(|name| name.ends_with("-1")).collect();
         let bad = |text: String| Err(Violation::new(Wrong::Value, text));
         if !children.is_empty() && children.len() != 2 {
             return bad(format!("there are only {children:?}"));
         }
-        for name in &children {
-            if world[*name].contents != *self.at_instant(name.trim_end_matches("-1")) {
-                return bad(format!("{name} is not what its parent was"));
+        if let Some(child) = world.get("log-1")
+            && child.contents != *self.at_instant("log")
+        {
+            return bad("log-1 is not what its parent was".into());
+        }
+        for name in ["data", "data-1"] {
+            let Some(disk) = world.get(name) else { continue };
+            // What is frozen is durable.
+            let from = from(name);
+            let from = if children.is_empty() { from } else { from.max(self.instant) };
+            if let Err(text) = self.check_written(name, &disk.contents, (from, to)) {
+                return bad(text);
             }
         }
-        // What is frozen is durable.
-        let from = if children.is_empty() { from } else { from.max(self.instant) };
-        let held = |i: usize| &self.moments[i].live["data"];
-        let found = &world["data"].contents;
-        let sectors: BTreeSet<u64> =
-            (from..=to).flat_map(|i| held(i).keys()).chain(found.keys()).copied().collect();
+        Ok(())
+    }
+
+    fn check_written(
+        &self,
+        name: &str,
+        found: &Contents,
+        (from, to): (usize, usize),
+    ) -> Result<(), String> {
+        // A fork that began to exist in recovery is what it was at the instant.
+        let held = |i: usize| &self.moments[i.max(from)].live[name];
+        let sectors: BTreeSet<u64> = (from..=to.max(from))
+            .flat_map(|i| held(i).keys())
+            .chain(found.keys())
+            .copied()
+            .collect();
         for sector in sectors {
             let tag = found.get(&sector);
-            if !(from..=to).any(|i| held(i).get(&sector) == tag) {
+            if !(from..=to.max(from)).any(|i| held(i).get(&sector) == tag) {
                 let (first, last) = (self.moments[from].what, self.moments[to].what);
-                return bad(format!("sector {sector}: {tag:?}, between {first} and {last}"));
+                let between = format!("between {first} and {last}");
+                return Err(format!("{name}, sector {sector}: {tag:?}, {between}"));
             }
         }
         Ok(())
@@ -225,8 +274,11 @@ impl Run {
 
     fn check_power_cut(&self, point: usize, world: &World) -> Result<(), Violation> {
         let (ended, begun) = self.around(point);
-        let from = *self.flushed.iter().rfind(|i| **i <= ended).unwrap();
-        self.check(world, (from, begun))?;
+        let flushed = |name: &str| {
+            let last = self.flushed[name].iter().rfind(|i| **i <= ended);
+            last.copied().unwrap_or(self.instant)
+        };
+        self.check(world, (&flushed, begun))?;
         if ended >= self.settled && !world.contains_key("data-1") {
             return Err(Violation::new(Wrong::Missing, "the children are gone"));
         }
@@ -235,7 +287,7 @@ impl Run {
 
     fn check_kill(&self, point: usize, world: &World) -> Result<(), Violation> {
         let (ended, begun) = self.around(point);
-        self.check(world, (ended, begun))?;
+        self.check(world, (&|_| ended, begun))?;
         if ended >= self.told && !world.contains_key("data-1") {
             return Err(Violation::new(
                 Wrong::Missing,
@@ -354,7 +406,7 @@ fn power_cuts_while_a_killed_fork_is_settled() {
         // What was promised by then is promised still; nothing was flushed since.
         let promised = |world: &World| {
             let (_, begun) = run.around(point);
-            run.check(world, (0, begun))
+            run.check(world, (&|_| 0, begun))
         };
         let (log, mut seen) = (store.log(), HashSet::new());
         let mut walk = CrashWalk::new(&base, &log);
@@ -393,7 +445,7 @@ fn a_flush_that_does_not_wait_for_the_freeze_is_caught() {
     assert!(report.counts.contains_key(&Wrong::Value), "found only {:?}", report.counts);
 }
 
-/// Negative control: tails of successors that are forgotten. Guests were told of what is lost.
+/// Negative control: tails of what goes on that are forgotten. Guests were told of what is lost.
 #[test]
 fn a_killed_fork_without_the_tails_of_successors_is_caught() {
     let (run, base, log) = recorded();

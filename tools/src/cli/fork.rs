@@ -103,5 +103,5 @@ impl From<When> for FlattenWhen {
 fn with(text: &str) -> Result<ForkDisk, String> {
     let (disk, children) = text.split_once(':').ok_or("it is a disk, a colon, and its children")?;
     let children = children.split(',').map(str::to_owned).collect();
-    Ok(ForkDisk { disk: disk.to_owned(), children })
+    Ok(ForkDisk { disk: disk.to_owned(), children, serve: Vec::new() })
 }

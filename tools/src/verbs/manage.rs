@@ -40,7 +40,7 @@ pub fn fork(s: &Session, args: Fork) -> Outcome {
         return Ok(Verdict::Done);
     }
     let parent = args.parent.expect("required unless something is released");
-    let first = ForkDisk { disk: parent, children: args.children };
+    let first = ForkDisk { disk: parent, children: args.children, serve: Vec::new() };
     let request = ForkDisks {
         disks: [first].into_iter().chain(args.with).collect(),
         accept_lost_tail: args.tail.accept_lost_tail,

@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::{Disk, FlattenWhen, Job};
+use super::{Disk, ExportSpec, FlattenWhen, Job};
+use crate::serve::Limits;
 use crate::storedir::BaseRule;
 
 /// How children come to hold what their parents hold.
@@ -70,6 +71,24 @@ pub struct ForkDisk {
     pub disk: String,
     /// Names of its children.
     pub children: Vec<String>,
+    /// Children that are served from the instant on: front ends can connect before it. For live
+    /// forks of a disk in service.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub serve: Vec<ServeChild>,
+}
+
+/// A child of a fork that is served from the instant on. A power cut, or a failure, before the fork
+/// is durable takes the child with all that was written to it; flushes wait for that.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ServeChild {
+    /// Its name.
+    pub child: String,
+    /// Where and how: over vhost-user, for writing.
+    pub export: ExportSpec,
+    /// What it may do at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Limits>,
 }
 
 /// Disks that were forked.
@@ -100,6 +119,17 @@ pub struct CutForks {
     pub token: Uuid,
     /// Microseconds for which disks in service let no request in; null when it is still to come.
     pub pause_us: Option<u64>,
+    /// The children that there will be, in the order in which they were asked for.
+    pub children: Vec<MadeChild>,
+}
+
+/// A child that a fork is making.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MadeChild {
+    /// Its name.
+    pub name: String,
+    /// Its identity.
+    pub disk: Uuid,
 }
 
 /// What a fork that is not done is answered with: a job for one that inherits, else its cut.
