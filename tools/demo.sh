@@ -9,8 +9,13 @@
 # Then the daemon: a Linux guest in QEMU boots from a delta disk over vhost-user, makes a file
 # system on a second one, and writes to it while the daemon under it is killed again and again. The
 # guest compares what it reads with checksums that it keeps in its own memory. Then its disks are
-# forked while it writes, each child is booted and verified, and they are flattened under it. On a
-# machine that cannot run a guest the demo says so, and shows the rest. These parts are in demo/.
+# forked while it writes, each child is booted and verified, and they are flattened under it.
+#
+# Last a whole machine: forkd boots one on a disk of blockd, and forks it, disk and memory at one
+# instant, into 32 machines while it runs. Each verifies its disk and memory and says who it is.
+#
+# On a machine that cannot run a guest the demo says so, and shows the rest. These parts are in
+# demo/.
 #
 # The first step that fails ends the demo with its output and a non-zero exit code. Nothing is left
 # behind.
@@ -47,6 +52,8 @@ exec 3>&2
 source "$top/tools/demo/guest.sh"
 # shellcheck source=tools/demo/forks.sh
 source "$top/tools/demo/forks.sh"
+# shellcheck source=tools/demo/machines.sh
+source "$top/tools/demo/machines.sh"
 
 stop_writer() {
     if [[ -n $writer ]]; then
@@ -58,10 +65,12 @@ stop_writer() {
 
 stop_processes() {
     stop_writer
-    for process in "${guests[@]}" $daemon; do
+    for process in "${guests[@]}" $forkd $daemon; do
         kill -9 "$process" 2>/dev/null || true
         wait "$process" 2>/dev/null || true
     done
+    # Machines outlive the daemon that started them.
+    pkill -9 -f -- "$work/machines" 2>/dev/null || true
 }
 
 finish() {
@@ -228,7 +237,7 @@ main() {
     offshoot=${OFFSHOOT:-}
     if [[ -z $offshoot ]]; then
         doing="cargo build"
-        cargo build ${CI:+--locked} --quiet --release --package offshoot --package blockd \
+        cargo build ${CI:+--locked} --quiet --release --package offshoot --package blockd --package forkd \
             --manifest-path "$top/Cargo.toml"
         offshoot="${CARGO_TARGET_DIR:-$top/target}/release/offshoot"
     fi
@@ -262,6 +271,9 @@ main() {
         show_forks
         show_end_of_guest
     fi
+    if can_run_machine; then
+        show_machines
+    fi
     show store df
     local took=$(($(now_ms) - start))
     echo "Shown in $((took / 1000)) s:"
@@ -275,6 +287,12 @@ main() {
         echo "  - $daemon_kills kills of the daemon under the writing guest, which went on and" \
             "reads what it wrote"
         sum_up_forks
+    fi
+    if [[ -n $why_no_machine ]]; then
+        echo "NOT shown, because $why_no_machine:"
+        echo "  - a whole machine, forked with its memory"
+    else
+        sum_up_machines
     fi
     echo "Nothing is left behind."
 }

@@ -24,8 +24,9 @@ const BUILT: &str = "OFFSHOOT_PROGRAMS_BUILT";
 pub fn program(name: &str) -> PathBuf {
     static DONE: OnceLock<std::sync::Mutex<Vec<String>>> = OnceLock::new();
     let test = std::env::current_exe().expect("a test has a path");
-    // target/PROFILE/deps/TEST
-    let folder = test.ancestors().nth(2).expect("a test lies in a target folder").to_owned();
+    // target/PROFILE/deps/TEST, or target/PROFILE/BENCHMARK
+    let folder = test.parent().expect("a test lies in a target folder");
+    let folder = folder.parent().filter(|_| folder.ends_with("deps")).unwrap_or(folder).to_owned();
     let mut done = DONE.get_or_init(std::sync::Mutex::default).lock().expect("no panic here");
     if std::env::var_os(BUILT).is_none() && !done.iter().any(|b| b == name) {
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));

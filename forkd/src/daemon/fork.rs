@@ -190,7 +190,7 @@ impl Daemon {
         };
         let token = ready.as_ref().map(|ready| ready.token);
         let disks = ready.map_or_else(Vec::new, |ready| ready.children);
-        let mut make = || {
+        let make = || {
             if disks.len() != frozen.len() * shells.len() {
                 let reason = "blockd answers with other disks than asked";
                 return Err(Error::new(Kind::Unsupported, reason));

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::Arc;
 
 use ::blockd::api::types::{Disk, DiskState};
+use ::blockd::clock;
 use ::blockd::pump::Watch;
 use format::{Context as _, Error, Kind, Result};
 use uuid::Uuid;
@@ -18,12 +19,12 @@ use super::state::Description;
 use super::table::{Machine, object};
 use super::undo::{Undo, UndoDisk, Which};
 use crate::api::types::{DiskPath, EventKind, RestoreVm, SnapshotDisk, Vm, VmDisk, VmState};
+use crate::identity;
 use crate::memory::Layer;
 use crate::process::Process;
 use crate::process::serve::in_memory;
 use crate::process::wire::{Ask, BecomeChild};
 use crate::snapshot::{Folder, Manifest};
-use crate::{clock, identity};
 
 /// A disk that a machine is going to have, and how.
 struct Base {

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ::blockd::api::types::{Disk, FlattenWhen, ForkDisk, ForkDisks, ForkMode};
+use ::blockd::clock;
 use ::blockd::pump::Watch;
 use format::{Context as _, Error, Kind, Result};
 use uuid::Uuid;
@@ -31,11 +32,11 @@ use super::undo::{Undo, UndoDisk, Which};
 use crate::api::types::{
     EventKind, RemovedSnapshot, SnapshotDisk, SnapshotTaken, TakeSnapshot, VmParent,
 };
+use crate::http;
 use crate::memory::Layer;
 use crate::process::serve::read_all;
 use crate::process::wire::WasCut;
 use crate::snapshot::{Draft, Folder, Manifest, RealHost, aside, set_aside};
-use crate::{clock, http};
 
 /// A snapshot that is being taken.
 struct Taking<'a> {
@@ -153,6 +154,7 @@ impl Daemon {
         let child = |f: &Frozen| ForkDisk {
             disk: f.disk.clone(),
             children: vec![disk_name(&machine.is.name, id, f.i)],
+            serve: Vec::new(),
         };
         let request = ForkDisks {
             disks: frozen.iter().map(child).collect(),
@@ -179,7 +181,7 @@ impl Daemon {
             let (was_cut, files) = self.cut(machine, None, &mut undo.disks)?;
             return Ok((was_cut, files, Vec::new()));
         }
-        let token = self.blockd.fork_ready(disks).inspect_err(|_| undo.disks.clear())?;
+        let token = self.blockd.fork_ready(disks).inspect_err(|_| undo.disks.clear())?.token;
         let mut cut = || {
             let (was_cut, files) = self.cut(machine, Some(token), &mut undo.disks)?;
             if let Some((status, body)) = &was_cut.disks {

@@ -23,8 +23,8 @@ use crate::until;
 pub use console::{Console, word};
 pub use saved::parts;
 
-/// The guest.
-static GUEST: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernel.elf"));
+/// The guest, as a kernel that boots by PVH.
+pub static GUEST: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernel.elf"));
 /// How long forkd may take to be ready.
 const READY_MAX: Duration = Duration::from_secs(60);
 
@@ -225,9 +225,17 @@ impl Lab {
     /// # Panics
     /// When it does not.
     pub fn run(&self, name: &str, disks: &[&str]) -> Console {
+        self.run_with("32M", name, disks)
+    }
+
+    /// As [`Lab::run`], with so much memory.
+    ///
+    /// # Panics
+    /// When it does not listen.
+    pub fn run_with(&self, memory: &str, name: &str, disks: &[&str]) -> Console {
         let kernel = self.store.path("kernel");
         let kernel = kernel.to_str().expect("a plain path");
-        let mut args = vec!["vm", "run", name, "--kernel", kernel, "--mem", "32M"];
+        let mut args = vec!["vm", "run", name, "--kernel", kernel, "--mem", memory];
         args.extend(disks.iter().flat_map(|disk| ["--disk", disk]));
         self.done(&args);
         let mut console = self.console(name);
