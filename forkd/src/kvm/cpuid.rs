@@ -20,7 +20,8 @@ const TSC_DEADLINE: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
 
 /// What the host supports, less what forks do not survive, plus what KVM's interrupt controllers
-/// give.
+/// give. Without the numbers of the processor that happened to be asked: a state that was saved
+/// twice would differ by them.
 pub(super) fn for_guests(host: &CpuId) -> Result<CpuId> {
     let mut entries = host.as_slice().to_vec();
     for entry in &mut entries {
@@ -30,7 +31,7 @@ pub(super) fn for_guests(host: &CpuId) -> Result<CpuId> {
             _ => {}
         }
     }
-    from_entries(&entries)
+    for_processor(&from_entries(&entries)?, 0, 1)
 }
 
 /// The table for processor `index` of `count`: [`for_guests`] with its own numbers in it.

@@ -84,7 +84,9 @@ pub struct Shape {
 /// # Errors
 /// The host's error.
 pub fn save(host: &Host, vm: &Vm, cpus: &[Arc<Cpu>], out: &mut Writer) -> Result<()> {
-    out.section(tag::CPUID, 0, host.cpuid.as_slice().as_bytes());
+    // What the guest was told, which may be less than this host has.
+    let table = vm.told.get().unwrap_or(&host.cpuid);
+    out.section(tag::CPUID, 0, table.as_slice().as_bytes());
     for cpu in cpus {
         save_processor(host, &cpu.fd(), cpu.index().into(), out)?;
     }
@@ -131,6 +133,8 @@ pub fn restore(host: &Host, vm: &Vm, cpus: &[Arc<Cpu>], state: &Reader<'_>) -> R
     let differs = rows.as_bytes() != own.as_bytes();
     if differs {
         cpuid::check_fit(&rows, own)?;
+        // Nobody restores into a machine twice.
+        let _ = vm.told.set(cpuid::from_entries(&rows)?);
     }
     let mut done = Restored::default();
     for cpu in cpus {

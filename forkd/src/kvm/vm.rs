@@ -4,11 +4,11 @@
 //! does: KVM follows the host's page tables.
 
 use std::os::fd::{AsFd, FromRawFd, IntoRawFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use format::Result;
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_MEM_LOG_DIRTY_PAGES, kvm_irqchip, kvm_userspace_memory_region,
+    CpuId, KVM_IRQCHIP_IOAPIC, KVM_MEM_LOG_DIRTY_PAGES, kvm_irqchip, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VcpuFd, VmFd};
 use vhost_blk::event::EventFd;
@@ -28,6 +28,9 @@ pub struct Vm {
     pub(super) fd: VmFd,
     ram: Arc<GuestRam>,
     banks: Vec<Bank>,
+    /// What its processors said about themselves where they were saved, if that is not what this
+    /// host says.
+    pub(super) told: OnceLock<CpuId>,
 }
 
 impl std::fmt::Debug for Vm {
@@ -43,7 +46,8 @@ impl Vm {
     /// The host's error.
     pub fn new(host: &Host, ram: &Arc<GuestRam>) -> Result<Vm> {
         let fd = host.kvm.create_vm().map_err(|e| failed("create", e))?;
-        let vm = Vm { fd, ram: Arc::clone(ram), banks: ram.banks().collect() };
+        let vm =
+            Vm { fd, ram: Arc::clone(ram), banks: ram.banks().collect(), told: OnceLock::new() };
         vm.set_slots(0)?;
         if vm.fd.check_extension(Cap::SetTssAddr) {
             vm.fd.set_tss_address(TSS_ADDRESS).map_err(|e| failed("place the TSS of", e))?;
