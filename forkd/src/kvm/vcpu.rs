@@ -17,7 +17,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use format::{Error, Kind, Result};
-use kvm_bindings::kvm_run;
+use kvm_bindings::{kvm_regs, kvm_run, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
@@ -351,13 +351,21 @@ fn end_of(fd: &mut VcpuFd, page: *const kvm_run, index: u8) -> (Reason, String) 
 
 /// The registers, for people.
 fn picture(fd: &VcpuFd, index: u8) -> String {
-    let (Ok(r), Ok(s)) = (fd.get_regs(), fd.get_sregs()) else {
-        return format!("processor {index}, registers unknown");
-    };
+    match (fd.get_regs(), fd.get_sregs()) {
+        (Ok(r), Ok(s)) => format!("processor {index}: {}", registers(&r, &s)),
+        _ => format!("processor {index}, registers unknown"),
+    }
+}
+
+fn registers(r: &kvm_regs, s: &kvm_sregs) -> String {
+    // AMD's processors leave no state behind at a shutdown, and KVM then resets the processor.
+    // What it says afterwards would send people to look for a guest that ran in real mode.
+    if (r.rip, s.cs.selector) == (0xfff0, 0xf000) {
+        return "KVM has reset it, its registers are lost".to_owned();
+    }
     format!(
-        "processor {index}: rip {:#x} rsp {:#x} rflags {:#x} rax {:#x} rbx {:#x} rcx {:#x} \
-         rdx {:#x} rsi {:#x} rdi {:#x} rbp {:#x} cr0 {:#x} cr2 {:#x} cr3 {:#x} cr4 {:#x} \
-         efer {:#x} cs {:#x}",
+        "rip {:#x} rsp {:#x} rflags {:#x} rax {:#x} rbx {:#x} rcx {:#x} rdx {:#x} rsi {:#x} \
+         rdi {:#x} rbp {:#x} cr0 {:#x} cr2 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x} cs {:#x} idt {:#x}",
         r.rip,
         r.rsp,
         r.rflags,
@@ -373,7 +381,8 @@ fn picture(fd: &VcpuFd, index: u8) -> String {
         s.cr3,
         s.cr4,
         s.efer,
-        s.cs.selector
+        s.cs.selector,
+        s.idt.base
     )
 }
 
@@ -397,4 +406,21 @@ fn install_signal_handler() -> Result<()> {
         }
     });
     failure.map_or(Ok(()), |e| Err(Error::from(e).tried("set up the signal of processors")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn registers_that_are_lost_are_not_shown_as_the_guests() {
+        let mut regs = kvm_regs { rip: 0xffff_ffff_8100_0000, rsp: 0x1000, ..Default::default() };
+        let mut sregs = kvm_sregs { cr2: 0xff8, ..Default::default() };
+        let shown = registers(&regs, &sregs);
+        assert!(shown.starts_with("rip 0xffffffff81000000 rsp 0x1000"), "{shown}");
+        assert!(shown.contains("cr2 0xff8"), "{shown}");
+        regs.rip = 0xfff0;
+        sregs.cs.selector = 0xf000;
+        assert_eq!(registers(&regs, &sregs), "KVM has reset it, its registers are lost");
+    }
 }
