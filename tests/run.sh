@@ -23,7 +23,12 @@ cargo test ${CI:+--locked} --workspace --no-fail-fast "$@" || failed+=("cargo te
 
 tests/fuzz/run.sh all "$fuzz_seconds" || failed+=("fuzzing")
 
-skipped=$(sort -u "$OFFSHOOT_SKIP_LOG")
+retried=$(grep '^RETRIED' "$OFFSHOOT_SKIP_LOG" || true)
+if [[ -n $retried ]]; then
+    echo "$retried"
+    echo "test: $(wc -l <<<"$retried") begun anew, for the reasons above"
+fi
+skipped=$(grep '^SKIPPED' "$OFFSHOOT_SKIP_LOG" | sort -u)
 if [[ -n $skipped ]]; then
     echo "$skipped"
     echo "test: $(wc -l <<<"$skipped") skipped, for the reasons above"

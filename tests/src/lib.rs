@@ -45,7 +45,19 @@ pub const SKIP_LOG: &str = "OFFSHOOT_SKIP_LOG";
 /// # Panics
 /// When the log is named but cannot be written: a skip nobody sees must not pass.
 pub fn skip(test: &str, reason: &str) {
-    let line = format!("SKIPPED: {test}: {reason}\n");
+    log(&format!("SKIPPED: {test}: {reason}\n"));
+}
+
+/// Says that `test` begins anew, and why: a line `RETRIED: <test>: <reason>` where [`skip`] has
+/// its own. For what is known to be no fault of the programs under test.
+///
+/// # Panics
+/// As [`skip`].
+pub fn retried(test: &str, reason: &str) {
+    log(&format!("RETRIED: {test}: {reason}\n"));
+}
+
+fn log(line: &str) {
     eprint!("{line}");
     let Some(log) = env::var_os(SKIP_LOG) else { return };
     // One write on an append-only descriptor: test processes that run side by side do not mix.

@@ -57,6 +57,14 @@ impl Lab {
         Ok(Lab { guest, _dir: dir })
     }
 
+    /// Whether the emulator still runs.
+    ///
+    /// # Panics
+    /// When the system does not say.
+    pub fn is_running(&mut self) -> bool {
+        self.guest.is_running()
+    }
+
     /// Runs a line of shell in the lab and returns what it wrote.
     ///
     /// # Panics

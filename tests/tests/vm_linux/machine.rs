@@ -1,9 +1,33 @@
 //! Machines in the lab, by the command line.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use offshoot_tests::lab::Lab;
+use offshoot_tests::{retried, skip};
 use serde_json::Value;
+
+use crate::PROGRAMS;
+
+/// Labs that a scenario may spoil by what is the emulator's fault, the last one included.
+const LABS: u32 = 3;
+
+/// Plays `scenario` in a lab, and in another one when the first was spoiled: machines that nobody
+/// forked triple-fault there too now and then (`docs/decisions.md`). Every such lab is counted.
+pub fn in_a_lab(test: &str, scenario: impl Fn(&mut Machines)) {
+    for number in 1.. {
+        let lab = match Lab::start(&PROGRAMS) {
+            Ok(lab) => lab,
+            Err(reason) => return skip(test, &reason),
+        };
+        let mut vms = Machines::new(lab);
+        let Err(failure) = catch_unwind(AssertUnwindSafe(|| scenario(&mut vms))) else { return };
+        match catch_unwind(AssertUnwindSafe(|| vms.spoiled())) {
+            Ok(Some(how)) if number < LABS => retried(test, &how),
+            _ => resume_unwind(failure),
+        }
+    }
+}
 
 /// The daemons of a lab, and what runs there.
 pub struct Machines {
@@ -16,7 +40,7 @@ const OFFSHOOT: &str = "offshoot --store /run/store --forkd /run/forkd.sock";
 
 impl Machines {
     /// Starts the daemons, with two disks.
-    pub fn new(mut lab: Lab) -> Machines {
+    fn new(mut lab: Lab) -> Machines {
         let create = format!("{OFFSHOOT} disk create");
         lab.run(&format!(
             "{OFFSHOOT} init && {create} root --size 64M && {create} count --size 1M && \
@@ -26,6 +50,16 @@ impl Machines {
              until [ -S /run/blockd.sock ] && [ -S /run/forkd.sock ]; do sleep 0.1; done"
         ));
         Machines { lab, forked: BTreeSet::new(), consoles: BTreeMap::new() }
+    }
+
+    /// How a fault of the emulator has spoiled the lab, if one has.
+    fn spoiled(&mut self) -> Option<String> {
+        if !self.lab.is_running() {
+            return Some("the emulator has ended".to_owned());
+        }
+        let vms = self.verb("vm ls").as_array().expect("machines").clone();
+        let faulted = vms.iter().find(|vm| vm["end"]["reason"] == "triple-fault")?;
+        Some(format!("{} triple-faulted in the lab", faulted["name"]))
     }
 
     /// Runs a verb and returns what it says as JSON.

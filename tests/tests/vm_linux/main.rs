@@ -6,10 +6,7 @@ mod snapshot;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use machine::Machines;
-use offshoot_tests::lab::Lab;
-use offshoot_tests::rng::soak;
-use offshoot_tests::skip;
+use machine::{Machines, in_a_lab};
 
 const PROGRAMS: [&str; 4] = ["blockd", "forkd", "offshoot", "lab_console"];
 
@@ -18,42 +15,28 @@ const PROGRAMS: [&str; 4] = ["blockd", "forkd", "offshoot", "lab_console"];
 /// of one instant, and with sound file systems. Then they turn themselves off.
 #[test]
 fn a_stock_kernel_is_forked_while_it_writes() {
-    let start = Instant::now();
-    let lab = match Lab::start(&PROGRAMS) {
-        Ok(lab) => lab,
-        Err(reason) => return skip("a_stock_kernel_is_forked_while_it_writes", &reason),
-    };
-    let said = |what: &str| println!("{:5.1} s: {what}", start.elapsed().as_secs_f64());
-    said("the lab is up");
-    let mut vms = Machines::new(lab);
-    vms.run("parent");
-    let release = vms.lab.run("uname -r");
-    assert_eq!(vms.ask("parent", "uname -r"), release);
-    said("the guest is up");
-    has_what_the_firmware_announces(&mut vms);
-    begin_to_write(&mut vms);
-    said("the guest writes");
-
-    if !soak() {
-        // About one run in six fails after the fork. Machines that nobody forked have triple-faulted
-        // in this lab as well; whether KVM, the emulator or forkd is to blame is not known.
-        skip(
-            "a_stock_kernel_is_forked_while_it_writes (the fork)",
-            "it fails at times in the lab, cause unknown; OFFSHOOT_SOAK=1 runs it",
-        );
-        return vms.turn_off("parent");
-    }
-    vms.fork("parent", &["one", "two"]);
-    said("the fork is done");
-    let all = ["parent", "one", "two"];
-    has_its_own_identity(&mut vms, &all);
-    said("all have their identity");
-    for name in all {
-        goes_on_counting(&mut vms, name);
-        has_a_sound_file_system(&mut vms, name);
-        vms.turn_off(name);
-        said(name);
-    }
+    in_a_lab("a_stock_kernel_is_forked_while_it_writes", |vms| {
+        let start = Instant::now();
+        let said = |what: &str| println!("{:5.1} s: {what}", start.elapsed().as_secs_f64());
+        vms.run("parent");
+        let release = vms.lab.run("uname -r");
+        assert_eq!(vms.ask("parent", "uname -r"), release);
+        said("the guest is up");
+        has_what_the_firmware_announces(vms);
+        begin_to_write(vms);
+        said("the guest writes");
+        vms.fork("parent", &["one", "two"]);
+        said("the fork is done");
+        let all = ["parent", "one", "two"];
+        has_its_own_identity(vms, &all);
+        said("all have their identity");
+        for name in all {
+            goes_on_counting(vms, name);
+            has_a_sound_file_system(vms, name);
+            vms.turn_off(name);
+            said(name);
+        }
+    });
 }
 
 fn has_what_the_firmware_announces(vms: &mut Machines) {
