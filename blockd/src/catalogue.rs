@@ -3,7 +3,8 @@
 //! Invariants:
 //! - It is derived data: everything in it can be read off the segments again (`store rebuild`),
 //!   but for when disks are to be flattened.
-//! - A change is one transaction; when [`Catalogue::apply`] returns it is durable.
+//! - A change is one transaction; when [`Catalogue::apply`] returns it is durable. What is
+//!   foreseen alone is in memory only, and is there for who asks.
 //! - Readers work on a copy in memory and never touch the file again.
 
 mod policy;
@@ -246,6 +247,11 @@ impl Catalogue {
     #[must_use]
     pub fn get(&self, name: &str) -> Option<DiskRow> {
         self.content.lock().disks.get(name).cloned()
+    }
+
+    /// Knows of a fork that nothing was made durable of yet.
+    pub fn foresee(&self, fork: &ForkRow) {
+        self.content.lock().apply(&Change::PutFork(fork.clone()));
     }
 
     /// Applies changes in one durable transaction. Without a database (a catalogue that was opened

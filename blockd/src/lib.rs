@@ -14,6 +14,7 @@ pub mod program;
 pub mod pump;
 pub mod segment;
 pub mod serve;
+mod side_by_side;
 mod sockets;
 pub mod store;
 pub mod storedir;

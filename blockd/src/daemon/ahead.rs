@@ -7,9 +7,9 @@
 //!
 //! Invariants:
 //! - That a child is served is remembered before its socket exists, as for any disk
-//!   (`attachments.rs`), by an identity that it gets with the fork. A daemon that is killed is
-//!   followed by one that settles the fork first, and then serves the child, or finds that there is
-//!   none, and lists the socket as failed.
+//!   (`attachments.rs`), by an identity that it gets with the fork; durably when the fork is
+//!   settled. A daemon that is killed is followed by one that settles the fork first, and then
+//!   serves the child, or finds that there is none, and lists the socket as failed.
 //! - Nobody else sees the child before the fork is settled: its name is held for the fork, and it
 //!   is not among the disks in service.
 //!
@@ -24,13 +24,13 @@ use super::Daemon;
 use super::attachments::Attachment;
 use super::cut::Volumes;
 use super::doors::{Door, Teller};
-use super::handover::side_by_side;
 use super::holds::Hold;
 use super::served::{LANES_MIN, Served};
 use crate::api::types::{EventKind, ExportKind, ForkDisk, ForkDisks, ServeChild, SocketName};
 use crate::catalogue::{ForkRow, Forked};
 use crate::disk::HeldDisk;
 use crate::serve::{Volume, VolumeOptions};
+use crate::side_by_side::side_by_side;
 use crate::storedir::{Crossing, StoreDir};
 
 /// A child that is served from the instant on.
@@ -137,8 +137,8 @@ impl Daemon {
         };
         let opened: Vec<Opened> =
             side_by_side(wanted, open).into_iter().collect::<Result<Vec<_>>>()?;
-        let more = opened.iter().map(|child| child.attachment.clone()).collect();
-        self.remember_also(more)?;
+        let more: Vec<_> = opened.iter().map(|child| child.attachment.clone()).collect();
+        self.service.file.write_ahead(&more)?;
         let mut ahead: Vec<Ahead> = Vec::new();
         for Opened { attachment, crossing, volume } in opened {
             // Before anybody can come.
@@ -179,6 +179,9 @@ impl Daemon {
     /// Children are disks in service from now on: their fork is settled. `holds` are those of their
     /// names.
     pub(super) fn serve_children(&self, ahead: Vec<Ahead>, mut holds: BTreeMap<String, Hold>) {
+        if ahead.is_empty() {
+            return;
+        }
         for Ahead { attachment, volume, door, .. } in ahead {
             let name = volume.name().to_owned();
             // Each of them was held for the fork.
@@ -189,5 +192,6 @@ impl Daemon {
             self.table().served.insert(name.clone(), served);
             self.events.add(EventKind::Attached, format!("disk {name}"), detail);
         }
+        self.remember();
     }
 }

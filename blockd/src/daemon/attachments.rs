@@ -6,6 +6,8 @@
 //! - It says that a disk is served before its socket exists, and until after its socket is gone: a
 //!   client that could connect before a crash can connect after it. The other way round, a guest
 //!   that came to a new socket would wait for ever for a daemon that does not know it.
+//! - Children of a fork are told ahead of its instant in a file of their own, which nobody syncs: it
+//!   is for who comes after a killed daemon. A power cut takes the clients, too.
 //!
 //! Tests: `daemon_serves::a_socket_that_exists_is_remembered`, `what_was_served_is_served_again`.
 
@@ -23,6 +25,7 @@ use crate::serve::Limits;
 /// Its name in the folder of the store.
 const FILE: &str = "attachments.json";
 const NEW_FILE: &str = "attachments.json.new";
+const AHEAD_FILE: &str = "attachments.ahead.json";
 const VERSION: u32 = 1;
 
 /// A disk that is served.
@@ -63,6 +66,21 @@ impl AttachmentsFile {
     /// # Errors
     /// `Corrupt` or `Unsupported` when it cannot be understood, or what the host reports.
     pub fn read(&self) -> Result<Vec<Attachment>> {
+        let mut disks = self.read_durable()?;
+        let ahead = self.read_ahead().into_iter();
+        let more: Vec<_> = ahead.filter(|a| disks.iter().all(|d| d.disk != a.disk)).collect();
+        disks.extend(more);
+        Ok(disks)
+    }
+
+    /// What was told ahead of a fork: nothing, if a crash has left a part of it.
+    fn read_ahead(&self) -> Vec<Attachment> {
+        let text = fs::read(self.folder.join(AHEAD_FILE)).unwrap_or_default();
+        let content = serde_json::from_slice::<Content>(&text).ok();
+        content.filter(|content| content.version == VERSION).map_or(Vec::new(), |c| c.disks)
+    }
+
+    fn read_durable(&self) -> Result<Vec<Attachment>> {
         let text = match fs::read(self.folder.join(FILE)) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             read => read.context("read", || self.object())?,
@@ -84,6 +102,19 @@ impl AttachmentsFile {
         Ok(content.disks)
     }
 
+    /// Says what is going to be served besides, for who comes after a killed daemon, until the next
+    /// [`AttachmentsFile::write`].
+    ///
+    /// # Errors
+    /// What the host reports.
+    pub fn write_ahead(&self, disks: &[Attachment]) -> Result<()> {
+        let content = Content { version: VERSION, disks: disks.to_vec() };
+        let text = serde_json::to_vec_pretty(&content).map_err(io::Error::from);
+        text.and_then(|text| fs::write(self.folder.join(AHEAD_FILE), text))
+            .map_err(Error::from)
+            .context("write", || self.folder.join(AHEAD_FILE).display().to_string())
+    }
+
     /// Replaces what it says, durably.
     ///
     /// # Errors
@@ -100,6 +131,10 @@ impl AttachmentsFile {
         // Before the rename: else a power cut can leave the new name with nothing in it.
         file.sync_all()?;
         fs::rename(&new, self.folder.join(FILE))?;
+        match fs::remove_file(self.folder.join(AHEAD_FILE)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
         File::open(&self.folder)?.sync_all()
     }
 }
@@ -128,7 +163,15 @@ mod tests {
             }],
         };
         file.write(std::slice::from_ref(&attachment)).unwrap();
-        assert_eq!(file.read().unwrap(), [attachment]);
+        assert_eq!(file.read().unwrap(), std::slice::from_ref(&attachment));
+
+        let child = Attachment { disk: Uuid::from_u128(8), ..attachment.clone() };
+        file.write_ahead(&[child.clone(), attachment.clone()]).unwrap();
+        assert_eq!(file.read().unwrap(), [attachment.clone(), child], "each of them once");
+        fs::write(dir.path().join(AHEAD_FILE), "{").unwrap();
+        assert_eq!(file.read().unwrap(), std::slice::from_ref(&attachment), "torn");
+        file.write(&[]).unwrap();
+        assert_eq!(file.read().unwrap(), []);
 
         fs::write(dir.path().join(FILE), "{").unwrap();
         assert_eq!(file.read().unwrap_err().kind(), Kind::Corrupt);

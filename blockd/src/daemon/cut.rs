@@ -2,16 +2,18 @@
 //! made durable behind it.
 //!
 //! The order is that of `storedir/cut.rs`. For disks in service, it goes like this:
-//! 1. while their guests run: a checkpoint, so that little is left to be made durable, and the
-//!    successor is opened, and children that are to be served at once (`ahead.rs`);
+//! 1. while their guests run: what is left to be made durable begins to be, and the successor is
+//!    opened, and children that are to be served at once (`ahead.rs`);
 //! 2. the gates of all disks are closed and what is in work ends: the instant. No guest has an
 //!    answer to a request that the children do not have, and none of a later one is in them;
 //! 3. the volumes go on with the successors, and the old gates send everybody there. Then children
 //!    that are served already let their machines in;
-//! 4. the old disks are frozen and the fork is settled; flushes of guests wait for that.
+//! 4. the fork is confirmed, the old disks are frozen and the fork is settled; flushes of guests
+//!    wait for that.
 //!
-//! A guest waits from 2 to 3, and sees a slow request; there is no I/O of ours in between. Disks
-//! that nobody serves are frozen before: nobody writes to them.
+//! A guest waits from 2 to 3, and sees a slow request; there is no I/O of ours in between. Nothing
+//! is synced before the instant, but for disks that nobody serves: these are frozen before, because
+//! what is wrong with them must be known while nobody has gone on.
 //!
 //! When 4 fails, a guest was told of writes that the old disk does not have: the disk fails, and
 //! whoever opens it again tries to settle the fork. While the host has no space, it is tried again.
@@ -25,11 +27,11 @@ use std::time::{Duration, Instant};
 use format::{Error, Kind, Result};
 
 use super::ahead::Ahead;
-use super::handover::side_by_side;
 use crate::catalogue::{ForkRow, Forked};
 use crate::disk::gate::Closed;
 use crate::disk::{Disk, HeldDisk};
 use crate::serve::Volume;
+use crate::side_by_side::side_by_side;
 use crate::storedir::{Crossing, StoreDir, not_all_frozen};
 
 /// How long requests in work may take to end.
@@ -103,7 +105,8 @@ pub(super) fn cut(
         Ok(ahead) => ahead,
         Err(e) => return give_up(dir, fork, e),
     };
-    let ready = if live.is_empty() { Ok(()) } else { steps.ready() };
+    let ready = freeze_others(dir, fork, volumes);
+    let ready = ready.and_then(|()| if live.is_empty() { Ok(()) } else { steps.ready() });
     match ready.and_then(|()| at_one_instant(&live, then)) {
         Ok(cut) if !live.is_empty() => {
             let pause = cut.pause;
@@ -139,22 +142,30 @@ fn give_up<T>(dir: &StoreDir, fork: &ForkRow, error: Error) -> Result<T> {
     dir.settle_fork(fork, &[]).and(Err(error))
 }
 
-/// Step 1, and the freezing of disks that nobody serves.
+/// Step 1.
 fn begin<'a>(dir: &StoreDir, fork: &ForkRow, volumes: &'a Volumes) -> Result<Vec<Live<'a>>> {
     let begin = |forked: &Forked| {
         let Some(volume) = volumes.get(&forked.name) else { return Ok(None) };
         let old = volume.disk();
-        old.prepare_hand_on()?;
+        old.prepare_freeze()?;
         let crossing = volume.begin_crossing(dir, forked)?;
         Ok(Some(Live { volume, old, crossing }))
     };
     let live: Result<Vec<_>> =
         side_by_side(fork.disks.iter().collect(), begin).into_iter().collect();
-    let live: Vec<Live<'_>> = live?.into_iter().flatten().collect();
-    let others = fork.disks.iter().filter(|forked| !volumes.contains_key(&forked.name)).collect();
+    Ok(live?.into_iter().flatten().collect())
+}
+
+/// Freezes the disks that nobody serves. All drafts are open that will be: from here on they count.
+fn freeze_others(dir: &StoreDir, fork: &ForkRow, volumes: &Volumes) -> Result<()> {
+    let is_other = |forked: &&Forked| !volumes.contains_key(&forked.name);
+    let others: Vec<&Forked> = fork.disks.iter().filter(is_other).collect();
+    if others.is_empty() {
+        return Ok(());
+    }
+    dir.confirm_fork(fork)?;
     let freeze = |forked: &Forked| dir.freeze(forked, &dir.disk_options());
-    side_by_side(others, freeze).into_iter().collect::<Result<()>>()?;
-    Ok(live)
+    side_by_side(others, freeze).into_iter().collect()
 }
 
 /// Steps 2 and 3.
@@ -180,10 +191,13 @@ fn settle(dir: &StoreDir, fork: &ForkRow, crossings: &[Crossing], ahead: &[Ahead
     let all: Vec<&Crossing> = crossings.iter().chain(ahead.iter().map(Ahead::crossing)).collect();
     let until = Instant::now() + NO_SPACE_MAX;
     let mut told = false;
-    loop {
+    let freeze = || {
+        dir.confirm_fork(fork)?;
         let frozen = side_by_side(crossings.iter().collect(), |crossing| crossing.freeze(dir));
-        let frozen = frozen.into_iter().collect::<Result<()>>();
-        match frozen.and_then(|()| dir.settle_fork(fork, &all)) {
+        frozen.into_iter().collect::<Result<()>>()
+    };
+    loop {
+        match freeze().and_then(|()| dir.settle_fork(fork, &all)) {
             Err(error) if error.kind() == Kind::NoSpace && Instant::now() < until => {
                 if !std::mem::replace(&mut told, true) {
                     tracing::warn!(%error, "a fork waits for space on the host");

@@ -320,13 +320,6 @@ impl Daemon {
         Ok(export)
     }
 
-    /// Writes down what is served now, and what is going to be.
-    pub(super) fn remember_also(&self, more: Vec<Attachment>) -> Result<()> {
-        let mut remembered = self.table().attachments();
-        remembered.extend(more);
-        self.service.file.write(&remembered)
-    }
-
     /// Writes down what is served now. A failure is told and costs nothing yet: what is remembered
     /// too much is served again at the next start, and can be detached then.
     pub(super) fn remember(&self) {

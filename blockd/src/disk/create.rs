@@ -1,7 +1,9 @@
 //! Making a new segment: an empty root disk, or a child over a sealed parent.
 //!
-//! Order, and the crash it defends against: the content is durable under the `.new` name before the
-//! caller renames it, so that a segment under its final name is always whole.
+//! Order, and the crash it defends against: the content is durable under the `.new` name before it
+//! is renamed, so that a segment under its final name is always whole.
+
+use std::sync::Arc;
 
 use format::array;
 use format::limits::{EXTENT, JOURNAL_EXTENTS_MAX, JOURNAL_EXTENTS_MIN};
@@ -56,9 +58,24 @@ pub struct Parent<'a> {
 impl NewSegment {
     /// Writes the segment under its `.new` name, durable; renaming is the caller's.
     ///
-    /// # Errors `Invalid` for an impossible name or size, `Exists`, `NoSpace`, or what the host
-    /// reports; what was made by then is removed.
+    /// # Errors
+    /// As [`NewSegment::draft`].
     pub fn write(&self, store: &dyn Store, parent: Option<&Parent<'_>>) -> Result<()> {
+        let file = self.draft(store, parent)?;
+        let synced = file.sync().context("create", || self.name.clone());
+        if synced.is_err() {
+            // The error that counts is the first one.
+            let _ = store.remove(&segment::new_name(self.segment));
+        }
+        synced
+    }
+
+    /// Writes the segment under its `.new` name; to make it durable is the caller's.
+    ///
+    /// # Errors
+    /// `Invalid` for an impossible name or size, `Exists`, `NoSpace`, or what the host reports;
+    /// what was made by then is removed.
+    pub fn draft(&self, store: &dyn Store, parent: Option<&Parent<'_>>) -> Result<Arc<dyn File>> {
         check_name(&self.name)?;
         check_virtual_size(self.virtual_size)?;
         if !(JOURNAL_EXTENTS_MIN..=JOURNAL_EXTENTS_MAX).contains(&self.journal_extents) {
@@ -68,10 +85,10 @@ impl NewSegment {
         let file = store.create(&name)?;
         let written = self.fill(file.as_ref(), parent).context("create", || self.name.clone());
         if written.is_err() {
-            // The error that counts is the first one.
+            // As above.
             let _ = store.remove(&name);
         }
-        written
+        written.map(|()| file)
     }
 
     fn fill(&self, file: &dyn File, parent: Option<&Parent<'_>>) -> Result<()> {
@@ -133,7 +150,6 @@ impl NewSegment {
         file.set_len(space.end().0 * EXTENT)?;
         file.write_at(at.page.file_offset(), &AlignedBuf::from_slice(&bytes))?;
         segment::write_pair(file, &sb, Pair::First)?;
-        segment::write_pair(file, &sb, Pair::Second)?;
-        file.sync()
+        segment::write_pair(file, &sb, Pair::Second)
     }
 }

@@ -48,6 +48,21 @@ impl Disk {
         Ok(())
     }
 
+    /// As [`Disk::prepare_hand_on`] where it is worth its syncs: much is to be made durable.
+    ///
+    /// # Errors
+    /// As [`Disk::checkpoint`].
+    pub fn prepare_freeze(&self) -> Result<()> {
+        // A sync costs as much as these many small writes, whenever they are made durable.
+        const RECORDS_MIN: u64 = 256;
+        let unsettled = self.tail.next().0.saturating_sub(self.tail.head().0);
+        if unsettled >= RECORDS_MIN {
+            return self.prepare_hand_on();
+        }
+        self.file.write_out();
+        Ok(())
+    }
+
     /// Leaves the disk as a killed process would, and its lock at once. Returns what a successor
     /// may take from that.
     ///

@@ -86,6 +86,8 @@ pub struct Options {
     pub accept_lost_tail: bool,
     /// What the one who had the disk before vouches for.
     pub vouched: Vouched,
+    /// Nobody counts on the file yet: whoever made it syncs it, as it is then, before anybody does.
+    pub is_draft: bool,
     /// Boot of the host.
     pub boot: Uuid,
 }
@@ -98,6 +100,7 @@ impl Default for Options {
             live: false,
             accept_lost_tail: false,
             vouched: Vouched::Nothing,
+            is_draft: false,
             boot: Uuid::nil(),
         }
     }

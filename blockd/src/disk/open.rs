@@ -8,7 +8,10 @@
 //! 3. the superblock flips to the next epoch before any journal page of that epoch is written —
 //!    else replay would refuse pages whose flush completed.
 //!
-//! Test: `crash_points` (operation `open`), `two_crash_domains`.
+//! A draft of a fork is opened without the syncs of 2 and 3: the fork syncs it before it counts
+//! (`storedir/confirm.rs`).
+//!
+//! Test: `crash_points` (operation `open`, and `cut`), `two_crash_domains`.
 
 use std::collections::VecDeque;
 use std::path::Path;
@@ -30,7 +33,7 @@ use super::problem::Severity;
 use super::succeed::Ground;
 use super::tail::Tail;
 use super::{Checkpoint, Commit, Core, Disk, FirstTime, Options, Tickets, Vouched};
-use crate::segment::{self, Segments};
+use crate::segment::{self, Pair, Segments};
 use crate::store::File;
 
 /// Most records a tail holds: 6 MiB of memory. A little more than a quarter of the usual ring, so
@@ -141,7 +144,10 @@ impl Disk {
     }
 
     fn attach(&self, attached: Attached, options: &Options) -> Result<()> {
-        segment::settle(self.file.as_ref()).map_err(|e| self.fail(e))?;
+        let is_draft = options.is_draft;
+        if !is_draft {
+            segment::settle(self.file.as_ref()).map_err(|e| self.fail(e))?;
+        }
         let mut state = self.checkpoint.lock();
         let mut commit = self.commit.lock();
         let present = state.superblock.clone();
@@ -155,7 +161,14 @@ impl Disk {
             boot: options.boot,
             ..present
         };
-        self.flip(&mut state, sb)?;
+        if is_draft {
+            for pair in [Pair::First, Pair::Second] {
+                segment::write_pair(self.file.as_ref(), &sb, pair)?;
+            }
+            state.superblock = sb;
+        } else {
+            self.flip(&mut state, sb)?;
+        }
         commit.cursor = JournalHead { epoch, ..commit.cursor };
         Ok(())
     }

@@ -63,14 +63,8 @@ impl Ground {
 
 impl Disk {
     /// Says that what the disk stands on is still to come. Nobody else has it yet.
-    ///
-    /// # Errors
-    /// What the host reports.
-    pub(crate) fn float(&self) -> Result<()> {
-        // What the opening wrote must not be torn when the disk is put on the frozen map.
-        self.sync()?;
+    pub(crate) fn float(&self) {
         self.ground.set(false);
-        Ok(())
     }
 
     /// Shares the map of `old` ahead of [`Disk::take_over`], which then has less to do.

@@ -2,16 +2,16 @@
 //! that. Children that are wanted at once begin at the instant in the same way.
 //!
 //! Order, and the crash it defends against (steps of `fork.rs`):
-//! 1. and 2. as for any fork;
-//! 3. the successor's draft is open for writing, with its tail, before the instant: what completes
+//! 1. as for any fork;
+//! 2. the successor's draft is open for writing, with its tail, before the instant: what completes
 //!    there survives a kill from the first request on. So is the draft of a child that is served
 //!    from the instant on;
-//! 4. the instant: nobody has a request in work on any of the disks, and all of them go on in their
-//!    successors. Nothing is written;
-//! 5. the old disks are frozen, and the fork is settled, as for any fork. The successors complete
-//!    no flush before that (`disk/succeed.rs`).
+//! 3. the instant: nobody has a request in work on any of the disks, and all of them go on in their
+//!    successors. Nothing is written, and nothing of the fork is durable yet;
+//! 4. the fork is confirmed, the old disks are frozen, and the fork is settled, as for any fork.
+//!    The successors complete no flush before that (`disk/succeed.rs`).
 //!
-//! A power cut between 4 and the end of 5 takes what no flush covered, so the fork is settled from
+//! A power cut between 3 and the end of 4 takes what no flush covered, so the fork is settled from
 //! what is frozen, as ever. A process that is killed there leaves records in the tails of
 //! successors and children: guests were told of these writes. Then whoever opens the store freezes
 //! what is not frozen yet; nobody has written to the old disks since the instant, so that is the
@@ -92,7 +92,7 @@ impl Segments for WithFrozen<'_> {
 }
 
 impl StoreDir {
-    /// Step 3: opens the successor of a disk in service. What this makes goes when the fork is
+    /// Step 2: opens the successor of a disk in service. What this makes goes when the fork is
     /// settled without having been frozen.
     ///
     /// # Errors
@@ -121,8 +121,8 @@ impl StoreDir {
         old.check_undamaged()?;
         let segments = WithFrozen { dir: self, frozen: Arc::new(self.as_frozen(forked)?) };
         let draft = self.store.open(&new_name(into), Access::Write)?;
-        let next = Disk::open(draft, &segments, options)?;
-        next.float()?;
+        let next = Disk::open(draft, &segments, &Options { is_draft: true, ..options.clone() })?;
+        next.float();
         next.share_ahead(old);
         let (old, next) = (Arc::clone(old), Arc::new(next));
         Ok(Crossing { into, successor: forked.successor, old, next })
@@ -145,6 +145,10 @@ impl StoreDir {
                 went_on |= self.has_gone_on(new, options)?;
             }
         }
+        if went_on {
+            // What was killed may have made nothing of it durable yet.
+            self.confirm_fork(fork)?;
+        }
         for forked in fork.disks.iter().filter(|_| went_on) {
             if !self.is_frozen(forked.segment)? {
                 self.freeze(forked, options)?;
@@ -160,7 +164,11 @@ impl StoreDir {
             Err(e) if e.kind() == Kind::NotFound => return Ok(false),
             draft => draft?,
         };
-        let sb = segment::read_superblock(draft.as_ref())?.superblock;
+        let sb = match segment::read_superblock(draft.as_ref()) {
+            // A power cut has taken what was not durable: there is no tail then, either.
+            Err(e) if e.kind() == Kind::Corrupt => return Ok(false),
+            chosen => chosen?.superblock,
+        };
         Ok(left_tail(&sb, options)?.is_some_and(|tail| tail.next() > sb.journal.seq))
     }
 

@@ -2,9 +2,9 @@
 //!
 //! Order, and the crash it defends against:
 //! 1. the files of all new segments exist, with all the space that they need, under names that end
-//!    in `.new` — else a full host is met when the disks are frozen already;
-//! 2. the catalogue knows of the fork — else a crash after step 3 leaves children that nobody
-//!    finishes, or finishes one and not the other;
+//!    in `.new` — else a full host is met when the disks are frozen already; with a note of them;
+//! 2. the catalogue knows of the fork (`confirm.rs`) — else a crash after step 3 leaves children
+//!    that nobody finishes, or finishes one and not the other;
 //! 3. each disk is frozen: a checkpoint, and one flip of its superblock to sealed, which names the
 //!    successor. When the last of these flips is durable the children exist; before, they do not;
 //! 4. the new segments get the frozen map's root, durably, and then their final names — else a name
@@ -32,6 +32,7 @@ use crate::clock;
 use crate::disk::create::{NewSegment, Parent};
 use crate::disk::{Disk, Options, tail};
 use crate::segment::{self, Sealed, deleted_name, file_name, new_name};
+use crate::side_by_side::side_by_side;
 use crate::store::Access;
 
 /// A disk to fork, and the names of its children.
@@ -91,7 +92,9 @@ impl StoreDir {
     /// host reports. There are no children then, and the disks are as before.
     pub fn fork(&self, wanted: &[ForkOf]) -> Result<Vec<DiskRow>> {
         let (fork, options) = (self.begin_fork(wanted)?, self.disk_options());
-        let frozen = fork.disks.iter().try_for_each(|forked| self.freeze(forked, &options));
+        let frozen = self
+            .confirm_fork(&fork)
+            .and_then(|()| fork.disks.iter().try_for_each(|forked| self.freeze(forked, &options)));
         self.settled(&fork, frozen)?;
         self.children(&fork)
     }
@@ -120,7 +123,8 @@ impl StoreDir {
         self.open_own(&forked.name, options)?.freeze(forked.successor)
     }
 
-    /// Steps 1 and 2. Whatever happens next, [`StoreDir::settle_fork`] must follow.
+    /// Step 1. Whatever happens next, [`StoreDir::settle_fork`] must follow;
+    /// [`StoreDir::confirm_fork`] is step 2.
     ///
     /// # Errors
     /// As [`StoreDir::fork`].
@@ -144,25 +148,6 @@ impl StoreDir {
         let disks = disks.collect::<Result<Vec<_>>>()?;
         let fork = ForkRow { fork: Uuid::new_v4(), created: clock::now(), disks };
         self.begin(fork, &|fork, forked| self.write_drafts(fork, forked))
-    }
-
-    /// Writes the new segments by `write`, and tells the catalogue.
-    pub(super) fn begin(
-        &self,
-        fork: ForkRow,
-        write: &dyn Fn(&ForkRow, &Forked) -> Result<()>,
-    ) -> Result<ForkRow> {
-        let begun = fork.disks.iter().try_for_each(|forked| write(&fork, forked));
-        let begun = begun.and_then(|()| {
-            self.store.sync_names()?;
-            self.catalogue.apply(&[Change::PutFork(fork.clone())])
-        });
-        if let Err(e) = begun {
-            // What cannot be removed now goes at the next opening.
-            fork.disks.iter().for_each(|forked| self.drop_drafts(forked));
-            return Err(e);
-        }
-        Ok(fork)
     }
 
     fn check_fork(&self, wanted: &[ForkOf]) -> Result<()> {
@@ -227,19 +212,12 @@ impl StoreDir {
         Ok(Sealed { superblock, file })
     }
 
-    /// Writes a new segment over a frozen one.
+    /// Writes a new segment over a frozen one; nothing of it is durable.
     pub(super) fn write_over(&self, frozen: &Sealed, new: &NewSegment) -> Result<()> {
         let sb = &frozen.superblock;
         // A disk that goes on was not created over itself.
         let disk = if new.disk == sb.disk { sb.parent_disk } else { sb.disk };
-        new.write(self.store.as_ref(), Some(&Parent { disk, sealed: frozen }))
-    }
-
-    fn drop_drafts(&self, forked: &Forked) {
-        for segment in forked.new_segments() {
-            // Not there, or to be removed at the next opening.
-            let _ = self.store.remove(&new_name(segment));
-        }
+        new.draft(self.store.as_ref(), Some(&Parent { disk, sealed: frozen })).map(drop)
     }
 
     /// Steps 4 and 5, from whatever there is of step 3. `crossings` are the disks that went on in
@@ -267,16 +245,13 @@ impl StoreDir {
         for (forked, frozen) in fork.disks.iter().zip(&frozen) {
             let Some(sb) = frozen else { continue };
             let children = forked.children.iter().filter(|_| whole).map(|child| child.segment);
-            for new in [forked.successor].into_iter().chain(children) {
-                match crossings.iter().find(|crossing| crossing.is_into(new)) {
-                    Some(crossing) => {
-                        crossing.settle()?;
-                        self.name_finally(new)?;
-                    }
-                    None => self.complete(sb, new)?,
-                }
-                made.push(new);
-            }
+            let new: Vec<Uuid> = [forked.successor].into_iter().chain(children).collect();
+            let finish = |new| match crossings.iter().find(|crossing| crossing.is_into(new)) {
+                Some(crossing) => crossing.settle().and_then(|()| self.name_finally(new)),
+                None => self.complete(sb, new),
+            };
+            side_by_side(new.clone(), finish).into_iter().collect::<Result<()>>()?;
+            made.extend(new);
             let row = FrozenRow { segment: sb.segment, disk: sb.disk, summing: false };
             changes.push(Change::PutFrozen(row));
         }
@@ -293,6 +268,7 @@ impl StoreDir {
             let _ = std::fs::remove_file(tail::path_in(&self.identity.tail_dir, segment));
         }
         fork.disks.iter().for_each(|forked| self.drop_drafts(forked));
+        self.drop_note(fork);
         self.catalogue.apply(&changes)?;
         let settled = crossings.iter().filter(|c| made.iter().any(|segment| c.is_into(*segment)));
         settled.for_each(|crossing| crossing.settled());

@@ -12,6 +12,7 @@
 //! Crash arguments: `docs/format.md` §9; test: `crash_points` (operations create, import, rename,
 //! delete).
 
+mod confirm;
 mod cut;
 mod flatten;
 mod fork;
@@ -265,6 +266,7 @@ impl StoreDir {
     /// segments that were never finished, takes in finished ones that it does not know, and reads
     /// off again the rows of those that were being changed.
     fn catch_up(&mut self) -> Result<()> {
+        self.take_in_notes()?;
         if self.writable {
             let settled = self.settle_forks();
             self.notes.extend(settled);

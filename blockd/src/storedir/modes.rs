@@ -84,14 +84,16 @@ impl StoreDir {
     /// [`StoreDir::fork`].
     pub fn keep(&self, name: &str, keep: Keep) -> Result<DiskRow> {
         if let Some(fork) = self.begin_keep(name, keep)? {
-            let frozen = self.freeze(&fork.disks[0], &self.disk_options());
+            let options = self.disk_options();
+            let frozen = self.confirm_fork(&fork);
+            let frozen = frozen.and_then(|()| self.freeze(&fork.disks[0], &options));
             self.settled(&fork, frozen)?;
         }
         self.disk(name)
     }
 
-    /// The first steps of [`StoreDir::keep`]; `None` when the disk is as it is to be. Whatever
-    /// happens next, [`StoreDir::settle_fork`] must follow.
+    /// The first step of [`StoreDir::keep`], as [`StoreDir::begin_fork`]; `None` when the disk is
+    /// as it is to be.
     pub(crate) fn begin_keep(&self, name: &str, keep: Keep) -> Result<Option<ForkRow>> {
         let row = self.changeable(name)?;
         check_room(&row)?;
@@ -128,7 +130,7 @@ impl StoreDir {
             Mode::NonPersistent | Mode::Undoable => {}
         }
         let fork = self.begin(alone(&row), &|_, forked| self.write_fresh(forked))?;
-        let dropped = self.drop_delta(&fork.disks[0]);
+        let dropped = self.confirm_fork(&fork).and_then(|()| self.drop_delta(&fork.disks[0]));
         self.settled(&fork, dropped)?;
         // The undo is done: what cannot be removed now goes when the store is opened again.
         if let Err(error) = self.drop_frozen() {

@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use blockd::catalogue::ForkRow;
 use blockd::disk::{Disk, Options};
-use blockd::store::Access;
 use blockd::store::sim::{Bounds, CrashWalk, Image, Op, SimStore, drop_syncs};
+use blockd::store::{Access, Store as _};
 use blockd::storedir::{Crossing, ForkOf, OpenOptions, StoreDir};
 use format::Result;
 use offshoot_tests::crash::{Report, no_panic};
@@ -48,9 +48,11 @@ struct Run {
     tails: TempDir,
     disks: BTreeMap<&'static str, Arc<Disk>>,
     moments: Vec<Moment>,
-    /// Numbers of moments: the instant, the first completed write after it, the end of the fork.
+    /// Numbers of moments: the instant, the first completed write after it, when the fork was
+    /// confirmed, its end.
     instant: usize,
     told: usize,
+    confirmed: usize,
     settled: usize,
     /// The moments that flushes of a disk end at.
     flushed: BTreeMap<&'static str, Vec<usize>>,
@@ -91,8 +93,9 @@ impl Run {
         };
         let disks = ["data", "log"].map(open).into();
         let (moments, flushed) = (Vec::new(), BTreeMap::from([("data", vec![0])]));
-        let (instant, told, settled) = (0, 0, 0);
-        let mut run = Run { store, dir, tails, disks, moments, instant, told, settled, flushed };
+        let (instant, told, confirmed, settled) = (0, 0, 0, 0);
+        let mut run =
+            Run { store, dir, tails, disks, moments, instant, told, confirmed, settled, flushed };
         run.note("opened", 0);
         run
     }
@@ -148,7 +151,7 @@ impl Run {
         let mut crossings: Vec<Crossing> = Vec::new();
         for forked in &fork.disks {
             run.step("prepare", |run| {
-                run.disks[&*forked.name].prepare_hand_on().unwrap();
+                run.disks[&*forked.name].prepare_freeze().unwrap();
             });
             run.step("open the successor", |run| {
                 let old = &run.disks[&*forked.name];
@@ -177,6 +180,7 @@ impl Run {
             let (offset, len) = (2 * EXTENT * SECTOR as u64, EXTENT * SECTOR as u64);
             run.disks["data"].discard(0, offset, len).unwrap();
         });
+        run.confirmed = run.step("confirm", |run| run.dir.confirm_fork(&fork).unwrap());
         for crossing in &crossings {
             run.step("freeze", |run| crossing.freeze(&run.dir).unwrap());
             run.write("data", 11, 3, 2);
@@ -443,6 +447,35 @@ fn a_flush_that_does_not_wait_for_the_freeze_is_caught() {
     let spoilt = drop_syncs(&log, |at, _| freezing.contains(&at));
     let report = power_cuts(&run, &base, &spoilt, freezing.start);
     assert!(report.counts.contains_key(&Wrong::Value), "found only {:?}", report.counts);
+}
+
+/// Negative control: drafts that are not durable when the catalogue knows of the fork. A power cut
+/// leaves frozen disks that cannot go on.
+#[test]
+fn drafts_that_are_not_durable_when_disks_are_frozen_are_caught() {
+    let (run, base, log) = recorded();
+    let (began, ended) = run.moments[run.confirmed].log;
+    let spoilt = drop_syncs(&log, |at, _| (began..ended).contains(&at));
+    let report = power_cuts(&run, &base, &spoilt, began);
+    assert!(!report.counts.is_empty(), "nobody noticed");
+}
+
+/// Negative control: a fork that nobody has noted before its instant. Guests were told of writes to
+/// drafts that the next process removes.
+#[test]
+fn a_killed_fork_without_its_note_is_caught() {
+    let (run, base, log) = recorded();
+    let point = run.moments[run.told].log.1;
+    put_tails(&run, &run.tails_at(point));
+    let store = SimStore::from_log(base, log[..point].to_vec());
+    let notes: Vec<String> =
+        store.names().unwrap().into_iter().filter(|name| name.ends_with(".fork")).collect();
+    assert_eq!(notes.len(), 1);
+    store.remove(&notes[0]).unwrap();
+
+    let found = no_panic(|| open_and_look(&store, &options()));
+
+    assert!(found.and_then(|world| run.check_kill(point, &world)).is_err(), "nobody noticed");
 }
 
 /// Negative control: tails of what goes on that are forgotten. Guests were told of what is lost.

@@ -13,10 +13,11 @@ use super::super::Daemon;
 use super::super::doors::Door;
 use super::super::holds::{Hold, PATIENCE};
 use super::super::served::{Kept, Served};
-use super::{Free, HandedDisk, Hello, LAYOUT, Progress, State, side_by_side};
+use super::{Free, HandedDisk, Hello, LAYOUT, Progress, State};
 use crate::api::types::{EventKind, ExportKind, HandOver, HandedOver};
 use crate::disk::Vouched;
 use crate::messages;
+use crate::side_by_side::side_by_side;
 use crate::sockets::Peer;
 
 /// How long a successor may take for its first word.

@@ -11,9 +11,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::super::Daemon;
 use super::super::served::Kept;
-use super::{Free, HandedDisk, Hello, LAYOUT, Progress, State, side_by_side};
+use super::{Free, HandedDisk, Hello, LAYOUT, Progress, State};
 use crate::api::types::EventKind;
 use crate::messages;
+use crate::side_by_side::side_by_side;
 use crate::sockets::{self, Peer};
 
 /// How long a predecessor may take to come.

@@ -1,0 +1,26 @@
+//! Work on several things at once.
+
+/// Does something with each item on threads of its own, a few at a time; the results are in order.
+pub(crate) fn side_by_side<T: Send, R: Send>(
+    items: Vec<T>,
+    work: impl Fn(T) -> R + Sync,
+) -> Vec<R> {
+    const THREADS_MAX: usize = 16;
+    let threads = items.len().min(THREADS_MAX);
+    let items = parking_lot::Mutex::new(items.into_iter().enumerate());
+    let results = parking_lot::Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                loop {
+                    let Some((i, item)) = items.lock().next() else { return };
+                    let result = work(item);
+                    results.lock().push((i, result));
+                }
+            });
+        }
+    });
+    let mut results = results.into_inner();
+    results.sort_unstable_by_key(|(i, _)| *i);
+    results.into_iter().map(|(_, result)| result).collect()
+}
