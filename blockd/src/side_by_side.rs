@@ -6,6 +6,10 @@ pub(crate) fn side_by_side<T: Send, R: Send>(
     work: impl Fn(T) -> R + Sync,
 ) -> Vec<R> {
     const THREADS_MAX: usize = 16;
+    if items.len() < 2 {
+        // A thread costs more than many a piece of work.
+        return items.into_iter().map(work).collect();
+    }
     let threads = items.len().min(THREADS_MAX);
     let items = parking_lot::Mutex::new(items.into_iter().enumerate());
     let results = parking_lot::Mutex::new(Vec::new());

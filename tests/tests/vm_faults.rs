@@ -235,7 +235,10 @@ fn dies_at_each_step(test: &str, victim: Victim, own: &[&str]) {
             assert_eq!(parent.ask("w"), "writing");
         }
     }
-    is_unharmed(&mut parent);
+    if victim != Victim::Parent {
+        // One that has just begun finds the log of the one before it on the disk.
+        is_unharmed(&mut parent);
+    }
     // What other threads do may not come again; nearly all of it does.
     println!("killed at {killed} of {} steps", steps.len());
     assert!(killed * 10 > steps.len() * 8, "{killed} of {steps:#?}");
@@ -245,7 +248,8 @@ fn dies_at_each_step(test: &str, victim: Victim, own: &[&str]) {
 #[test]
 fn the_daemon_may_die_at_any_step_of_a_fork() {
     let own = [
-        "rename undo/ID.json.new",
+        "fsync undo/ID.soon",
+        "rename undo/ID.soon",
         "rename undo/ID.disks.new",
         "rename ID/vm.json.new",
         "fsync vms/ID",

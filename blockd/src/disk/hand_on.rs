@@ -101,7 +101,7 @@ impl Disk {
         let loaded = load(file, segments, Some(&tail))?;
         let joined = tail.epoch() == epoch
             && tail.head() == loaded.cursor.seq
-            && tail.capacity() == tail_capacity(sb.journal_pages());
+            && tail.capacity() <= tail_capacity(sb.journal_pages());
         if !joined || !loaded.problems.is_empty() {
             return Ok(None);
         }

@@ -65,6 +65,7 @@ use gate::IoGate;
 use leafset::LeafSet;
 use load::RowFile;
 use map::Map;
+use open::TAIL_RECORDS_MAX;
 use problem::{Problem, Severity};
 use succeed::Ground;
 use tail::Tail;
@@ -88,6 +89,9 @@ pub struct Options {
     pub vouched: Vouched,
     /// Nobody counts on the file yet: whoever made it syncs it, as it is then, before anybody does.
     pub is_draft: bool,
+    /// Most records that a new tail holds, each of 48 bytes of memory: when it is full, a commit is
+    /// due whether or not the client flushes.
+    pub tail_records_max: u64,
     /// Boot of the host.
     pub boot: Uuid,
 }
@@ -101,6 +105,7 @@ impl Default for Options {
             accept_lost_tail: false,
             vouched: Vouched::Nothing,
             is_draft: false,
+            tail_records_max: TAIL_RECORDS_MAX,
             boot: Uuid::nil(),
         }
     }

@@ -38,7 +38,7 @@ use crate::store::File;
 
 /// Most records a tail holds: 6 MiB of memory. A little more than a quarter of the usual ring, so
 /// that a guest that does not flush is left alone as long as can be.
-const TAIL_RECORDS_MAX: u64 = 131_072;
+pub(super) const TAIL_RECORDS_MAX: u64 = 131_072;
 
 /// Records that a tail holds for a journal of `ring_pages` pages: a quarter of the ring, so that
 /// what is in the tail always fits behind a checkpoint.
@@ -105,7 +105,7 @@ impl Disk {
         }
         older::keep(&file, segments, left.as_ref(), &loaded)?;
         let next = loaded.cursor.seq;
-        let capacity = tail_capacity(sb.journal_pages());
+        let capacity = tail_capacity(sb.journal_pages()).min(options.tail_records_max);
         // Records that only the tail of a killed process holds stay in that tail until they are in
         // the journal, whoever opens the disk.
         let (tail, attached) = match (left.filter(|t| t.next() > next), &options.tail_dir) {

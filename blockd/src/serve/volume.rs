@@ -118,6 +118,10 @@ pub struct Volume {
 }
 
 /// How to open a disk for clients that outlive the process.
+/// Most records in the tail of a child that is served from its fork on, 768 KiB: there may be
+/// hundreds. Opened again, it gets a tail like any disk.
+const CHILD_TAIL_RECORDS_MAX: u64 = 16_384;
+
 fn live_options(dir: &StoreDir, lanes: usize) -> Options {
     Options { lanes, live: true, ..dir.disk_options() }
 }
@@ -151,7 +155,9 @@ impl Volume {
         (forked, child): (&Forked, &Child),
         options: &VolumeOptions,
     ) -> Result<(Crossing, Arc<Volume>)> {
-        let (old, live) = (self.disk(), live_options(dir, options.lanes));
+        let live = live_options(dir, options.lanes);
+        let (old, live) =
+            (self.disk(), Options { tail_records_max: CHILD_TAIL_RECORDS_MAX, ..live });
         let crossing = dir.begin_crossing_into(child.segment, forked, &old, &live)?;
         let path = cache_mode::path_in(&dir.identity().tail_dir, child.disk);
         let next = Arc::clone(crossing.next());

@@ -3,9 +3,10 @@
 //! The order, and what each step defends against:
 //! 1. names are reserved, shells taken, identities made: what can be refused is refused before
 //!    anything changes. Without new random numbers there is no fork;
-//! 2. what is going to be made is written down durably (`undo.rs`), before a disk can be;
-//! 3. blockd gets ready for the fork of the disks: what takes a sync is done while the machine
-//!    runs, and the sockets of the children's disks are there;
+//! 2. what is going to be made is written down (`undo.rs`): before blockd makes any of it, and
+//!    durably before the cut, behind which a disk may become durable;
+//! 3. blockd gets ready for the fork of the disks meanwhile: the sockets of the children's disks
+//!    are there;
 //! 4. the parent's process is told to cut. It stops the machine, has blockd cut the disks on a
 //!    connection that is open already, and lets the machine go on; then it answers. Nobody else has
 //!    a part in the pause: a daemon that is killed or slow does not prolong it;
@@ -182,15 +183,19 @@ impl Daemon {
         let fresh = |(name, shell): (&String, &Arc<Process>)| identity::fresh(name, shell.id);
         let identities: Result<Vec<_>> = request.children.iter().zip(&shells).map(fresh).collect();
         let identities = identities?;
-        self.janitor.begin(undo)?;
+        self.janitor.begin_soon(undo)?;
         let disks = fork_request(request, frozen, &shells);
-        let ready = match disks.disks.is_empty() {
-            true => None,
-            false => Some(self.blockd.fork_ready(&disks).inspect_err(|_| undo.disks.clear())?),
-        };
+        let (noted, ready) = std::thread::scope(|s| {
+            let noted = s.spawn(|| self.janitor.begun(undo.id));
+            let ready = (!disks.disks.is_empty()).then(|| self.blockd.fork_ready(&disks));
+            // A panic in there is a bug, and is one here as well.
+            (noted.join().unwrap_or_else(|e| std::panic::resume_unwind(e)), ready)
+        });
+        let ready = ready.transpose().inspect_err(|_| undo.disks.clear())?;
         let token = ready.as_ref().map(|ready| ready.token);
         let disks = ready.map_or_else(Vec::new, |ready| ready.children);
         let make = || {
+            noted?;
             if disks.len() != frozen.len() * shells.len() {
                 let reason = "blockd answers with other disks than asked";
                 return Err(Error::new(Kind::Unsupported, reason));
@@ -274,7 +279,7 @@ impl Daemon {
         if let Some(token) = token {
             self.blockd.forked(token)?;
         }
-        described.iter().try_for_each(|is| self.state.sync(is.id))?;
+        self.state.sync(&described.iter().map(|is| is.id).collect::<Vec<_>>())?;
         self.janitor.done(undo)?;
         let state = if request.paused { VmState::Paused } else { VmState::Running };
         let added = described.into_iter().zip(children);

@@ -10,6 +10,7 @@
 //!     ended.json     how it ended
 //!     log            what the process has to say
 //! undo/ID.json   something under way: what to remove if it is not finished
+//! undo/ID.soon   the same, not durable yet
 //! ```
 //!
 //! Invariants, and the crash each is for:
@@ -165,13 +166,27 @@ impl StateDir {
         write(&self.vm(machine.id), DESCRIPTION, machine, durable)
     }
 
-    /// Makes a description durable that was written.
+    /// Makes descriptions durable that were written, side by side: the host makes many durable at
+    /// once for little more than one.
     ///
     /// # Errors
     /// What the host reports.
-    pub fn sync(&self, id: Uuid) -> Result<()> {
-        File::open(self.vm(id).join(DESCRIPTION))?.sync_all()?;
-        sync_folder(&self.vm(id))?;
+    pub fn sync(&self, ids: &[Uuid]) -> Result<()> {
+        const LANES: usize = 16;
+        let one = |id: &Uuid| -> Result<()> {
+            File::open(self.vm(*id).join(DESCRIPTION))?.sync_all()?;
+            sync_folder(&self.vm(*id))
+        };
+        let lane = |part: &[Uuid]| part.iter().try_for_each(one);
+        std::thread::scope(|s| {
+            let parts = ids.chunks(ids.len().div_ceil(LANES).max(1));
+            let lanes: Vec<_> = parts.map(|part| s.spawn(move || lane(part))).collect();
+            let joined = lanes.into_iter().map(|lane| {
+                // A panic in there is a bug, and is one here as well.
+                lane.join().unwrap_or_else(|e| std::panic::resume_unwind(e))
+            });
+            joined.collect::<Vec<Result<()>>>().into_iter().collect::<Result<()>>()
+        })?;
         sync_folder(&self.vms())
     }
 }
