@@ -6,8 +6,8 @@
 //! - It says that a disk is served before its socket exists, and until after its socket is gone: a
 //!   client that could connect before a crash can connect after it. The other way round, a guest
 //!   that came to a new socket would wait for ever for a daemon that does not know it.
-//! - Children of a fork are told ahead of its instant in a file of their own, which nobody syncs: it
-//!   is for who comes after a killed daemon. A power cut takes the clients, too.
+//! - Children of a fork are told ahead of its instant in a file of its own that nobody syncs: it is
+//!   for who comes after a killed daemon. A power cut takes the clients, too.
 //!
 //! Tests: `daemon_serves::a_socket_that_exists_is_remembered`, `what_was_served_is_served_again`.
 

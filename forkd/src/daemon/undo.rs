@@ -148,13 +148,10 @@ impl Janitor {
                 continue;
             }
             if path.extension().is_some_and(|e| e == SOON) {
-                match state::read::<Undo>(&path) {
-                    Ok(Some(undo)) => {
-                        state::write(&folder, &file_name(undo.id), &undo, true)?;
-                        work.undo.insert(undo.id, undo);
-                    }
-                    // Nothing that it would have named was durable.
-                    _ => {}
+                // Else nothing that it would have named was durable.
+                if let Ok(Some(undo)) = state::read::<Undo>(&path) {
+                    state::write(&folder, &file_name(undo.id), &undo, true)?;
+                    work.undo.insert(undo.id, undo);
                 }
                 fs::remove_file(&path)?;
                 continue;
