@@ -14,8 +14,7 @@ fn main() {
 /// Builds the program whose source is in `folder`.
 fn build(folder: &str, name: &str) {
     let [source, script] = ["main.rs", "link.ld"].map(|file| format!("{folder}/{file}"));
-    println!("cargo::rerun-if-changed={source}");
-    println!("cargo::rerun-if-changed={script}");
+    println!("cargo::rerun-if-changed={folder}");
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo says where")).join(name);
     let link = format!("-nostartfiles -nostdlib -static -Wl,-T,{script} -Wl,--build-id=none");
     let built = Command::new(env::var_os("RUSTC").expect("cargo says which compiler"))

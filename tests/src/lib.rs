@@ -28,6 +28,7 @@ pub mod tls;
 pub mod trace;
 pub mod vm;
 pub mod vmdriver;
+pub mod watch;
 pub mod wire;
 
 use std::env;

@@ -97,6 +97,12 @@ impl TestStore {
         self.leftovers.tail_dir().expect("a store says where its tails are")
     }
 
+    /// The folder that it is in.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.dir.path()
+    }
+
     /// A path beside it.
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {

@@ -2,7 +2,7 @@
 //! and guests that boot as kernels do (`guest/main.rs`).
 //!
 //! Nothing of a test is left on the host: when a [`Lab`] goes, so does every process that works in
-//! its folder.
+//! its folder, also when it goes because the test was killed.
 
 mod console;
 mod saved;
@@ -19,6 +19,7 @@ use serde_json::Value;
 use crate::daemon::{Daemon, ask, program};
 use crate::store::TestStore;
 use crate::until;
+use crate::watch::Watch;
 
 pub use console::{Console, word};
 pub use saved::parts;
@@ -34,6 +35,7 @@ pub struct Lab {
     /// None while a test has killed it.
     pub blockd: Option<Daemon>,
     options: Vec<String>,
+    _watch: Watch,
     // Last: everybody else works in its folder.
     /// The store.
     pub store: TestStore,
@@ -74,9 +76,10 @@ impl Lab {
         }
         let store = TestStore::new();
         fs::write(store.path("kernel"), GUEST).expect("a kernel");
+        let watch = Watch::over(store.folder());
         let blockd = Some(store.daemon());
         let options = options.iter().map(|o| (*o).to_owned()).collect();
-        let mut lab = Lab { forkd: None, blockd, options, store };
+        let mut lab = Lab { forkd: None, blockd, options, _watch: watch, store };
         lab.start_forkd();
         Some(lab)
     }

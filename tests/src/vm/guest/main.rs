@@ -11,9 +11,18 @@
 #![no_std]
 #![no_main]
 
+mod hardware;
+mod virtio;
+mod work;
+
 use core::arch::{asm, global_asm};
 use core::panic::PanicInfo;
-use core::ptr::{read_volatile, write_volatile};
+
+use hardware::{
+    LOCAL_APIC, SERIAL, get32, in8, listen, load, out8, print, print_byte, print_number, put32,
+    sleep, store, typed,
+};
+use virtio::{Device, EMPTY, Queue};
 
 global_asm!(
     r#"
@@ -94,12 +103,12 @@ long_mode:
     mov al, 0xff
     out 0x21, al
     out 0xa1, al
-    // Gate 3 for ring 3, gate 0x41 for the serial line.
+    // Gate 3 for ring 3, gate 0x41 for all that is only to end a sleep.
     lea rax, [sleep_entry]
     mov rbx, 0x208030
     mov rcx, 0xee0000100000
     call gate
-    lea rax, [serial_entry]
+    lea rax, [wake_entry]
     mov rbx, 0x208410
     mov rcx, 0x8e0000100000
     call gate
@@ -129,7 +138,7 @@ gate:
     mov [rbx], rdx
     ret
 
-serial_entry:
+wake_entry:
     push rax
     mov eax, 0xfee000b0
     mov dword ptr [rax], 0
@@ -143,11 +152,14 @@ button_entry:
     out dx, al
     jmp button_entry
 
-    // int3 from ring 3: sleep until something is typed. Looked at here, where no interrupt can come
-    // between look and sleep.
+    // int3 from ring 3: sleep until an interrupt comes, unless the number at rax is not ecx any
+    // more or something is typed. Looked at here, where no interrupt can come between look and
+    // sleep.
 sleep_entry:
     push rax
     push rdx
+    cmp dword ptr [rax], ecx
+    jne 2f
     mov edx, 0x3fd
     in al, dx
     test al, 1
@@ -162,211 +174,30 @@ sleep_entry:
 "#
 );
 
-const LOCAL_APIC: u64 = 0xfee0_0000;
-const IO_APIC: u64 = 0xfec0_0000;
-const SERIAL: u16 = 0x3f8;
+/// The vector whose handler does nothing.
+const WAKE: u32 = 0x41;
 const POWER: u16 = 0x600;
 /// The first disk: the device before it is the random number generator.
 const DISK: u64 = 0xd800_1000;
+const DISK_LINE: u32 = 8;
 const RANDOM: u64 = 0xd800_0000;
 const IDENTITY: u64 = 0xd810_0000;
 const GENERATION: u64 = 0xf_f000;
+const GENERATION_LINE: u32 = 5;
 /// Sectors of the log on the disk, and the first one.
 const LOG: (u64, u64) = (16, 8);
 const PAGE: u64 = 4096;
 
-fn put32(at: u64, value: u32) {
-    // SAFETY: a register of a device, which is no memory of this program.
-    unsafe { asm!("mov [{a}], {v:e}", a = in(reg) at, v = in(reg) value, options(nostack)) }
-}
-
-fn get32(at: u64) -> u32 {
-    let value: u32;
-    // SAFETY: as in `put32`.
-    unsafe { asm!("mov {v:e}, [{a}]", a = in(reg) at, v = out(reg) value, options(nostack)) };
-    value
-}
-
-fn out8(port: u16, value: u8) {
-    // SAFETY: writing to a port touches no memory.
-    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nostack, nomem)) }
-}
-
-fn in8(port: u16) -> u8 {
-    let value: u8;
-    // SAFETY: reading a port touches no memory.
-    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nostack, nomem)) };
-    value
-}
-
-fn load(at: u64) -> u64 {
-    // SAFETY: the caller names an address of RAM that nothing else of the program lives in.
-    unsafe { read_volatile(at as *const u64) }
-}
-
-fn store(at: u64, value: u64) {
-    // SAFETY: as in `load`.
-    unsafe { write_volatile(at as *mut u64, value) }
-}
-
-fn print(text: &str) {
-    text.bytes().for_each(|byte| out8(SERIAL, byte));
-}
-
-fn print_number(mut value: u64) {
-    let mut digits = [0; 20];
-    let mut count = 0;
-    loop {
-        digits[count] = b'0' + (value % 10) as u8;
-        count += 1;
-        value /= 10;
-        if value == 0 {
-            break;
-        }
-    }
-    digits[..count].iter().rev().for_each(|digit| out8(SERIAL, *digit));
-}
-
-fn print_byte(value: u8) {
-    for digit in [value >> 4, value & 15] {
-        out8(SERIAL, if digit < 10 { b'0' + digit } else { b'a' + digit - 10 });
-    }
-}
-
-fn typed() -> bool {
-    in8(SERIAL + 5) & 1 != 0
-}
-
 fn next_byte() -> u8 {
+    static NOTHING: u32 = 0;
     while !typed() {
-        // SAFETY: vector 3 sleeps, and changes no register.
-        unsafe { asm!("int3") }
+        sleep(&raw const NOTHING, 0);
     }
     in8(SERIAL)
 }
 
-/// Memory that a virtio device and this program share.
-#[repr(C, align(4096))]
-struct Queue {
-    descriptors: [[u64; 2]; 8],
-    available: [u16; 16],
-    used: [u32; 32],
-    head: [u64; 2],
-    data: [u64; 64],
-    status: u64,
-}
-
-const EMPTY: Queue = Queue {
-    descriptors: [[0; 2]; 8],
-    available: [0; 16],
-    used: [0; 32],
-    head: [0; 2],
-    data: [0; 64],
-    status: 0,
-};
 static mut DISK_QUEUE: Queue = EMPTY;
 static mut RANDOM_QUEUE: Queue = EMPTY;
-
-/// A virtio device with one queue, which is looked at until it is done.
-struct Device {
-    at: u64,
-    queue: *mut Queue,
-    sent: u16,
-}
-
-impl Device {
-    fn start(at: u64, queue: *mut Queue) -> Device {
-        put32(at + 0x70, 0);
-        put32(at + 0x70, 3);
-        // Version 1, and nothing else.
-        put32(at + 0x24, 0);
-        put32(at + 0x20, 0);
-        put32(at + 0x24, 1);
-        put32(at + 0x20, 1);
-        put32(at + 0x70, 11);
-        put32(at + 0x30, 0);
-        put32(at + 0x38, 8);
-        // SAFETY: only addresses are made.
-        let places = unsafe {
-            [
-                (0x80, &raw const (*queue).descriptors as u64),
-                (0x90, &raw const (*queue).available as u64),
-                (0xa0, &raw const (*queue).used as u64),
-            ]
-        };
-        for (register, place) in places {
-            put32(at + register, place as u32);
-            put32(at + register + 4, 0);
-        }
-        put32(at + 0x44, 1);
-        put32(at + 0x70, 15);
-        Device { at, queue, sent: 0 }
-    }
-
-    /// Makes descriptor `i` of a buffer; flag 1 for one more after it, 2 for one to be written.
-    fn describe(&mut self, i: usize, address: u64, bytes: u64, flags: u64) {
-        let next = (i as u64 + 1) << 48;
-        // SAFETY: the queue is this device's, and nothing is in flight.
-        unsafe {
-            write_volatile(&raw mut (*self.queue).descriptors[i], [
-                address,
-                bytes | flags << 32 | next,
-            ]);
-        }
-    }
-
-    /// Sends the chain that begins with descriptor 0, and waits until it is used.
-    fn request(&mut self) {
-        let slot = usize::from(self.sent % 8);
-        self.sent = self.sent.wrapping_add(1);
-        // SAFETY: as in `describe`; the device reads the index after the entry, because stores are
-        // seen in their order on this machine.
-        unsafe {
-            write_volatile(&raw mut (*self.queue).available[2 + slot], 0);
-            write_volatile(&raw mut (*self.queue).available[1], self.sent);
-        }
-        put32(self.at + 0x50, 0);
-        // SAFETY: the device writes it.
-        while unsafe { read_volatile(&raw const (*self.queue).used[0]) } >> 16
-            != u32::from(self.sent)
-        {
-            core::hint::spin_loop();
-        }
-    }
-
-    /// Reads or writes a sector that begins with a number; gives back the number that it has.
-    fn sector(&mut self, number: u64, value: Option<u64>) -> u64 {
-        let (queue, kind) = (self.queue, u64::from(value.is_some()));
-        // SAFETY: nothing is in flight.
-        unsafe {
-            write_volatile(&raw mut (*queue).head, [kind, number]);
-            write_volatile(&raw mut (*queue).data[0], value.unwrap_or(0));
-            write_volatile(&raw mut (*queue).status, 0xff);
-            self.describe(0, &raw const (*queue).head as u64, 16, 1);
-            let to_disk = if kind == 1 { 1 } else { 3 };
-            self.describe(1, &raw const (*queue).data as u64, 512, to_disk);
-            self.describe(2, &raw const (*queue).status as u64, 1, 2);
-        }
-        self.request();
-        // SAFETY: the device is done.
-        unsafe {
-            if read_volatile(&raw const (*queue).status) & 0xff != 0 {
-                print("= the disk fails\n");
-            }
-            read_volatile(&raw const (*queue).data[0])
-        }
-    }
-
-    /// Eight random bytes.
-    fn random(&mut self) -> u64 {
-        let queue = self.queue;
-        // SAFETY: nothing is in flight.
-        let data = unsafe { &raw const (*queue).data as u64 };
-        self.describe(0, data, 8, 2);
-        self.request();
-        load(data)
-    }
-}
 
 /// What this program knows.
 struct Guest {
@@ -375,6 +206,8 @@ struct Guest {
     /// The last number that is on the disk.
     number: u64,
     generation: u64,
+    /// When it last found itself another machine, and when that one's first number was on the disk.
+    forked: [u64; 2],
 }
 
 /// Whether the log on the disk has what it should: the last number in each sector of the log.
@@ -420,12 +253,17 @@ impl Guest {
                     self.generation = load(GENERATION);
                     self.tell_log("= forked");
                 }
-                let number = self.number + 1;
-                let Some(disk) = &mut self.disk else { return };
-                disk.sector(LOG.1 + number % LOG.0, Some(number));
-                self.number = number;
+                self.write_number();
             }
         }
+    }
+
+    /// Writes the next number of the log.
+    fn write_number(&mut self) {
+        let number = self.number + 1;
+        let Some(disk) = &mut self.disk else { return };
+        disk.sector(LOG.1 + number % LOG.0, Some(number));
+        self.number = number;
     }
 
     fn tell_identity(&self) {
@@ -482,9 +320,9 @@ fn obey(guest: &mut Guest, line: &[u8]) {
             told(b);
         }
         // Address, pages: a sum of the pages' numbers, each with its place.
-        Some(b's') => told((0..b).fold(0, |sum: u64, i| {
-            sum.wrapping_add(load(a + i * PAGE).wrapping_mul(i + 1))
-        })),
+        Some(b's') => told(
+            (0..b).fold(0, |sum: u64, i| sum.wrapping_add(load(a + i * PAGE).wrapping_mul(i + 1))),
+        ),
         // Sector, value: writes it. Sector: reads it.
         Some(b'p') => {
             if let Some(disk) = &mut guest.disk {
@@ -493,14 +331,28 @@ fn obey(guest: &mut Guest, line: &[u8]) {
             told(b);
         }
         Some(b'g') => told(guest.disk.as_mut().map_or(0, |disk| disk.sector(a, None))),
+        // Microseconds: writes the log, a number in each such time, until something is typed.
+        Some(b'e') => {
+            print("= writing\n");
+            guest.write_log_slowly(a);
+            guest.tell_log("= wrote");
+        }
+        // Numbers: writes that many to the log.
+        Some(b'd') => told(guest.write_numbers(a)),
+        // The clock of now, and those of the last fork.
+        Some(b'k') => guest.tell_clock(),
+        // Address, pages, ticks: writes pages until something is typed, and notes how many every
+        // so many ticks. Ticks, ticks: how many in between, as far as it is noted.
+        Some(b'm') => {
+            print("= writing\n");
+            told(work::write_memory(a, b, c));
+        }
+        Some(b'y') => told(work::pages_written(a, b)),
         // Bytes: floods the console.
         Some(b'x') => (0..a).for_each(|i| out8(SERIAL, b'a' + (i % 26) as u8)),
         // Listens to the power button, and obeys it, or with another number than 0 does not.
         Some(b'b') => {
-            put32(IO_APIC, 0x11 + 6 * 2);
-            put32(IO_APIC + 0x10, 0);
-            put32(IO_APIC, 0x10 + 6 * 2);
-            put32(IO_APIC + 0x10, if a == 0 { 0x42 } else { 0x41 });
+            listen(6, if a == 0 { 0x42 } else { WAKE });
             told(a);
         }
         // Powers off, resets, faults.
@@ -519,10 +371,7 @@ fn obey(guest: &mut Guest, line: &[u8]) {
 extern "C" fn guest_main() -> ! {
     // What is typed comes as vector 0x41.
     put32(LOCAL_APIC + 0xf0, 0x1ff);
-    put32(IO_APIC, 0x11 + 4 * 2);
-    put32(IO_APIC + 0x10, 0);
-    put32(IO_APIC, 0x10 + 4 * 2);
-    put32(IO_APIC + 0x10, 0x41);
+    listen(4, WAKE);
     out8(SERIAL + 1, 1);
     let has_disk = get32(DISK + 8) == 2;
     let mut guest = Guest {
@@ -530,6 +379,7 @@ extern "C" fn guest_main() -> ! {
         random: Device::start(RANDOM, &raw mut RANDOM_QUEUE),
         number: 0,
         generation: load(GENERATION),
+        forked: [0; 2],
     };
     print("= ready\n");
     let mut line = [0; 64];

@@ -1,0 +1,121 @@
+//! Work at a pace, and what its clock says of it.
+
+use super::hardware::{
+    LOCAL_APIC, clock, listen, load, print, print_number, put32, sleep, store, typed,
+};
+use super::{DISK_LINE, GENERATION, GENERATION_LINE, Guest, PAGE, WAKE};
+
+/// Pages that are written between two looks at the clock.
+const BETWEEN_LOOKS: u64 = 16;
+/// Notes that are kept.
+const NOTES: usize = 1024;
+
+/// How many pages were written at which time, and where the next note goes.
+static mut NOTED: [(u64, u64); NOTES] = [(0, 0); NOTES];
+static mut NEXT: usize = 0;
+
+/// Has the local timer interrupt every `us` microseconds, or not at all for 0.
+fn set_timer(us: u64) {
+    // Undivided, it counts nanoseconds. Periodic.
+    put32(LOCAL_APIC + 0x3e0, 0xb);
+    put32(LOCAL_APIC + 0x320, 0x2_0000 | WAKE);
+    put32(LOCAL_APIC + 0x380, (us * 1000) as u32);
+}
+
+impl Guest {
+    /// Has the disk's interrupt waited for.
+    fn sleep_on_disk(&mut self) {
+        if let Some(disk) = &mut self.disk {
+            disk.sleep_on(DISK_LINE, WAKE);
+        }
+    }
+
+    /// Writes so many numbers, and gives back the last one.
+    pub fn write_numbers(&mut self, count: u64) -> u64 {
+        self.sleep_on_disk();
+        (0..count).for_each(|_| self.write_number());
+        self.number
+    }
+
+    /// Writes a number every `us` microseconds, until something is typed, and sleeps in between.
+    /// Who is woken as another machine notes when that was, and when its first number was written.
+    pub fn write_log_slowly(&mut self, us: u64) {
+        static NOTHING: u32 = 0;
+        self.sleep_on_disk();
+        listen(GENERATION_LINE, WAKE);
+        set_timer(us);
+        while !typed() {
+            sleep(&raw const NOTHING, 0);
+            let forked = load(GENERATION) != self.generation;
+            if forked {
+                self.generation = load(GENERATION);
+                self.forked[0] = clock();
+            }
+            self.write_number();
+            if forked {
+                self.forked[1] = clock();
+            }
+        }
+        set_timer(0);
+    }
+
+    /// Tells the clock, and what it was at the last fork.
+    pub fn tell_clock(&self) {
+        print("= clock");
+        for ticks in [clock(), self.forked[0], self.forked[1]] {
+            print(" ");
+            print_number(ticks);
+        }
+        print("\n");
+    }
+}
+
+fn note(at: u64, written: u64) {
+    // SAFETY: this program has one thread, and no interrupt handler touches the notes.
+    unsafe {
+        NOTED[NEXT % NOTES] = (at, written);
+        NEXT += 1;
+    }
+}
+
+/// Writes `pages` pages from `first` on, again and again, until something is typed; gives back how
+/// many it wrote. Notes the number every `ticks`.
+pub fn write_memory(first: u64, pages: u64, ticks: u64) -> u64 {
+    let (mut written, mut last) = (0, clock());
+    note(last, 0);
+    loop {
+        for _ in 0..BETWEEN_LOOKS {
+            store(first + written % pages * PAGE, written);
+            written += 1;
+        }
+        let now = clock();
+        if now - last >= ticks {
+            note(now, written);
+            last = now;
+            if typed() {
+                return written;
+            }
+        }
+    }
+}
+
+/// Pages written between two times, both between the first note that is kept and the last.
+pub fn pages_written(from: u64, to: u64) -> u64 {
+    written_at(to) - written_at(from)
+}
+
+fn written_at(time: u64) -> u64 {
+    // SAFETY: as in `note`.
+    let next = unsafe { NEXT };
+    let mut i = next.saturating_sub(NOTES);
+    while i + 1 < next {
+        // SAFETY: as in `note`.
+        let (before, after) = unsafe { (NOTED[i % NOTES], NOTED[(i + 1) % NOTES]) };
+        if before.0 <= time && time < after.0 {
+            let part = (after.1 - before.1) * (time - before.0) / (after.0 - before.0);
+            return before.1 + part;
+        }
+        i += 1;
+    }
+    0
+}
