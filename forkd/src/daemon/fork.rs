@@ -140,6 +140,7 @@ impl Daemon {
         parent.living_process()?;
         let _reserved = self.table.reserve(&request.children)?;
         let frozen = self.segments_of(&parent)?;
+        let _busy = self.pool.leave_alone();
         let (shells, cold) = self.pool.take(&parent.is.class(), count)?;
         let ids = shells.iter().map(|shell| shell.id).collect();
         let mut undo = Undo::of(ids, !parent.is.disks.is_empty(), to_undo(request, &frozen));

@@ -2,8 +2,9 @@
 //!
 //! A shell of the size of a machine that was started or forked is likely to be needed again, so as
 //! many as the pool is to hold are kept of each such size. They are made again in the background,
-//! one at a time, and not while a fork is under way, whose processors that would take. A fork that
-//! finds too few makes the missing ones itself: it takes longer, and is counted.
+//! one at a time, and not while a fork is under way, whose processors that would take; unless fork
+//! follows fork, which would leave none for any of them. A fork that finds too few makes the
+//! missing ones itself: it takes longer, and is counted.
 //!
 //! Invariant: shells belong to this daemon. They end with it, and their folders go at its end or,
 //! after a kill, at the next start.
@@ -26,7 +27,7 @@ use ::blockd::daemon::Events;
 const CLASSES_MAX: usize = 4;
 /// Time without a fork before shells are made.
 const QUIET: Duration = Duration::from_millis(20);
-/// Time after which they are made although forks go on.
+/// Time after which they are made although fork follows fork.
 const QUIET_MAX: Duration = Duration::from_millis(500);
 /// Time before another attempt after one that failed.
 const AGAIN: Duration = Duration::from_secs(2);
@@ -48,10 +49,28 @@ struct Shelves {
     /// Sizes, the one that was used last at the end.
     used: Vec<(u64, u8)>,
     closed: bool,
-    /// When shells were taken last.
+    /// When shells were taken last, or a fork ended.
     taken: Option<Instant>,
+    /// Forks under way.
+    forks: usize,
+    /// When one ended last.
+    ended: Option<Instant>,
     hits: u64,
     misses: u64,
+}
+
+/// A fork under way: processors are left to it until this is dropped.
+pub struct Busy<'a>(&'a Pool);
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        let now = Instant::now();
+        let mut shelves = self.0.shelves.lock();
+        shelves.forks -= 1;
+        (shelves.taken, shelves.ended) = (Some(now), Some(now));
+        drop(shelves);
+        self.0.changed.notify_all();
+    }
 }
 
 fn key(class: &SizeClass) -> (u64, u8) {
@@ -98,6 +117,12 @@ impl Pool {
     pub fn counts(&self) -> Counts {
         let shelves = self.shelves.lock();
         Counts { hits: shelves.hits, misses: shelves.misses }
+    }
+
+    /// Says that a fork is under way.
+    pub fn leave_alone(&self) -> Busy<'_> {
+        self.shelves.lock().forks += 1;
+        Busy(self)
     }
 
     /// Takes shells; those that are not ready are made. Gives back how many were made.
@@ -202,12 +227,12 @@ impl Pool {
                 self.changed.wait(&mut shelves);
                 continue;
             };
-            let waited = waiting_since.get_or_insert_with(Instant::now).elapsed();
-            let quiet = shelves.taken.map_or(QUIET, |at| at.elapsed());
-            if quiet >= QUIET || waited >= QUIET_MAX {
-                return Some(wanted);
+            let since = *waiting_since.get_or_insert_with(Instant::now);
+            match shelves.rest(since, Instant::now()) {
+                Some(Duration::ZERO) => return Some(wanted),
+                Some(rest) => drop(self.changed.wait_for(&mut shelves, rest)),
+                None => self.changed.wait(&mut shelves),
             }
-            self.changed.wait_for(&mut shelves, QUIET - quiet);
         }
     }
 
@@ -224,6 +249,18 @@ impl Pool {
 }
 
 impl Shelves {
+    /// How long no shell is to be made yet that is wanted since `since`; `None` for until the fork
+    /// that is under way has ended.
+    fn rest(&self, since: Instant, now: Instant) -> Option<Duration> {
+        let forks_go_on = self.ended.is_some_and(|at| at > since);
+        let at_last = QUIET_MAX.saturating_sub(now - since);
+        if self.forks > 0 {
+            return forks_go_on.then_some(at_last);
+        }
+        let quiet = self.taken.map_or(Duration::ZERO, |at| QUIET.saturating_sub(now - at));
+        Some(if forks_go_on { quiet.min(at_last) } else { quiet })
+    }
+
     /// Notes that a size is used.
     /// Gives back the shells of a size that is not kept any more.
     fn use_class(&mut self, class: (u64, u8)) -> Vec<Arc<Process>> {
@@ -242,4 +279,30 @@ fn discard(shell: &Process) {
     // What stays has no name, and goes at the next start.
     let _ = shell.kill();
     let _ = fs::remove_dir_all(&shell.folder().0);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A fork into hundreds takes seconds. Shells were made again after half a second of it, and
+    /// took half of the host's processors from it.
+    #[test]
+    fn shells_are_made_when_no_fork_is_under_way() {
+        let began = Instant::now();
+        let at = |ms: u64| began + Duration::from_millis(ms);
+        let rest = |shelves: &Shelves, ms| shelves.rest(began, at(ms));
+        let mut shelves = Shelves { forks: 1, taken: Some(began), ..Shelves::default() };
+        assert_eq!(rest(&shelves, 10_000), None, "one long fork");
+        shelves.forks = 0;
+        (shelves.taken, shelves.ended) = (Some(at(10_000)), Some(at(10_000)));
+        assert_eq!(rest(&shelves, 10_000), Some(Duration::ZERO), "it was long enough");
+
+        (shelves.taken, shelves.ended) = (Some(at(5)), Some(at(5)));
+        assert_eq!(rest(&shelves, 15), Some(QUIET - Duration::from_millis(10)), "quiet for a bit");
+        assert_eq!(rest(&shelves, 5 + 20), Some(Duration::ZERO), "quiet");
+        shelves.forks = 1;
+        assert_eq!(rest(&shelves, 100), Some(QUIET_MAX - Duration::from_millis(100)), "the next");
+        assert_eq!(rest(&shelves, 500), Some(Duration::ZERO), "fork follows fork");
+    }
 }
