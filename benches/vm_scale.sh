@@ -14,5 +14,7 @@ cd "$top"
 cargo build --release --quiet --package blockd --package forkd --package offshoot --bins
 cargo build --release --quiet --package offshoot-benches --bin vm_scale
 read -ra children <<<"${CHILDREN:-1 10 100 400}"
+# Stores are where run.sh says that they are.
+export TMPDIR=${BENCH_DIR:-/var/tmp}
 OFFSHOOT_PROGRAMS_BUILT=1 exec "${CARGO_TARGET_DIR:-$top/target}/release/vm_scale" \
     "${MEMORY_MIB:-512}" "${ROUNDS:-50}" "${children[@]}"

@@ -1,4 +1,6 @@
-//! What the benchmarks share: chains of sealed disks, and a store that keeps metadata only.
+//! What the benchmarks share: figures, chains of sealed disks, and a store of metadata only.
+
+pub mod figures;
 
 use std::path::Path;
 use std::sync::Arc;

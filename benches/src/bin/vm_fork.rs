@@ -9,48 +9,35 @@
 use std::time::{Duration, Instant};
 
 use forkd::machine::{Machine, Pause};
+use offshoot_benches::figures::Figures;
 use offshoot_tests::payload::{Guest, HEAP, Op, identity};
 
 const MIB: u64 = 1 << 20;
 /// How long to wait for huge pages.
 const HUGE_MAX: Duration = Duration::from_secs(60);
 
-/// Times of one kind, in milliseconds.
-#[derive(Default)]
-struct Times(Vec<f64>);
-
-impl Times {
-    fn add(&mut self, time: Duration) {
-        self.0.push(time.as_secs_f64() * 1000.0);
-    }
-
-    fn row(&mut self, what: &str) {
-        self.0.sort_by(f64::total_cmp);
-        let n = self.0.len();
-        let at = |percent: usize| self.0.get((n * percent / 100).min(n - 1)).copied();
-        let [p50, p90, p99] = [50, 90, 99].map(|percent| at(percent).unwrap_or(f64::NAN));
-        println!("| {what} | {n} | {p50:.2} | {p90:.2} | {p99:.2} |");
-    }
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
 }
 
 /// The parts of pauses.
 #[derive(Default)]
 struct Pauses {
-    whole: Times,
-    park: Times,
-    save: Times,
-    memory: Times,
+    whole: Figures,
+    park: Figures,
+    save: Figures,
+    memory: Figures,
 }
 
 impl Pauses {
     fn add(&mut self, pause: &Pause) {
-        self.whole.add(pause.whole);
-        self.park.add(pause.park);
-        self.save.add(pause.save);
-        self.memory.add(pause.memory);
+        self.whole.add(ms(pause.whole));
+        self.park.add(ms(pause.park));
+        self.save.add(ms(pause.save));
+        self.memory.add(ms(pause.memory));
     }
 
-    fn rows(&mut self, what: &str) {
+    fn rows(&self, what: &str) {
         self.whole.row(&format!("pause, {what}"));
         self.park.row("… stop the processor");
         self.save.row("… save its state");
@@ -63,8 +50,9 @@ fn main() {
     let mut number = |default| numbers.next().and_then(Result::ok).unwrap_or(default);
     let (memory_mib, rounds) = (number(512), number(20));
     let (mut small, mut huge, mut next) = (Pauses::default(), Pauses::default(), Pauses::default());
-    let (mut child, mut later) = (Times::default(), Times::default());
-    let (mut first, mut cut, mut idle) = (Times::default(), Times::default(), Times::default());
+    let (mut child, mut later) = (Figures::default(), Figures::default());
+    let (mut first, mut cut, mut idle) =
+        (Figures::default(), Figures::default(), Figures::default());
     for round in 0..rounds {
         for wait in [false, true] {
             let parent = Guest::start(memory_mib * MIB, 1);
@@ -77,10 +65,10 @@ fn main() {
             let began = Instant::now();
             let image = parent.cut();
             if wait {
-                first.add(began.elapsed());
+                first.add(ms(began.elapsed()));
             }
             if wait { &mut huge } else { &mut small }.add(&image.pause);
-            child.add(time_to_run(shell, &image));
+            child.add(ms(time_to_run(shell, &image)));
             if !wait {
                 continue;
             }
@@ -91,12 +79,12 @@ fn main() {
                 let shell = Machine::shell(&parent.class()).expect("a shell");
                 let began = Instant::now();
                 let image = parent.cut();
-                cut.add(began.elapsed());
+                cut.add(ms(began.elapsed()));
                 next.add(&image.pause);
-                later.add(time_to_run(shell, &image));
+                later.add(ms(time_to_run(shell, &image)));
                 let began = Instant::now();
                 drop(parent.cut());
-                idle.add(began.elapsed());
+                idle.add(ms(began.elapsed()));
             }
         }
     }

@@ -1,0 +1,115 @@
+//! A lab with one parent, and what is asked of its daemons.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use offshoot_tests::daemon::ask;
+use offshoot_tests::vm::{Console, Lab};
+use serde_json::{Value, json};
+
+pub const MIB: u64 = 1 << 20;
+/// Bytes of a page.
+pub const PAGE: u64 = 4096;
+/// Where the guest's own memory ends.
+pub const HEAP: u64 = 0x80_0000;
+/// Space that the guest's own memory and its stack need, in MiB.
+const OWN_MIB: u64 = 16;
+/// How long to wait for shells.
+const WAIT_MAX: Duration = Duration::from_secs(60);
+/// How long to wait for huge pages.
+const HUGE_MAX: Duration = Duration::from_secs(20);
+
+/// A blockd, a forkd, and a parent that waits for what is typed.
+pub struct Host {
+    pub lab: Lab,
+    /// The parent's console.
+    pub console: Console,
+    /// Pages of the parent that are all written, from [`HEAP`] on.
+    pub pages: u64,
+    pool: u64,
+}
+
+/// Tells whoever waits how far it is.
+pub fn progress(what: &str) {
+    eprintln!("vm_scale: {what}");
+}
+
+impl Host {
+    /// A parent with that much memory, all of it written and in huge pages if the host has them,
+    /// as in one that has run for some seconds; and a pool of that size, which is full.
+    pub fn start(memory_mib: u64, pool: u64) -> Host {
+        let lab = Lab::with("vm_scale", &["--pool-size", &pool.to_string()]).expect("/dev/kvm");
+        lab.disk("root");
+        let mut console = lab.run_with(&format!("{memory_mib}M"), "p", &["root"]);
+        let pages = (memory_mib - OWN_MIB) * MIB / PAGE;
+        console.number(&format!("f {HEAP} {pages} 1"));
+        let host = Host { lab, console, pages, pool };
+        host.await_shells();
+        host.await_huge_pages();
+        host
+    }
+
+    pub fn api(&self, method: &str, path: &str, body: &Value) -> Value {
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        let reply = ask(&self.lab.forkd_api(), method, path, body.as_bytes());
+        let reply = reply.unwrap_or_else(|e| panic!("{method} {path}: {e}: {}", self.lab.log()));
+        assert!(reply.status < 300, "{method} {path}: {}", String::from_utf8_lossy(&reply.body));
+        reply.json()
+    }
+
+    /// Waits until the pool is full.
+    pub fn await_shells(&self) {
+        let until = Instant::now() + WAIT_MAX;
+        loop {
+            let health = self.api("GET", "/v1/health", &Value::Null);
+            let pool = health["pool"].as_array().expect("a list");
+            let ready = |class: &Value| class["ready"].as_u64().is_some_and(|n| n >= self.pool);
+            if pool.iter().any(ready) {
+                return;
+            }
+            assert!(Instant::now() < until, "no {} shells: {health}", self.pool);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits until nearly all of the parent's memory is in huge pages.
+    fn await_huge_pages(&self) {
+        let rollup = format!("/proc/{}/smaps_rollup", self.lab.pid("p"));
+        let until = Instant::now() + HUGE_MAX;
+        while Instant::now() < until {
+            let text = std::fs::read_to_string(&rollup).unwrap_or_default();
+            let line = text.lines().find_map(|line| line.strip_prefix("ShmemPmdMapped:"));
+            let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+            if kib.unwrap_or(0) * 1024 >= self.pages * PAGE * 9 / 10 {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        progress("the parent's memory is not in huge pages");
+    }
+
+    /// Forks the parent; the answer, when everything of it is durable.
+    pub fn fork(&self, children: &[String], paused: bool) -> Value {
+        self.api("POST", "/v1/vms/p/fork", &json!({ "children": children, "paused": paused }))
+    }
+
+    /// The console of a machine.
+    pub fn console_of(&self, name: &str) -> Console {
+        let vm = self.api("GET", &format!("/v1/vms/{name}"), &Value::Null);
+        Console::attach(Path::new(vm["console"].as_str().expect("a path")), name)
+    }
+
+    /// Removes a machine, whatever it does, and its disk.
+    pub fn remove(&self, name: &str) {
+        self.api("DELETE", &format!("/v1/vms/{name}?force=true"), &Value::Null);
+    }
+}
+
+/// Milliseconds of an answer.
+pub fn ms(answer: &Value, key: &str) -> f64 {
+    answer[key].as_f64().expect("a number") / 1000.0
+}
+
+pub fn names(count: u64) -> Vec<String> {
+    (0..count).map(|i| format!("c{i}")).collect()
+}

@@ -1,0 +1,135 @@
+//! What forks of a running machine with a disk cost through the daemons: vm_scale MEMORY_MIB ROUNDS
+//! CHILDREN…
+//!
+//! Without rounds, only forks into many are measured.
+//!
+//! A payload guest that has written all of its memory is forked through forkd's interface; its disk
+//! is forked by blockd at the same instant. Prints one section of Markdown.
+//!
+//! *Pause*: as the parent's process measures it, from the first processor that is asked to stop
+//! until the last is let go, the cut of its disk included. *Child runs*: from the request until the
+//! child runs. *Durable*: from the request until everything is, which is when the request is
+//! answered. What a child does first is told by its own clock (`clock.rs`).
+
+mod clock;
+mod host;
+mod many;
+mod peer;
+mod rate;
+mod singles;
+mod slowdown;
+
+use clock::Clock;
+use peer::Peer;
+use singles::Singles;
+
+/// Rounds of a kind that take seconds each, at most.
+const SLOW_ROUNDS: u64 = 10;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let numbers: Result<Vec<u64>, _> = arguments.iter().map(|n| n.parse()).collect();
+    let (Ok(numbers), false) = (numbers, arguments.len() < 2) else {
+        eprintln!("usage: vm_scale MEMORY_MIB ROUNDS CHILDREN…");
+        std::process::exit(2);
+    };
+    let (memory_mib, rounds, counts) = (numbers[0], numbers[1], &numbers[2..]);
+    let slow_rounds = rounds.min(SLOW_ROUNDS);
+    println!(
+        "## Forks of a machine with a disk through the daemons: {memory_mib} MiB, all of it \
+         written, 1 processor\n"
+    );
+    many_children(memory_mib, counts);
+    if rounds > 0 {
+        let clock = Clock::start();
+        let ours = one_child(memory_mib, rounds, slow_rounds, &clock);
+        beside_qemu(memory_mib, slow_rounds, &ours);
+        parent_after(memory_mib, slow_rounds, &clock);
+        in_a_row(memory_mib);
+    }
+}
+
+fn one_child(memory_mib: u64, rounds: u64, slow_rounds: u64, clock: &Clock) -> Singles {
+    println!(
+        "\nOne child. The parent writes a block to its disk each millisecond and sleeps in \
+         between, and so does the child. All but the pause is from the request on; \
+         \"first cut\" is one fork of each of several parents.\n"
+    );
+    println!("| what, in ms | N | p50 | p90 | p99 |");
+    println!("|---|---|---|---|---|");
+    singles::first_cuts(memory_mib, slow_rounds);
+    let warm = singles::later_cuts(memory_mib, rounds, 4, clock);
+    singles::later_cuts(memory_mib, slow_rounds, 0, clock);
+    warm
+}
+
+fn beside_qemu(memory_mib: u64, rounds: u64, ours: &Singles) {
+    println!("\nThe same with QEMU: ");
+    match peer::measure(memory_mib, rounds) {
+        Err(why) => println!("not measured, {why}."),
+        Ok(Peer { pause, copy, runs, version: (major, minor), filled_mib }) => {
+            println!(
+                "version {major}.{minor}, `-accel tcg` (memory, files and processes are what is \
+                 measured, not the speed of the guest), a Linux guest that has filled \
+                 {filled_mib} MiB. Stop; overlays made before; device state to a file with \
+                 `x-ignore-shared`; copy of the memory file in /dev/shm, which the parent goes on \
+                 writing; go on; then a new process that maps the copy privately.\n"
+            );
+            println!("| what, in ms | N | p50 | p90 | p99 |");
+            println!("|---|---|---|---|---|");
+            pause.row("QEMU: pause of the parent");
+            copy.row("… of which the copy of the memory");
+            runs.row("QEMU: child runs");
+            println!("\n| p50 in ms | offshoot | QEMU | ratio |");
+            println!("|---|---|---|---|");
+            for (what, ours, theirs) in
+                [("pause", &ours.pause, &pause), ("child runs", &ours.runs, &runs)]
+            {
+                let (ours, theirs) = (ours.at(50), theirs.at(50));
+                println!("| {what} | {ours:.2} | {theirs:.1} | {:.0} × |", theirs / ours);
+            }
+        }
+    }
+}
+
+fn many_children(memory_mib: u64, counts: &[u64]) {
+    println!(
+        "One fork into many, with as many shells ready. The parent sleeps, and so do the \
+         children. Memory in MiB for each child, with the pool full again: *private* to its \
+         process, its *proportional* share of all that it maps, and what the *host* has less, \
+         with all that the kernel and the daemons keep for it. *Work*: each child rewrites 1 % of \
+         its memory and {} blocks of its disk, 50 children at a time, and sleeps again.\n",
+        many::BLOCKS
+    );
+    println!(
+        "| children | pause, ms | all run, ms | durable, ms | … for each, ms | idle: private | \
+         proportional | host | after work: private | proportional | host | work, s |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
+    counts.iter().for_each(|count| many::row(memory_mib, *count));
+}
+
+fn parent_after(memory_mib: u64, rounds: u64, clock: &Clock) {
+    println!(
+        "\nA parent that writes a part of its memory again and again, as fast as it can: pages \
+         written in the second after the request of a fork, compared with the second before, by \
+         the guest's own clock.\n"
+    );
+    println!("| memory written | N | pages a µs before | after, % of before: p50 | least | most |");
+    println!("|---|---|---|---|---|---|");
+    slowdown::row(memory_mib, rounds, 10, true, clock);
+    slowdown::row(memory_mib, rounds, 100, true, clock);
+    slowdown::row(memory_mib, rounds, 100, false, clock);
+}
+
+fn in_a_row(memory_mib: u64) {
+    println!(
+        "\nForks in a row for {} s, of a parent that sleeps. Children are removed beside, one \
+         after the other; at most {} wait for it, then forks wait.\n",
+        rate::SPAN.as_secs(),
+        rate::WAIT_MAX
+    );
+    println!("| children at once | made | made a second | made and removed a second |");
+    println!("|---|---|---|---|");
+    [1, 10].iter().for_each(|at_once| rate::row(memory_mib, *at_once));
+}
