@@ -1,5 +1,10 @@
 //! The control half of a front end: requests, replies and acknowledgements over the socket.
+//!
+//! A back end answers in the order in which it was asked, so requests need not wait for each other:
+//! what was told without waiting is acknowledged before the answer to the next question. A device
+//! is set up in seven round trips instead of fifteen, which whoever waits for a new machine notices.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -22,6 +27,8 @@ pub struct FrontEnd {
     receiver: Receiver,
     /// Whether REPLY_ACK was negotiated.
     acks: bool,
+    /// Requests whose acknowledgements are to come, the oldest first.
+    owed: VecDeque<u32>,
 }
 
 impl FrontEnd {
@@ -36,7 +43,7 @@ impl FrontEnd {
     /// Uses a connected socket.
     #[must_use]
     pub fn new(socket: UnixStream) -> FrontEnd {
-        FrontEnd { socket, receiver: Receiver::default(), acks: false }
+        FrontEnd { socket, receiver: Receiver::default(), acks: false, owed: VecDeque::new() }
     }
 
     /// Says whether REPLY_ACK was negotiated; requests then ask for an acknowledgement.
@@ -54,10 +61,38 @@ impl FrontEnd {
         payload: &T,
         fds: &[BorrowedFd<'_>],
     ) -> Result<()> {
+        self.tell_soon(code, payload, fds)?;
+        self.settle()
+    }
+
+    /// As [`FrontEnd::tell`], without waiting: [`FrontEnd::settle`] does, or the next request that
+    /// waits for something.
+    ///
+    /// # Errors
+    /// `Io` when the back end is gone.
+    pub fn tell_soon<T: IntoBytes + Immutable + ?Sized>(
+        &mut self,
+        code: u32,
+        payload: &T,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<()> {
         let flags = if self.acks { FLAG_NEED_REPLY } else { 0 };
         send(self.socket.as_fd(), code, flags, payload.as_bytes(), fds)?;
-        if self.acks && self.receive::<u64>(code)?.0 != 0 {
-            return Err(Error::invalid("the back end refused").on(format!("request {code}")));
+        if self.acks {
+            self.owed.push_back(code);
+        }
+        Ok(())
+    }
+
+    /// Waits for what is to be acknowledged.
+    ///
+    /// # Errors
+    /// `Invalid` when the back end said no, `Io` when it is gone.
+    pub fn settle(&mut self) -> Result<()> {
+        while let Some(code) = self.owed.pop_front() {
+            if self.receive::<u64>(code)?.0 != 0 {
+                return Err(Error::invalid("the back end refused").on(format!("request {code}")));
+            }
         }
         Ok(())
     }
@@ -73,6 +108,7 @@ impl FrontEnd {
         fds: &[BorrowedFd<'_>],
     ) -> Result<(R, Option<OwnedFd>)> {
         send(self.socket.as_fd(), code, 0, payload.as_bytes(), fds)?;
+        self.settle()?;
         self.receive(code)
     }
 
@@ -82,6 +118,7 @@ impl FrontEnd {
     /// As [`FrontEnd::ask`].
     pub fn ask_bytes(&mut self, code: u32, payload: &[u8]) -> Result<Vec<u8>> {
         send(self.socket.as_fd(), code, 0, payload, &[])?;
+        self.settle()?;
         Ok(self.receive_bytes(code)?.0)
     }
 

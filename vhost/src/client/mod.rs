@@ -248,7 +248,7 @@ impl Client {
         if self.options.queues > 1 && (!self.has(feature::MQ) || self.features & F_MQ == 0) {
             return Err(Error::new(Kind::Unsupported, "the device has one queue only"));
         }
-        self.front.tell(request::SET_FEATURES, &self.features, &[])
+        self.front.tell_soon(request::SET_FEATURES, &self.features, &[])
     }
 
     fn has(&self, bit: u64) -> bool {
@@ -259,7 +259,7 @@ impl Client {
     fn set_up(&mut self) -> Result<()> {
         if self.has(feature::BACKEND_REQ) {
             let (ours, theirs) = UnixStream::pair()?;
-            self.front.tell(request::SET_BACKEND_REQ_FD, &[0u8; 0], &[theirs.as_fd()])?;
+            self.front.tell_soon(request::SET_BACKEND_REQ_FD, &[0u8; 0], &[theirs.as_fd()])?;
             self.channel = Some((ours.into(), Receiver::default()));
         }
         let spec = self.arena.region();
@@ -267,14 +267,14 @@ impl Client {
         let region = proto::MemRegion { guest, size: spec.size, user, offset: spec.offset };
         if self.has(feature::CONFIGURE_MEM_SLOTS) {
             let single = proto::SingleMemRegion { padding: 0, region };
-            self.front.tell(request::ADD_MEM_REG, &single, &[self.arena.file()])?;
+            self.front.tell_soon(request::ADD_MEM_REG, &single, &[self.arena.file()])?;
         } else {
             let table = proto::MemTable { regions: 1, padding: 0 };
             let bytes = concat(&table, zerocopy::IntoBytes::as_bytes(&region));
-            self.front.tell(request::SET_MEM_TABLE, &bytes[..], &[self.arena.file()])?;
+            self.front.tell_soon(request::SET_MEM_TABLE, &bytes[..], &[self.arena.file()])?;
         }
         if !self.has(feature::INFLIGHT_SHMFD) {
-            return Ok(());
+            return self.front.settle();
         }
         if self.inflight.is_none() {
             let Options { queues, queue_size, .. } = self.options;
@@ -283,10 +283,10 @@ impl Client {
             let file = file.ok_or_else(|| Error::invalid("an in-flight area without a file"))?;
             self.inflight = Some((area, file));
         }
-        match &self.inflight {
-            Some((area, file)) => self.front.tell(request::SET_INFLIGHT_FD, area, &[file.as_fd()]),
-            None => Ok(()),
+        if let Some((area, file)) = &self.inflight {
+            self.front.tell_soon(request::SET_INFLIGHT_FD, area, &[file.as_fd()])?;
         }
+        self.front.settle()
     }
 
     fn send_addr(&mut self, i: u16) -> Result<()> {
@@ -299,7 +299,7 @@ impl Client {
             avail: self.arena.user(ring.driver).0,
             log: self.arena.guest(ring.device).0,
         };
-        self.front.tell(request::SET_VRING_ADDR, &addr, &[])
+        self.front.tell_soon(request::SET_VRING_ADDR, &addr, &[])
     }
 
     /// Starts queue `i` at position `base`, as GET_VRING_BASE reports it.
@@ -309,18 +309,18 @@ impl Client {
     pub fn start_queue(&mut self, i: u16, base: u32) -> Result<()> {
         let state = |num: u32| proto::VringState { index: i.into(), num };
         let size = u32::from(self.options.queue_size);
-        self.front.tell(request::SET_VRING_NUM, &state(size), &[])?;
-        self.front.tell(request::SET_VRING_BASE, &state(base), &[])?;
+        self.front.tell_soon(request::SET_VRING_NUM, &state(size), &[])?;
+        self.front.tell_soon(request::SET_VRING_BASE, &state(base), &[])?;
         self.send_addr(i)?;
         let bells = &self.doorbells[usize::from(i)];
         let word = u64::from(i);
-        self.front.tell(request::SET_VRING_ERR, &word, &[bells.err.as_fd()])?;
-        self.front.tell(request::SET_VRING_CALL, &word, &[bells.call.as_fd()])?;
-        self.front.tell(request::SET_VRING_KICK, &word, &[bells.kick.as_fd()])?;
+        self.front.tell_soon(request::SET_VRING_ERR, &word, &[bells.err.as_fd()])?;
+        self.front.tell_soon(request::SET_VRING_CALL, &word, &[bells.call.as_fd()])?;
+        self.front.tell_soon(request::SET_VRING_KICK, &word, &[bells.kick.as_fd()])?;
         if self.features & F_PROTOCOL_FEATURES != 0 {
-            self.front.tell(request::SET_VRING_ENABLE, &state(1), &[])?;
+            self.front.tell_soon(request::SET_VRING_ENABLE, &state(1), &[])?;
         }
-        Ok(())
+        self.front.settle()
     }
 
     /// Stops queue `i` after what it has in work; returns its position.
@@ -474,7 +474,8 @@ impl Client {
     fn log_features(&mut self, features: u64) -> Result<()> {
         self.features = features;
         self.front.tell(request::SET_FEATURES, &features, &[])?;
-        (0..low16(wide(self.places.len()))).try_for_each(|i| self.send_addr(i))
+        (0..low16(wide(self.places.len()))).try_for_each(|i| self.send_addr(i))?;
+        self.front.settle()
     }
 
     fn send_log(&mut self, log: &DirtyLog) -> Result<()> {
