@@ -1,8 +1,8 @@
 //! The control half of a front end: requests, replies and acknowledgements over the socket.
 //!
 //! A back end answers in the order in which it was asked, so requests need not wait for each other:
-//! what was told without waiting is acknowledged before the answer to the next question. A device is
-//! set up in seven round trips instead of fifteen, which who waits for a new machine notices.
+//! what was told without waiting is acknowledged before the answer to the next question. A device
+//! is set up in seven round trips instead of fifteen; who waits for a new machine notices.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
