@@ -124,12 +124,12 @@ fn parent_after(memory_mib: u64, rounds: u64, clock: &Clock) {
 
 fn in_a_row(memory_mib: u64) {
     println!(
-        "\nForks in a row for {} s, of a parent that sleeps. Children are removed beside, one \
-         after the other; at most {} wait for it, then forks wait.\n",
+        "\nForks in a row for {} s, or until there are {} children, of a parent that sleeps. None \
+         is removed meanwhile; some are afterwards, one after the other, with the host as full.\n",
         rate::SPAN.as_secs(),
-        rate::WAIT_MAX
+        rate::CHILDREN_MAX
     );
-    println!("| children at once | made | made a second | made and removed a second |");
+    println!("| children at once | made | made a second | removed a second, afterwards |");
     println!("|---|---|---|---|");
     [1, 10].iter().for_each(|at_once| rate::row(memory_mib, *at_once));
 }

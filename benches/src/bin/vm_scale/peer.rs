@@ -118,7 +118,6 @@ impl Place {
             .arg("-blockdev")
             .arg(format!("driver=qcow2,node-name=disk,file.driver=file,file.filename={disk}"));
         command.args(["-device", "virtio-blk-pci,drive=disk"]);
-        command.args(["-global", "migration.x-ignore-shared=true"]);
         command.stdin(Stdio::null()).stdout(Stdio::null());
         die_with_test(&mut command);
         command
@@ -130,7 +129,9 @@ impl Place {
         command.args(["-chardev", &chardev, "-mon", "chardev=qmp,mode=control"]);
         let mut process = command.spawn().map_err(|e| format!("QEMU does not start: {e}"))?;
         let stream = connect(&mut process, socket)?;
-        let qmp = Qmp::new(stream)?;
+        let mut qmp = Qmp::new(stream)?;
+        let without_memory = json!([{ "capability": "x-ignore-shared", "state": true }]);
+        qmp.execute("migrate-set-capabilities", json!({ "capabilities": without_memory }))?;
         Ok(Qemu { process, qmp })
     }
 
@@ -164,15 +165,21 @@ impl Place {
         let listens = std::thread::spawn(move || line_of(&agent));
         let parent = Place::start(command, &self.disk.path().join("parent.qmp"))?;
         let mut agent = listens.join().map_err(|_| "the guest's line")??;
-        let fill =
-            format!("mount -t tmpfs -o size=100% m /mnt && yes | head -c {filled_mib}M >/mnt/m");
+        let fill = format!(
+            "busybox mount -t tmpfs -o size={filled_mib}m m /mnt && \
+             busybox dd if=/dev/zero of=/mnt/m bs=1M count={} 2>/dev/null",
+            filled_mib - 1
+        );
         if read_line(&mut agent)? != "ready" {
             return Err("the guest is not ready".to_owned());
         }
         writeln!(agent, "1 {fill}").map_err(|e| e.to_string())?;
         match read_line(&mut agent)?.as_str() {
             "1 0 0" => Ok(parent),
-            other => Err(format!("the guest does not fill its memory: {other}")),
+            other => {
+                let why = read_line(&mut agent)?;
+                Err(format!("the guest does not fill its memory: {other}, {why}"))
+            }
         }
     }
 
@@ -203,8 +210,9 @@ impl Place {
         let paused = ms_since(asked);
 
         let mut command = self.command(&memory, false, &child_disk);
-        command.args(["-serial", "null", "-serial", "null", "-incoming", &uri]);
+        command.args(["-serial", "null", "-serial", "null", "-incoming", "defer"]);
         let mut child = Place::start(command, &disk("qmp"))?;
+        child.qmp.execute("migrate-incoming", json!({ "uri": uri }))?;
         await_status(&mut child.qmp, "query-status", "paused")?;
         child.qmp.execute("cont", json!({}))?;
         await_status(&mut child.qmp, "query-status", "running")?;

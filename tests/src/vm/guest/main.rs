@@ -196,6 +196,8 @@ fn next_byte() -> u8 {
     in8(SERIAL)
 }
 
+/// The feature with which a write may be done before it is durable.
+const FLUSH: u32 = 1 << 9;
 static mut DISK_QUEUE: Queue = EMPTY;
 static mut RANDOM_QUEUE: Queue = EMPTY;
 
@@ -375,8 +377,8 @@ extern "C" fn guest_main() -> ! {
     out8(SERIAL + 1, 1);
     let has_disk = get32(DISK + 8) == 2;
     let mut guest = Guest {
-        disk: has_disk.then(|| Device::start(DISK, &raw mut DISK_QUEUE)),
-        random: Device::start(RANDOM, &raw mut RANDOM_QUEUE),
+        disk: has_disk.then(|| Device::start(DISK, &raw mut DISK_QUEUE, 0)),
+        random: Device::start(RANDOM, &raw mut RANDOM_QUEUE, 0),
         number: 0,
         generation: load(GENERATION),
         forked: [0; 2],

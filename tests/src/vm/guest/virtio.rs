@@ -34,12 +34,17 @@ pub struct Device {
 }
 
 impl Device {
-    pub fn start(at: u64, queue: *mut Queue) -> Device {
+    /// Starts a device that begins anew, with version 1 and these features.
+    pub fn start(at: u64, queue: *mut Queue, features: u32) -> Device {
         put32(at + 0x70, 0);
+        // SAFETY: nobody else has the queue, and a device that was reset has forgotten it.
+        unsafe {
+            write_volatile(&raw mut (*queue).available[1], 0);
+            write_volatile(&raw mut (*queue).used[0], 0);
+        }
         put32(at + 0x70, 3);
-        // Version 1, and nothing else.
         put32(at + 0x24, 0);
-        put32(at + 0x20, 0);
+        put32(at + 0x20, features);
         put32(at + 0x24, 1);
         put32(at + 0x20, 1);
         put32(at + 0x70, 11);

@@ -3,7 +3,8 @@
 use super::hardware::{
     LOCAL_APIC, clock, listen, load, print, print_number, put32, sleep, store, typed,
 };
-use super::{DISK_LINE, GENERATION, GENERATION_LINE, Guest, PAGE, WAKE};
+use super::virtio::Device;
+use super::{DISK, DISK_LINE, DISK_QUEUE, FLUSH, GENERATION, GENERATION_LINE, Guest, PAGE, WAKE};
 
 /// Pages that are written between two looks at the clock.
 const BETWEEN_LOOKS: u64 = 16;
@@ -23,16 +24,18 @@ fn set_timer(us: u64) {
 }
 
 impl Guest {
-    /// Has the disk's interrupt waited for.
-    fn sleep_on_disk(&mut self) {
+    /// Uses the disk as drivers of kernels do: what is written is durable when it is flushed, and
+    /// the disk's interrupt is waited for.
+    fn drive_disk(&mut self) {
         if let Some(disk) = &mut self.disk {
+            *disk = Device::start(DISK, &raw mut DISK_QUEUE, FLUSH);
             disk.sleep_on(DISK_LINE, WAKE);
         }
     }
 
     /// Writes so many numbers, and gives back the last one.
     pub fn write_numbers(&mut self, count: u64) -> u64 {
-        self.sleep_on_disk();
+        self.drive_disk();
         (0..count).for_each(|_| self.write_number());
         self.number
     }
@@ -41,7 +44,7 @@ impl Guest {
     /// Who is woken as another machine notes when that was, and when its first number was written.
     pub fn write_log_slowly(&mut self, us: u64) {
         static NOTHING: u32 = 0;
-        self.sleep_on_disk();
+        self.drive_disk();
         listen(GENERATION_LINE, WAKE);
         set_timer(us);
         while !typed() {
