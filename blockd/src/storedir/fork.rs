@@ -17,6 +17,7 @@
 //! Tests: `crash_points::fork`, `fork`, `fork_under_load`.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use format::limits::SEGMENTS_MAX;
 use format::node::NodePtr;
@@ -33,7 +34,7 @@ use crate::disk::create::{NewSegment, Parent};
 use crate::disk::{Disk, Options, tail};
 use crate::segment::{self, Sealed, deleted_name, file_name, new_name};
 use crate::side_by_side::side_by_side;
-use crate::store::Access;
+use crate::store::{Access, File};
 
 /// A disk to fork, and the names of its children.
 #[derive(Debug, Clone)]
@@ -191,9 +192,9 @@ impl StoreDir {
         // By its row: the label of the segment may be behind.
         let name = forked.name.clone();
         let next = NewSegment { name, ..successor(&sealed.superblock, forked.successor) };
-        self.write_over(&sealed, &next)?;
+        self.draft_over(&sealed, &next)?;
         forked.children.iter().try_for_each(|made| {
-            self.write_over(&sealed, &child(&sealed.superblock, made, fork.created))
+            self.draft_over(&sealed, &child(&sealed.superblock, made, fork.created)).map(drop)
         })
     }
 
@@ -213,11 +214,11 @@ impl StoreDir {
     }
 
     /// Writes a new segment over a frozen one; nothing of it is durable.
-    pub(super) fn write_over(&self, frozen: &Sealed, new: &NewSegment) -> Result<()> {
+    pub(super) fn draft_over(&self, frozen: &Sealed, new: &NewSegment) -> Result<Arc<dyn File>> {
         let sb = &frozen.superblock;
         // A disk that goes on was not created over itself.
         let disk = if new.disk == sb.disk { sb.parent_disk } else { sb.disk };
-        new.draft(self.store.as_ref(), Some(&Parent { disk, sealed: frozen })).map(drop)
+        new.draft(self.store.as_ref(), Some(&Parent { disk, sealed: frozen }))
     }
 
     /// Steps 4 and 5, from whatever there is of step 3. `crossings` are the disks that went on in

@@ -319,8 +319,11 @@ impl StoreDir {
         let sealed = Sealed { superblock, file };
         for name in &of.children {
             let made = Child { name: name.clone(), disk: Uuid::new_v4(), segment: Uuid::new_v4() };
-            self.write_over(&sealed, &child(&sealed.superblock, &made, clock::now()))?;
+            let draft =
+                self.draft_over(&sealed, &child(&sealed.superblock, &made, clock::now()))?;
             heirs.push((Import::draft(self, made.segment), Some(root.segment())));
+            // Before the catalogue tells of it, as what the engine writes over a base.
+            draft.sync()?;
         }
         roots.push(root);
         Ok(())

@@ -107,7 +107,7 @@ impl StoreDir {
             let (mode, base) = keep.after(&frozen.superblock);
             let name = forked.name.clone();
             let next = successor(&frozen.superblock, forked.successor);
-            self.write_over(&frozen, &NewSegment { name, mode, base, ..next })
+            self.draft_over(&frozen, &NewSegment { name, mode, base, ..next }).map(drop)
         });
         fork.map(Some)
     }
@@ -159,7 +159,7 @@ impl StoreDir {
             virtual_size: base.superblock.virtual_size,
             ..successor(&own, forked.successor)
         };
-        self.write_over(&base, &fresh)
+        self.draft_over(&base, &fresh).map(drop)
     }
 
     /// Step 3 of an undo. What the delta holds is of no interest any more: nothing is flushed.
