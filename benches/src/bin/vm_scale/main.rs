@@ -64,7 +64,7 @@ fn one_child(memory_mib: u64, rounds: u64, slow_rounds: u64, clock: &Clock) -> S
 }
 
 fn beside_qemu(memory_mib: u64, rounds: u64, ours: &Singles) {
-    println!("\nThe same with QEMU: ");
+    println!("\nThe same with QEMU:");
     match peer::measure(memory_mib, rounds) {
         Err(why) => println!("not measured, {why}."),
         Ok(Peer { pause, copy, runs, version: (major, minor), filled_mib }) => {
