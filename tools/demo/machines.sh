@@ -143,7 +143,8 @@ remove_machines() {
     local i
     for ((i = 1; i <= machines; i++)); do vm rm "child$i" --force; done
     vm rm parent --force
-    [[ $(offshoot disk ls | grep -c child || true) == 0 ]]
+    # Disks of the guests before have names like child-1.
+    [[ $(offshoot disk ls | grep -c '^child[0-9]*-disk' || true) == 0 ]]
     offshoot disk check count
     kill -TERM "$forkd"
     wait "$forkd"
