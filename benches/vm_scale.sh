@@ -1,7 +1,8 @@
 #!/bin/bash
 # What forks of a running machine with a disk cost through forkd and blockd, for one child and for
 # hundreds, as one section of Markdown (see run.sh). MEMORY_MIB, ROUNDS and CHILDREN set how large
-# the machine is, how many single forks are measured, and into how many children at once.
+# the machine is, how many single forks are measured, and into how many children at once; PARTS is
+# what is measured: all, or some of many,single,peer,after,row.
 set -euo pipefail
 
 top=$(cd "$(dirname "$0")/.." && pwd)
@@ -17,4 +18,4 @@ read -ra children <<<"${CHILDREN:-1 10 100 400}"
 # Stores are where run.sh says that they are.
 export TMPDIR=${BENCH_DIR:-/var/tmp}
 OFFSHOOT_PROGRAMS_BUILT=1 exec "${CARGO_TARGET_DIR:-$top/target}/release/vm_scale" \
-    "${MEMORY_MIB:-512}" "${ROUNDS:-50}" "${children[@]}"
+    "${MEMORY_MIB:-512}" "${ROUNDS:-50}" "${PARTS:-all}" "${children[@]}"

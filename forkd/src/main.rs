@@ -1,6 +1,7 @@
 //! `forkd`: the daemon that runs virtual machines and forks them. It stays in the foreground.
 //!
-//! The same program is the process of each machine (`forkd vm`, which only the daemon starts).
+//! The same program is the process of each machine, forked from one that only the daemon starts
+//! (`forkd zygote`).
 //!
 //! Order of a start, and what it defends against: the folder's lock first, so that no machine is
 //! touched that another daemon has; then machines are found again; then the socket, so that whoever
@@ -15,7 +16,6 @@ use blockd::daemon::sandbox;
 use blockd::program;
 use clap::{Parser, Subcommand, ValueEnum};
 use forkd::daemon::{Daemon, Options};
-use forkd::machine::SizeClass;
 use forkd::process;
 use format::{Context as _, Error, Result};
 
@@ -67,25 +67,13 @@ struct Args {
 /// What this program is besides the daemon.
 #[derive(Debug, Subcommand)]
 enum Part {
-    /// Be the process of one machine; standard input is the connection to the daemon
+    /// Be the process of which those of machines are forked; standard input is the connection to
+    /// the daemon
     #[command(hide = true)]
-    Vm(VmArgs),
-}
-
-#[derive(Debug, clap::Args)]
-struct VmArgs {
-    /// The folder of the machine
-    #[arg(long)]
-    dir: PathBuf,
-    /// Bytes of its memory
-    #[arg(long)]
-    memory: u64,
-    /// Its processors
-    #[arg(long)]
-    vcpus: u8,
-    /// Whether the process confines itself
-    #[arg(long, default_value = "on")]
-    sandbox: Sandbox,
+    Zygote {
+        /// Room for what these processes call themselves
+        room: String,
+    },
 }
 
 /// Whether a process confines itself.
@@ -102,16 +90,9 @@ fn main() -> ExitCode {
     program::log_to_standard_error();
     match &args.part {
         None => program::ended("forkd", run(&args)),
-        Some(Part::Vm(args)) => program::ended("forkd vm", run_vm(args)),
+        // What it tells of is what became of a machine's process.
+        Some(Part::Zygote { .. }) => program::ended("forkd vm", process::zygote::serve()),
     }
-}
-
-fn run_vm(args: &VmArgs) -> Result<()> {
-    process::serve(&process::Options {
-        dir: args.dir.clone(),
-        class: SizeClass { memory_bytes: args.memory, vcpus: args.vcpus },
-        sandbox: args.sandbox == Sandbox::On,
-    })
 }
 
 fn absolute(path: &Path) -> Result<PathBuf> {

@@ -71,6 +71,47 @@ fn machines_end_for_reasons_with_names() {
     assert!(listed.contains("ended: power-off") && listed.contains("ended: killed"), "{listed}");
 }
 
+/// Shells are forked from one process that the daemon started. When that is killed, machines go on,
+/// and forks find another one; when the daemon is, none is left.
+#[test]
+fn a_zygote_that_is_killed_takes_nothing_with_it() {
+    let Some(mut lab) = Lab::new("a_zygote_that_is_killed_takes_nothing_with_it") else { return };
+    let mut console = lab.run("p", &[]);
+    let before = started_by(lab.forkd_pid());
+    assert_eq!(before.len(), 1, "one process makes all shells");
+    offshoot_tests::vm::kill(before[0], rustix::process::Signal::KILL);
+
+    // More than there are shells ready.
+    lab.done(&["vm", "fork", "p", "a", "b", "c", "d", "e"]);
+
+    assert_eq!(word(&console.ask("i"), "name"), "p");
+    assert_eq!(word(&lab.console("e").ask("i"), "name"), "e");
+    let after = started_by(lab.forkd_pid());
+    assert!(after.len() == 1 && after != before, "{before:?} was followed by {after:?}");
+
+    lab.kill_forkd();
+
+    let until = Instant::now() + Duration::from_secs(10);
+    while std::path::Path::new(&format!("/proc/{}", after[0])).exists() {
+        assert!(Instant::now() < until, "a zygote outlives its daemon");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    lab.start_forkd();
+    assert_eq!(lab.show("e")["state"], "running");
+}
+
+/// The processes that a process has started, and has not waited for.
+fn started_by(pid: u32) -> Vec<u32> {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = processes.filter_map(|p| p.file_name().to_str()?.parse::<u32>().ok());
+    let parent = format!("PPid:\t{pid}");
+    let is_child = |other: &u32| {
+        let status = std::fs::read_to_string(format!("/proc/{other}/status")).unwrap_or_default();
+        status.lines().any(|line| line == parent)
+    };
+    pids.filter(is_child).collect()
+}
+
 /// A guest is asked to turn itself off first, if it listens; one that does not, or takes too long,
 /// has its power cut, and the verb says which it was.
 #[test]

@@ -20,7 +20,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::api::types::{Event, EventKind, PoolClass};
 use crate::machine::SizeClass;
-use crate::process::{Process, spawn};
+use crate::process::{Process, Spawner};
 use ::blockd::daemon::Events;
 
 /// Sizes of which shells are kept: those that were used last.
@@ -34,9 +34,8 @@ const AGAIN: Duration = Duration::from_secs(2);
 
 /// The pool.
 pub struct Pool {
-    vms: PathBuf,
+    spawner: Spawner,
     size: usize,
-    sandbox: bool,
     events: Arc<Events<Event>>,
     shelves: Mutex<Shelves>,
     changed: Condvar,
@@ -91,7 +90,7 @@ impl Pool {
     #[must_use]
     pub fn new(vms: PathBuf, size: usize, sandbox: bool, events: Arc<Events<Event>>) -> Pool {
         let (shelves, changed) = (Mutex::default(), Condvar::new());
-        Pool { vms, size, sandbox, events, shelves, changed }
+        Pool { spawner: Spawner::new(vms, sandbox), size, events, shelves, changed }
     }
 
     /// Shells that are wanted ready of each size.
@@ -170,7 +169,7 @@ impl Pool {
     /// Makes shells, two at a time: the work of the kernel in between can be done by another
     /// processor.
     fn make(&self, class: &SizeClass, count: usize) -> Vec<Result<Arc<Process>>> {
-        let one = || spawn(&self.vms, class, self.sandbox).map(Arc::new);
+        let one = || self.spawner.spawn(class).map(Arc::new);
         std::thread::scope(|s| {
             let half = s.spawn(|| (0..count / 2).map(|_| one()).collect::<Vec<_>>());
             let mut made: Vec<_> = (count / 2..count).map(|_| one()).collect();
@@ -193,7 +192,7 @@ impl Pool {
     fn fill(&self) {
         while let Some(wanted) = self.wanted() {
             let class = SizeClass { memory_bytes: wanted.0, vcpus: wanted.1 };
-            let shell = match spawn(&self.vms, &class, self.sandbox) {
+            let shell = match self.spawner.spawn(&class) {
                 Ok(shell) => Arc::new(shell),
                 Err(e) => {
                     self.events.add(EventKind::Failed, "the pool of shells", e.to_string());

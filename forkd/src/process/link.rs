@@ -10,14 +10,14 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::Child;
 use std::time::{Duration, Instant};
 
 use blockd::messages;
 use format::{Context as _, Error, Kind, Result};
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
@@ -49,9 +49,9 @@ impl Link {
     /// # Errors
     /// The outer one when the connection is of no use any more, the inner one is the failure that
     /// the process told of.
-    fn ask<T: DeserializeOwned>(
+    pub(super) fn ask<Q: Serialize, T: DeserializeOwned>(
         &self,
-        ask: &Ask,
+        ask: &Q,
         files: &[BorrowedFd<'_>],
     ) -> Result<Result<(T, Vec<OwnedFd>)>> {
         messages::send(&self.0, ask, files)?;
@@ -85,22 +85,19 @@ pub struct Process {
     folder: Folder,
     link: Mutex<Option<Link>>,
     itself: OwnedFd,
-    /// When this daemon started it, and has not heard of its end.
-    child: Mutex<Option<Child>>,
 }
 
 impl Process {
-    /// A process that this daemon started, and the connection on which it did.
-    ///
-    /// # Errors
-    /// What the host reports.
-    pub fn started(id: Uuid, folder: PathBuf, child: Child, link: Link) -> Result<Process> {
-        // It was not waited for yet: its number is its own.
-        let itself = pidfd_open(Pid::from_child(&child), PidfdFlags::empty());
-        let itself = itself.map_err(io::Error::from)?;
-        let pid = child.id();
-        let (link, child) = (Mutex::new(Some(link)), Mutex::new(Some(child)));
-        Ok(Process { id, pid, folder: Folder(folder), link, itself, child })
+    /// A process that was just started, with its number and a descriptor of it, and the connection
+    /// on which it was.
+    #[must_use]
+    pub fn started(
+        id: Uuid,
+        folder: PathBuf,
+        (pid, itself): (u32, OwnedFd),
+        link: Link,
+    ) -> Process {
+        Process { id, pid, folder: Folder(folder), link: Mutex::new(Some(link)), itself }
     }
 
     /// The process that listens in a folder, and how it is.
@@ -118,9 +115,9 @@ impl Process {
         let pid = peer.pid.as_raw_nonzero().get().unsigned_abs();
         let link = Link::new(socket)?;
         // It answers after the descriptor was opened, so the descriptor is of the one that answers.
-        let (phase, _) = link.ask(&Ask::Status, &[])??;
+        let (phase, _) = link.ask::<_, Phase>(&Ask::Status, &[])??;
         let link = Mutex::new(Some(link));
-        Ok((Process { id, pid, folder, link, itself, child: Mutex::default() }, phase))
+        Ok((Process { id, pid, folder, link, itself }, phase))
     }
 
     /// Its folder.
@@ -179,7 +176,7 @@ impl Process {
     /// What the host reports, or that it is gone.
     pub fn watch(&self) -> Result<Link> {
         let link = self.connect()?;
-        link.ask::<()>(&Ask::Watch, &[])??;
+        link.ask::<_, ()>(&Ask::Watch, &[])??;
         link.wait_for_ever()?;
         Ok(link)
     }
@@ -217,13 +214,10 @@ impl Process {
     /// # Errors
     /// `Busy` when it is not.
     pub fn reap(&self) -> Result<()> {
-        if !self.ends_within(END_MAX) {
-            return Err(Error::new(Kind::Busy, "its process does not end"));
+        if self.ends_within(END_MAX) {
+            return Ok(());
         }
-        if let Some(mut child) = self.child.lock().take() {
-            child.wait()?;
-        }
-        Ok(())
+        Err(Error::new(Kind::Busy, "its process does not end"))
     }
 
     fn ends_within(&self, time: Duration) -> bool {

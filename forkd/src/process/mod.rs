@@ -18,8 +18,8 @@ pub mod link;
 pub mod serve;
 pub mod spawn;
 pub mod wire;
+pub mod zygote;
 
 pub use link::{Link, Process};
-pub use serve::{Options, serve};
-pub use spawn::spawn;
+pub use spawn::Spawner;
 pub use wire::{Ask, CONTROL_SOCKET, ENDED_FILE};

@@ -25,7 +25,7 @@ use blockd::messages;
 use format::{Context as _, Error, Result};
 use parking_lot::Mutex;
 use rustix::fs::{MemfdFlags, memfd_create};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::wire::{
     Answer, Ask, BecomeChild, BootVm, CutVm, Cutting, DisksAre, Ended, Folder, PauseUs, Phase,
@@ -42,7 +42,7 @@ use blockd::clock;
 const WATCHER_MAX: Duration = Duration::from_secs(1);
 
 /// What a VM process is started with.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Options {
     /// Its folder.
     pub dir: PathBuf,
@@ -71,12 +71,11 @@ struct State {
     stays: bool,
 }
 
-/// Holds one machine until it ends. Standard input is the connection to who started it.
+/// Holds one machine until it ends. `tether` is the connection to who started it.
 ///
 /// # Errors
 /// Why there is no machine; the one who started it is told as well.
-pub fn serve(options: &Options) -> Result<()> {
-    let tether = UnixStream::from(take_standard_input()?);
+pub fn serve(options: &Options, tether: UnixStream) -> Result<()> {
     let (vm, listener) = match prepare(options) {
         Ok((vm, listener, sandbox)) => {
             messages::send(&tether, &Answer::Done(Ready { sandbox }), &[])?;
@@ -109,14 +108,6 @@ pub fn serve(options: &Options) -> Result<()> {
             }
         }
     }
-}
-
-fn take_standard_input() -> Result<OwnedFd> {
-    let ours =
-        rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3).map_err(io::Error::from)?;
-    let null = fs::File::open("/dev/null")?;
-    rustix::stdio::dup2_stdin(&null).map_err(io::Error::from)?;
-    Ok(ours)
 }
 
 fn prepare(options: &Options) -> Result<(Arc<Vm>, UnixListener, Vec<String>)> {

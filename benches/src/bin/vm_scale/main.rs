@@ -1,7 +1,7 @@
 //! What forks of a running machine with a disk cost through the daemons: vm_scale MEMORY_MIB ROUNDS
-//! CHILDREN…
+//! PARTS CHILDREN…
 //!
-//! Without rounds, only forks into many are measured.
+//! PARTS is `all`, or some of `many,single,peer,after,row`.
 //!
 //! A payload guest that has written all of its memory is forked through forkd's interface; its disk
 //! is forked by blockd at the same instant. Prints one section of Markdown.
@@ -26,25 +26,38 @@ use singles::Singles;
 /// Rounds of a kind that take seconds each, at most.
 const SLOW_ROUNDS: u64 = 10;
 
+/// What can be measured alone.
+const PARTS: [&str; 5] = ["many", "single", "peer", "after", "row"];
+
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let numbers: Result<Vec<u64>, _> = arguments.iter().map(|n| n.parse()).collect();
-    let (Ok(numbers), false) = (numbers, arguments.len() < 2) else {
-        eprintln!("usage: vm_scale MEMORY_MIB ROUNDS CHILDREN…");
+    let parts = arguments.get(2).map_or("", String::as_str);
+    let wanted: Vec<&str> = if parts == "all" { PARTS.to_vec() } else { parts.split(',').collect() };
+    let numbers = arguments.iter().enumerate().filter(|(i, _)| *i != 2).map(|(_, n)| n.parse());
+    let numbers: Result<Vec<u64>, _> = numbers.collect();
+    let known = wanted.iter().all(|part| PARTS.contains(part));
+    let (Ok(numbers), true, true) = (numbers, known, arguments.len() > 2) else {
+        eprintln!("usage: vm_scale MEMORY_MIB ROUNDS all|{} CHILDREN…", PARTS.join(","));
         std::process::exit(2);
     };
     let (memory_mib, rounds, counts) = (numbers[0], numbers[1], &numbers[2..]);
-    let slow_rounds = rounds.min(SLOW_ROUNDS);
+    let (slow_rounds, wants) = (rounds.min(SLOW_ROUNDS), |part| wanted.contains(&part));
     println!(
         "## Forks of a machine with a disk through the daemons: {memory_mib} MiB, all of it \
          written, 1 processor\n"
     );
-    many_children(memory_mib, counts);
-    if rounds > 0 {
-        let clock = Clock::start();
-        let ours = one_child(memory_mib, rounds, slow_rounds, &clock);
-        beside_qemu(memory_mib, slow_rounds, &ours);
+    if wants("many") {
+        many_children(memory_mib, counts);
+    }
+    let clock = Clock::start();
+    let ours = wants("single").then(|| one_child(memory_mib, rounds, slow_rounds, &clock));
+    if wants("peer") {
+        beside_qemu(memory_mib, slow_rounds, ours.as_ref());
+    }
+    if wants("after") {
         parent_after(memory_mib, slow_rounds, &clock);
+    }
+    if wants("row") {
         in_a_row(memory_mib);
     }
 }
@@ -63,7 +76,7 @@ fn one_child(memory_mib: u64, rounds: u64, slow_rounds: u64, clock: &Clock) -> S
     warm
 }
 
-fn beside_qemu(memory_mib: u64, rounds: u64, ours: &Singles) {
+fn beside_qemu(memory_mib: u64, rounds: u64, ours: Option<&Singles>) {
     println!("\nThe same with QEMU:");
     match peer::measure(memory_mib, rounds) {
         Err(why) => println!("not measured, {why}."),
@@ -80,6 +93,7 @@ fn beside_qemu(memory_mib: u64, rounds: u64, ours: &Singles) {
             pause.row("QEMU: pause of the parent");
             copy.row("… of which the copy of the memory");
             runs.row("QEMU: child runs");
+            let Some(ours) = ours else { return };
             println!("\n| p50 in ms | offshoot | QEMU | ratio |");
             println!("|---|---|---|---|");
             for (what, ours, theirs) in

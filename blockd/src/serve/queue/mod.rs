@@ -5,7 +5,8 @@
 //! all this polls for a while that adapts itself, then sleeps until a doorbell rings.
 //!
 //! Invariants:
-//! - Reads and overwrites neither allocate nor lock nor log (`tests/tests/hot_path.rs`).
+//! - Reads and overwrites neither allocate nor lock nor log (`tests/tests/hot_path.rs`), once the
+//!   queue has been as deep as it is.
 //! - A request is inside the gate of its disk from before it is planned until it is published, or
 //!   its sync has ended, and nothing waits inside it for another request of the same queue.
 //! - The disk is replaced between two rounds, when nothing is inside its gate.
@@ -176,8 +177,8 @@ impl Worker {
             files,
             mailbox,
             outcomes: Vec::with_capacity(SLOTS_MAX as usize),
-            slots: (0..SLOTS_MAX).map(|_| Slot::default()).collect(),
-            free: (0..SLOTS_MAX).rev().collect(),
+            slots: Vec::with_capacity(SLOTS_MAX as usize),
+            free: Vec::with_capacity(SLOTS_MAX as usize),
             ready: VecDeque::with_capacity(SLOTS_MAX as usize),
             held: Vec::with_capacity(SLOTS_MAX as usize),
             wake_at: None,
@@ -276,12 +277,22 @@ impl Worker {
         }
     }
 
+    /// A slot that nobody has. One is made when the queue is that deep for the first time: most
+    /// queues never are, and each slot takes 48 KiB.
+    fn free_slot(&mut self) -> Option<u32> {
+        self.free.pop().or_else(|| {
+            let number = u32::try_from(self.slots.len()).ok().filter(|n| *n < SLOTS_MAX)?;
+            self.slots.push(Slot::default());
+            Some(number)
+        })
+    }
+
     /// Takes requests from the guest as long as there are free slots.
     fn fetch(&mut self) -> bool {
         let mut any = false;
         // A resize shows at once.
         self.limits.sectors = self.disk.size() / vhost_blk::blk::SECTOR;
-        while let Some(number) = self.free.pop() {
+        while let Some(number) = self.free_slot() {
             let slot = &mut self.slots[number as usize];
             let Some(request) = self.queue.take(&self.limits, &mut slot.chain, &mut slot.list)
             else {
