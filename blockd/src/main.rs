@@ -88,6 +88,7 @@ enum Cache {
 fn main() -> ExitCode {
     let args = Args::parse();
     program::log_to_standard_error();
+    program::allow_many_files();
     program::ended("blockd", run(&args))
 }
 

@@ -88,6 +88,7 @@ enum Sandbox {
 fn main() -> ExitCode {
     let args = Args::parse();
     program::log_to_standard_error();
+    program::allow_many_files();
     match &args.part {
         None => program::ended("forkd", run(&args)),
         // What it tells of is what became of a machine's process.

@@ -6,7 +6,7 @@
 //! finds them.
 
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use offshoot_tests::rng::{Rng, seed};
 use offshoot_tests::trace::{Step, Tracer, steps_of};
@@ -201,6 +201,12 @@ fn fork_and_kill_at(lab: &mut Lab, victim: Victim, step: &Step) -> bool {
             let shown = lab.offshoot(&["vm", "show", name]);
             shown.status.success() && lab.show(name)["state"] == "ended"
         };
+        // The daemon hears of the end of a machine a little later.
+        let until = Instant::now() + Duration::from_secs(10);
+        let is_to_end = killed && forked.status.success();
+        while is_to_end && !names.iter().any(ended) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(10));
+        }
         if names.iter().any(ended) {
             names.iter().for_each(|name| drop(lab.done(&["vm", "rm", name, "--force"])));
         }

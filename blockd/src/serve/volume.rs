@@ -117,13 +117,19 @@ pub struct Volume {
     failure_told: std::sync::atomic::AtomicBool,
 }
 
-/// How to open a disk for clients that outlive the process.
-/// Most records in the tail of a child that is served from its fork on, 768 KiB: there may be
-/// hundreds. Opened again, it gets a tail like any disk.
-const CHILD_TAIL_RECORDS_MAX: u64 = 16_384;
+/// Most records in the tail of a disk that goes on, or begins, at a fork, 768 KiB: whoever waits
+/// for the fork waits until this memory is there, and of children there may be hundreds. Opened
+/// again, it gets a tail like any disk.
+const FORKED_TAIL_RECORDS_MAX: u64 = 16_384;
 
+/// How to open a disk for clients that outlive the process.
 fn live_options(dir: &StoreDir, lanes: usize) -> Options {
     Options { lanes, live: true, ..dir.disk_options() }
+}
+
+/// The same for one that a fork makes.
+fn forked_options(dir: &StoreDir, lanes: usize) -> Options {
+    Options { tail_records_max: FORKED_TAIL_RECORDS_MAX, ..live_options(dir, lanes) }
 }
 
 impl Volume {
@@ -155,10 +161,8 @@ impl Volume {
         (forked, child): (&Forked, &Child),
         options: &VolumeOptions,
     ) -> Result<(Crossing, Arc<Volume>)> {
-        let live = live_options(dir, options.lanes);
-        let (old, live) =
-            (self.disk(), Options { tail_records_max: CHILD_TAIL_RECORDS_MAX, ..live });
-        let crossing = dir.begin_crossing_into(child.segment, forked, &old, &live)?;
+        let live = forked_options(dir, options.lanes);
+        let crossing = dir.begin_crossing_into(child.segment, forked, &self.disk(), &live)?;
         let path = cache_mode::path_in(&dir.identity().tail_dir, child.disk);
         let next = Arc::clone(crossing.next());
         let volume = Volume::assemble(next, &child.name, options, CacheMode::in_file(path))?;
@@ -221,7 +225,7 @@ impl Volume {
     /// # Errors
     /// As [`StoreDir::begin_crossing`].
     pub fn begin_crossing(&self, dir: &StoreDir, forked: &Forked) -> Result<Crossing> {
-        dir.begin_crossing(forked, &self.disk(), &live_options(dir, self.lanes.len()))
+        dir.begin_crossing(forked, &self.disk(), &forked_options(dir, self.lanes.len()))
     }
 
     /// Goes on with another disk that shows the same. The gate of the one before is closed.

@@ -331,6 +331,7 @@ impl StoreDir {
                 renamed => renamed.context("remove", || format!("segment {}", row.segment))?,
             }
             self.sealed.lock().remove(&row.segment);
+            self.summed.lock().remove(&row.segment);
             // The deletion is decided, durably, before the catalogue forgets the segment.
             self.store.sync_names()?;
             self.catalogue.apply(&[Change::RemoveFrozen(row.segment)])?;
@@ -378,12 +379,19 @@ impl StoreDir {
 
     /// Whether the sums of a frozen segment are still to be made.
     fn has_no_sums(&self, row: &FrozenRow) -> Result<bool> {
+        if self.summed.lock().contains(&row.segment) {
+            return Ok(false);
+        }
         let file = match self.segment_file(row.segment, Access::Read) {
             // Nobody stands on it any more, and it went.
             Err(e) if e.kind() == Kind::NotFound => return Ok(false),
             file => file?,
         };
-        Ok(segment::read_superblock(file.as_ref())?.superblock.seal == Seal::Pending)
+        let has_none = segment::read_superblock(file.as_ref())?.superblock.seal == Seal::Pending;
+        if !has_none {
+            self.summed.lock().insert(row.segment);
+        }
+        Ok(has_none)
     }
 
     /// Makes the sums of frozen segments that have none yet. `progress` gets the bytes done and in

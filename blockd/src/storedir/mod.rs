@@ -84,6 +84,8 @@ pub struct StoreDir {
     identity: Identity,
     catalogue: Catalogue,
     sealed: Mutex<HashMap<Uuid, Arc<Sealed>>>,
+    /// Frozen segments that are known to have their sums: they are not looked at again for that.
+    summed: Mutex<HashSet<Uuid>>,
     writable: bool,
     boot: Uuid,
     /// What was mended at opening, for the operator.
@@ -198,6 +200,7 @@ impl StoreDir {
             store,
             identity,
             sealed: Mutex::default(),
+            summed: Mutex::default(),
             writable,
             boot: options.boot,
             notes: Vec::new(),

@@ -51,6 +51,7 @@ impl StoreDir {
             store: Arc::clone(&store),
             identity,
             sealed: Mutex::default(),
+            summed: Mutex::default(),
             writable: true,
             boot: options.boot,
             notes: Vec::new(),

@@ -5,13 +5,12 @@
 //!    anything changes. Without new random numbers there is no fork;
 //! 2. what is going to be made is written down (`undo.rs`): before blockd makes any of it, and
 //!    durably before the cut, behind which a disk may become durable;
-//! 3. blockd gets ready for the fork of the disks meanwhile: the sockets of the children's disks
-//!    are there;
+//! 3. blockd gets ready for the fork of the disks meanwhile, and the shells connect to the sockets
+//!    at which the children's disks are going to be served;
 //! 4. the parent's process is told to cut. It stops the machine, has blockd cut the disks on a
 //!    connection that is open already, and lets the machine go on; then it answers. Nobody else has
 //!    a part in the pause: a daemon that is killed or slow does not prolong it;
-//! 5. each shell becomes a child, connected to its disks and with its identity in place, and
-//!    stands;
+//! 5. each shell becomes a child, with its identity in place, and stands;
 //! 6. when all of them are there, each is described and begins to run. The fork of the disks need
 //!    not be durable yet: blockd lets no flush of a child end before it is. Should it fail, the
 //!    children are ended: nobody was told that they are there, and none of them was told that
@@ -185,26 +184,16 @@ impl Daemon {
         let identities: Result<Vec<_>> = request.children.iter().zip(&shells).map(fresh).collect();
         let identities = identities?;
         self.janitor.begin_soon(undo)?;
-        let disks = fork_request(request, frozen, &shells);
-        let (noted, ready) = std::thread::scope(|s| {
-            let noted = s.spawn(|| self.janitor.begun(undo.id));
-            let ready = (!disks.disks.is_empty()).then(|| self.blockd.fork_ready(&disks));
+        let id = undo.id;
+        let (noted, equipped) = std::thread::scope(|s| {
+            let noted = s.spawn(|| self.janitor.begun(id));
+            let equipped = self.equip_children(parent, request, (shells, frozen, identities), undo);
             // A panic in there is a bug, and is one here as well.
-            (noted.join().unwrap_or_else(|e| std::panic::resume_unwind(e)), ready)
+            (noted.join().unwrap_or_else(|e| std::panic::resume_unwind(e)), equipped)
         });
-        let ready = ready.transpose().inspect_err(|_| undo.disks.clear())?;
-        let token = ready.as_ref().map(|ready| ready.token);
-        let disks = ready.map_or_else(Vec::new, |ready| ready.children);
+        let (children, token) = equipped?;
         let make = || {
             noted?;
-            if disks.len() != frozen.len() * shells.len() {
-                let reason = "blockd answers with other disks than asked";
-                return Err(Error::new(Kind::Unsupported, reason));
-            }
-            let made = disks.iter().map(|made| (made.name.clone(), made.disk)).collect();
-            self.janitor.made(undo, &made)?;
-            let children = children_of(parent, (frozen, &disks), shells, identities);
-            side_by_side(&children, &|child| self.attach_shared(child))?;
             let (was_cut, files) = self.cut(parent, token, &mut undo.disks)?;
             if let Some((status, body)) = &was_cut.disks {
                 let body = body.clone().into_bytes();
@@ -216,14 +205,45 @@ impl Daemon {
         make().inspect_err(|_| token.into_iter().for_each(|token| self.blockd.end_fork(token)))
     }
 
-    /// Has blockd serve a child's disks that are its parent's as well.
-    fn attach_shared(&self, child: &Child) -> Result<()> {
+    /// Has blockd get ready, and the shells connected to their disks. Gives back the children that
+    /// are to be, and what the fork of the disks is called, if there are any.
+    fn equip_children(
+        &self,
+        parent: &Machine,
+        request: &ForkVm,
+        (shells, frozen, identities): (Vec<Arc<Process>>, &[Frozen], Vec<Identity>),
+        undo: &mut Undo,
+    ) -> Result<(Vec<Child>, Option<Uuid>)> {
+        let disks = fork_request(request, frozen, &shells);
+        let ready = (!disks.disks.is_empty()).then(|| self.blockd.fork_ready(&disks));
+        let ready = ready.transpose().inspect_err(|_| undo.disks.clear())?;
+        let token = ready.as_ref().map(|ready| ready.token);
+        let made = ready.map_or_else(Vec::new, |ready| ready.children);
+        let equip = || {
+            if made.len() != frozen.len() * shells.len() {
+                let reason = "blockd answers with other disks than asked";
+                return Err(Error::new(Kind::Unsupported, reason));
+            }
+            let known = made.iter().map(|made| (made.name.clone(), made.disk)).collect();
+            self.janitor.made(undo, &known)?;
+            let children = children_of(parent, (frozen, &made), shells, identities);
+            side_by_side(&children, &|child| self.equip(child))?;
+            Ok((children, token))
+        };
+        equip().inspect_err(|_| token.into_iter().for_each(|token| self.blockd.end_fork(token)))
+    }
+
+    /// Connects a child that is to be to its disks. Those that are its parent's as well are to be
+    /// served to it first.
+    fn equip(&self, child: &Child) -> Result<()> {
         let shared = child.disks.iter().enumerate().filter(|(_, disk)| disk.read_only);
-        for (i, disk) in shared {
-            self.attach_disk(&child.process, i, disk)
-                .map_err(|e| e.within("make", object(&child.identity.name)))?;
-        }
-        Ok(())
+        let equip = || {
+            for (i, disk) in shared {
+                self.attach_disk(&child.process, i, disk)?;
+            }
+            child.process.ask::<()>(&Ask::Equip(hardware(&child.process, &child.disks)))
+        };
+        equip().map_err(|e: Error| e.within("make", object(&child.identity.name)))
     }
 
     /// Has a machine cut, and its disks if there is a token for them.
@@ -309,13 +329,10 @@ fn children_of(
     shells.into_iter().zip(identities).enumerate().map(child).collect()
 }
 
-/// Makes a shell a child that stands. blockd serves its disks already.
+/// Makes a shell that is connected to its disks a child that stands.
 fn fill(child: &Child, was_cut: &WasCut, files: &[OwnedFd]) -> Result<()> {
-    let become_child = BecomeChild {
-        layers: was_cut.layers.clone(),
-        hardware: hardware(&child.process, &child.disks),
-        identity: child.identity.clone(),
-    };
+    let become_child =
+        BecomeChild { layers: was_cut.layers.clone(), identity: child.identity.clone() };
     let ask = Ask::Become(Box::new(become_child));
     let filled = child.process.ask_with::<()>(&ask, &lent(files));
     filled.map(drop).map_err(|e| e.within("make", object(&child.identity.name)))

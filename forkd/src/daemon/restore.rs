@@ -142,7 +142,8 @@ impl Daemon {
         let layers = vec![memory.spans().to_vec()];
         let state = in_memory(state)?;
         let files: [BorrowedFd<'_>; 2] = [memory.file(), state.as_fd()];
-        let ask = Ask::Become(Box::new(BecomeChild { layers, hardware, identity }));
+        shell.ask::<()>(&Ask::Equip(hardware))?;
+        let ask = Ask::Become(Box::new(BecomeChild { layers, identity }));
         let filled = shell.ask_with::<()>(&ask, &files);
         filled.context("use", || format!("snapshot {}", request.path.display()))?;
         self.state.describe(&description, true)?;

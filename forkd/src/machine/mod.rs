@@ -183,6 +183,17 @@ impl Machine {
         })
     }
 
+    /// Gives the shell the devices of what it is going to become.
+    ///
+    /// # Errors
+    /// When they cannot be had; the shell is then of no use any more.
+    pub fn equip(&mut self, devices: MakeDevices<'_>) -> Result<()> {
+        if *self.control.lock() != Phase::Shell {
+            return Err(Error::invalid("it is no shell any more").tried("equip").on("machine"));
+        }
+        self.make_devices(devices).map(drop)
+    }
+
     /// Makes the shell the child of a fork, called `identity` from before its first instruction.
     ///
     /// # Errors
@@ -219,7 +230,11 @@ impl Machine {
         Ok(done)
     }
 
+    /// The devices: those that it was equipped with, or new ones.
     fn make_devices(&self, make: MakeDevices<'_>) -> Result<Arc<dyn Devices>> {
+        if let Some(devices) = self.devices.get() {
+            return Ok(Arc::clone(devices));
+        }
         let devices = make(&self.ram, self)?;
         self.cpus.iter().for_each(|cpu| cpu.attach(&devices));
         Ok(Arc::clone(self.devices.get_or_init(|| devices)))

@@ -10,7 +10,7 @@
 //!   with it. Nothing runs in here after that file is there.
 //! - A cut that fails leaves the machine as it was: running if it ran.
 //!
-//! Lock order: the machine's change, watchers, its phase.
+//! Lock order: the machine's change, the shell, watchers, its phase.
 
 use std::fs;
 use std::io::{self, Write as _};
@@ -28,8 +28,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 
 use super::wire::{
-    Answer, Ask, BecomeChild, BootVm, CutVm, Cutting, DisksAre, Ended, Folder, PauseUs, Phase,
-    Ready, Told, WasCut,
+    Answer, Ask, BecomeChild, BootVm, CutVm, Cutting, DisksAre, Ended, Folder, Hardware, PauseUs,
+    Phase, Ready, Told, WasCut,
 };
 use super::{confine, hardware};
 use crate::http::{self, Reply};
@@ -136,6 +136,7 @@ impl Vm {
         while let Ok((ask, files)) = messages::receive::<Ask>(&socket) {
             let told = match ask {
                 Ask::Boot(asked) => reply(&socket, self.boot(&asked, &files)),
+                Ask::Equip(hardware) => reply(&socket, self.equip(&hardware)),
                 Ask::Become(asked) => reply(&socket, self.become_child(&asked, files)),
                 Ask::Begin { paused } => reply(&socket, self.begin(paused)),
                 Ask::Pause => reply(&socket, self.pause()),
@@ -168,6 +169,15 @@ impl Vm {
         self.fill(|machine| machine.boot_with(&loader, &mut make))
     }
 
+    fn equip(&self, wanted: &Hardware) -> Result<()> {
+        let _changing = self.changing.lock();
+        let mut shell = self.shell.lock();
+        let machine = shell.as_mut().ok_or_else(no_shell)?;
+        machine.equip(&mut |ram: &Arc<GuestRam>, wires: &dyn Wires| {
+            hardware::devices(wanted, &self.folder.console(), ram, wires, None)
+        })
+    }
+
     fn become_child(self: &Arc<Self>, asked: &BecomeChild, mut files: Vec<OwnedFd>) -> Result<()> {
         let missing = || Error::invalid("files of the image are missing");
         let state = files.pop().ok_or_else(missing)?;
@@ -179,20 +189,17 @@ impl Vm {
         let layers = layers.map(|(file, spans)| Layer::new(file, spans.clone(), ram_bytes));
         let layers = layers.collect::<Result<Vec<_>>>()?;
         let image = Image { layers, state: read_all(state)?, pause: Pause::default() };
-        let console = self.folder.console();
-        let mut make = |ram: &Arc<GuestRam>, wires: &dyn Wires| {
-            hardware::devices(&asked.hardware, &console, ram, wires, None)
-        };
+        let bare = || Error::invalid("it has no devices yet");
+        let mut make = |_: &Arc<GuestRam>, _: &dyn Wires| Err(bare());
         self.fill(|machine| machine.become_with(&image, &asked.identity, &mut make).map(drop))
     }
 
     /// Makes something of the shell. Who fails is of no use any more, and is not kept.
     fn fill(self: &Arc<Self>, work: impl FnOnce(&mut Machine) -> Result<()>) -> Result<()> {
         let _changing = self.changing.lock();
-        let used = || Error::invalid("it is no shell any more");
-        let mut machine = self.shell.lock().take().ok_or_else(used)?;
+        let mut machine = self.shell.lock().take().ok_or_else(no_shell)?;
         work(&mut machine)?;
-        self.machine.set(machine).map_err(|_| used())?;
+        self.machine.set(machine).map_err(|_| no_shell())?;
         self.now_is(Phase::Paused);
         let vm = Arc::clone(self);
         std::thread::Builder::new().name("end".into()).spawn(move || vm.wait_for_end())?;
@@ -297,6 +304,10 @@ impl Vm {
             }
         }
     }
+}
+
+fn no_shell() -> Error {
+    Error::invalid("it is no shell any more")
 }
 
 /// The disks of a cut.

@@ -25,8 +25,11 @@ pub enum Ask {
     /// Boot a machine in the shell; it is paused afterwards. Files: its kernel, then its first file
     /// system, if it has one.
     Boot(Box<BootVm>),
-    /// Become the child of a fork; it is paused afterwards. Files: the layers of its memory, then
-    /// its state.
+    /// Have these devices, for the child that the shell is to become. Its disks are connected now,
+    /// so that nothing of that is left to do when the machine is cut.
+    Equip(Hardware),
+    /// Become the child of a fork, equipped before; it is paused afterwards. Files: the layers of
+    /// its memory, then its state.
     Become(Box<BecomeChild>),
     /// Stay when the daemon goes, and begin to run unless it is to stay paused.
     Begin {
@@ -82,8 +85,6 @@ pub struct Hardware {
 pub struct BecomeChild {
     /// What of its memory is in which layer.
     pub layers: Vec<Vec<Span>>,
-    /// What it consists of besides processors and memory.
-    pub hardware: Hardware,
     /// Who it is from now on.
     pub identity: Identity,
 }

@@ -84,7 +84,12 @@ impl Zygotes {
     ///
     /// # Errors
     /// What the zygote or the host reports.
-    pub fn begin(&self, wanted: &Wanted, tether: OwnedFd, log: &fs::File) -> Result<(u32, OwnedFd)> {
+    pub fn begin(
+        &self,
+        wanted: &Wanted,
+        tether: OwnedFd,
+        log: &fs::File,
+    ) -> Result<(u32, OwnedFd)> {
         let mut running = self.running.lock();
         let files = [tether.as_fd(), log.as_fd()];
         for is_last in [false, true] {

@@ -32,7 +32,8 @@ const PARTS: [&str; 5] = ["many", "single", "peer", "after", "row"];
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let parts = arguments.get(2).map_or("", String::as_str);
-    let wanted: Vec<&str> = if parts == "all" { PARTS.to_vec() } else { parts.split(',').collect() };
+    let wanted: Vec<&str> =
+        if parts == "all" { PARTS.to_vec() } else { parts.split(',').collect() };
     let numbers = arguments.iter().enumerate().filter(|(i, _)| *i != 2).map(|(_, n)| n.parse());
     let numbers: Result<Vec<u64>, _> = numbers.collect();
     let known = wanted.iter().all(|part| PARTS.contains(part));

@@ -6,8 +6,8 @@ use crate::host::{Host, progress};
 
 /// How long forks are made.
 pub const SPAN: Duration = Duration::from_secs(10);
-/// Children at most: a host has no more room.
-pub const CHILDREN_MAX: u64 = 1500;
+/// Children at most: blockd has some 18 open files for each, and hosts may allow it 20,000.
+pub const CHILDREN_MAX: u64 = 1000;
 /// Children that are removed afterwards, at most.
 const REMOVED: usize = 50;
 
