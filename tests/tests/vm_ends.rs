@@ -5,7 +5,8 @@ use std::fs;
 
 use forkd::machine::{Reason, SizeClass};
 use format::{Error, Kind};
-use offshoot_tests::payload::{GATES, Guest, HEAP, InPause, Op, available};
+use offshoot_tests::payload::checks;
+use offshoot_tests::payload::{Guest, HEAP, InPause, Op, available};
 
 const MIB: u64 = 1 << 20;
 
@@ -16,27 +17,11 @@ fn every_end_has_a_name() {
     if !available(test) {
         return;
     }
-    for (op, reason) in [
-        (Op::PowerOff, Reason::PowerOff),
-        (Op::Reset, Reason::Reset),
-        (Op::TripleFault, Reason::TripleFault),
-    ] {
-        let guest = Guest::start(8 * MIB, 2);
-        guest.tell(1, Op::Spin, [u64::MAX, 0, 0]);
-        guest.tell(0, op, [GATES.0, GATES.1, 0]);
-        let exit = guest.ended();
-        assert_eq!(exit.reason, reason, "{exit}");
-        if reason == Reason::TripleFault {
+    checks::every_end(|exit| {
+        if exit.reason == Reason::TripleFault {
             assert!(exit.detail.contains("processor 0: rip 0x1"), "{exit}");
         }
-        for refused in [
-            guest.machine.resume().expect_err("it has ended"),
-            guest.cut_with(&mut forkd::wires::NoDisks).expect_err("it has ended"),
-        ] {
-            assert_eq!(refused.kind(), Kind::Failed);
-            assert!(refused.to_string().contains(reason.name()), "{refused}");
-        }
-    }
+    });
 }
 
 /// A fork whose disks cannot be cut, before or after the memory was taken, is given up, and the

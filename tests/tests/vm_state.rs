@@ -5,15 +5,11 @@ use forkd::kvm::blob::{Reader, Writer};
 use forkd::kvm::state::tag;
 use forkd::machine::{Image, Pause, SizeClass};
 use format::{Error, Kind};
-use offshoot_tests::payload::{Guest, HEAP, InPause, Op, available, identity};
+use offshoot_tests::payload::checks::{self, Forks, altered};
+use offshoot_tests::payload::{Guest, HEAP, Op, available, identity};
 use offshoot_tests::rng::Rng;
-use offshoot_tests::vm::parts;
 
 const MIB: u64 = 1 << 20;
-
-fn child_of(image: &Image, like: &Guest) -> Guest {
-    Guest::child(image, like.class(), &identity(9)).expect("a child")
-}
 
 /// The image with another state.
 fn with_state(image: &Image, state: Vec<u8>) -> Image {
@@ -28,21 +24,11 @@ fn registers_go_on_where_they_were() {
     if !available(test) {
         return;
     }
-    let rounds = 100_000_000;
-    let guest = Guest::start(8 * MIB, 1);
-    guest.tell(0, Op::Spin, [rounds, 0, 0]);
-    let children: Vec<Guest> = (0..4)
-        .map(|_| {
-            std::thread::sleep(std::time::Duration::from_millis(5));
-            let child = child_of(&guest.cut(), &guest);
-            child.machine.resume().expect("the child runs");
-            child
-        })
-        .collect();
-    let expected = guest.answer(0);
-    for child in &children {
-        assert_eq!(child.answer(0), expected);
-    }
+    let forks = Forks { most: 4, every_ms: 10 };
+    checks::work(Op::Spin, [100_000_000, 0, 0], forks);
+    // Every register, and then memory that decides what comes next.
+    checks::work(Op::Live, [4_000_000, 0x5eed, 0], forks);
+    checks::work(Op::Churn, [HEAP, 500, 8_000_000], forks);
 }
 
 /// An access that the guest is in the middle of is finished once, in the parent and in the child:
@@ -54,21 +40,7 @@ fn half_done_accesses_are_finished_once() {
         return;
     }
     for by_port in [0, 1] {
-        let parent = Guest::start(8 * MIB, 1);
-        let mut rng = Rng::new(by_port);
-        let count = 6_000;
-        parent.tell(0, Op::Follow, [count, by_port, 0]);
-        let mut children = Vec::new();
-        for _ in 0..8 {
-            std::thread::sleep(std::time::Duration::from_micros(rng.below(4000)));
-            let child = child_of(&parent.cut(), &parent);
-            child.machine.resume().expect("the child runs");
-            children.push(child);
-        }
-        assert_eq!(parent.answer(0), count, "by port: {by_port}");
-        for child in children {
-            assert_eq!(child.answer(0), count, "by port: {by_port}");
-        }
+        checks::accesses(by_port, 6000, Forks { most: 8, every_ms: 4 });
     }
 }
 
@@ -80,43 +52,7 @@ fn pending_interrupts_arrive_once() {
     if !available(test) {
         return;
     }
-    let parent = Guest::start(8 * MIB, 1);
-    parent.ask(Op::OpenLine, [5, 0, 0]);
-    parent.panel.raise();
-    assert_eq!(parent.ask(Op::WaitLines, [1, 0, 0]), 1);
-    // KVM delivers from a worker of its own; what has not arrived when the state is taken is for
-    // the devices to raise again.
-    let raise = || {
-        parent.panel.raise();
-        std::thread::sleep(std::time::Duration::from_millis(30));
-    };
-    for round in 1..=5 {
-        let image = parent
-            .cut_with(&mut InPause { before: &mut || raise(), after: &mut || Ok(()) })
-            .expect("the guest is cut");
-        let child = child_of(&image, &parent);
-        child.machine.resume().expect("the child runs");
-        assert_eq!(child.ask(Op::WaitLines, [round + 1, 0, 0]), round + 1);
-        assert_eq!(parent.ask(Op::WaitLines, [round + 1, 0, 0]), round + 1);
-        for guest in [&child, &parent] {
-            assert_eq!(guest.ask(Op::Lines, [0; 3]), round + 1, "an interrupt came twice");
-        }
-    }
-    let image = parent
-        .cut_with(&mut InPause {
-            before: &mut || (),
-            after: &mut || {
-                raise();
-                Ok(())
-            },
-        })
-        .expect("the guest is cut");
-    let child = child_of(&image, &parent);
-    child.machine.resume().expect("the child runs");
-    assert_eq!(parent.ask(Op::WaitLines, [7, 0, 0]), 7);
-    assert_eq!(child.ask(Op::Lines, [0; 3]), 6, "the child has its parent's later interrupt");
-    child.panel.raise();
-    assert_eq!(child.ask(Op::WaitLines, [7, 0, 0]), 7, "the child's own line is dead");
+    checks::interrupts(5, std::time::Duration::from_millis(30));
 }
 
 /// A guest that sleeps until its timer ticks is forked: the timer ticks on in both.
@@ -126,17 +62,7 @@ fn timer_ticks_on() {
     if !available(test) {
         return;
     }
-    let parent = Guest::start(8 * MIB, 1);
-    parent.ask(Op::StartTimer, [2_000_000, 0, 0]);
-    let mut ticks = parent.ask(Op::WaitTicks, [3, 0, 0]);
-    for _ in 0..5 {
-        // Long enough that the parent is still asleep when it is cut.
-        parent.tell(0, Op::WaitTicks, [ticks + 40, 0, 0]);
-        let child = child_of(&parent.cut(), &parent);
-        child.machine.resume().expect("the child runs");
-        assert!(child.answer(0) >= ticks + 40);
-        ticks = parent.answer(0);
-    }
+    checks::ticks(5, 40);
 }
 
 /// A doorbell never reaches the bus, in the child neither; another value at its address does.
@@ -146,17 +72,7 @@ fn doorbells_ring_without_the_bus() {
     if !available(test) {
         return;
     }
-    let parent = Guest::start(8 * MIB, 1);
-    let child = parent.fork(3);
-    child.machine.resume().expect("the child runs");
-    parent.ask(Op::Ring, [7, 0, 0]);
-    assert!(parent.panel.rang() && !child.panel.rang());
-    child.ask(Op::Ring, [7, 0, 0]);
-    assert!(child.panel.rang() && !parent.panel.rang());
-    assert_eq!(child.panel.complaint(), None);
-    child.tell(0, Op::Ring, [8, 0, 0]);
-    offshoot_tests::until("the other value arrives", || child.panel.complaint().is_some());
-    assert!(!child.panel.rang());
+    checks::doorbells();
 }
 
 /// A child is who it is to be before its first instruction.
@@ -166,14 +82,7 @@ fn child_has_its_identity_at_once() {
     if !available(test) {
         return;
     }
-    let parent = Guest::start(8 * MIB, 1);
-    let image = parent.cut();
-    for n in [5, 6] {
-        let child = Guest::child(&image, parent.class(), &identity(n)).expect("a child");
-        child.machine.resume().expect("the child runs");
-        assert_eq!(child.ask(Op::Identity, [0; 3]), u64::from_le_bytes([n; 8]));
-    }
-    assert_eq!(parent.ask(Op::Identity, [0; 3]), 0);
+    checks::identities();
 }
 
 /// What is saved, put back and saved again is the same, byte for byte, except for time: the clock,
@@ -184,22 +93,7 @@ fn state_saved_restored_and_saved_is_the_same() {
     if !available(test) {
         return;
     }
-    for vcpus in [1, 3] {
-        let guest = Guest::start(8 * MIB, vcpus);
-        guest.ask(Op::OpenLine, [5, 0, 0]);
-        guest.ask(Op::StartTimer, [50_000_000, 0, 0]);
-        guest.tell(0, Op::Spin, [u64::MAX, 0, 0]);
-        std::thread::sleep(std::time::Duration::from_millis(3));
-        guest.machine.pause().expect("it pauses");
-        let first = guest.cut();
-        let second = child_of(&first, &guest).cut();
-        let (first, second) = (parts(&first.state), parts(&second.state));
-        let names: Vec<_> = first.iter().map(|part| part.0.clone()).collect();
-        assert_eq!(names, second.iter().map(|part| part.0.clone()).collect::<Vec<_>>());
-        for ((name, first), (_, second)) in first.iter().zip(&second) {
-            assert_eq!(first, second, "section {name} of a machine with {vcpus} processors");
-        }
-    }
+    checks::saved_twice(&[1, 3]);
 }
 
 /// A state that was altered or cut short anywhere, or lacks a part, makes no machine.
@@ -263,16 +157,12 @@ fn unfit_state_is_refused_by_name() {
     const EBX: usize = 16;
     // Eight features turned over: those of them that the processor lacks are now asked for.
     for (leaf, says) in [(7u32, "lacks features: leaf 0x7.0 EBX bits"), (0, "another vendor")] {
-        let mut out = Writer::default();
-        for (tag, number, content) in Reader::new(&image.state).unwrap().sections() {
-            let mut content = content.to_vec();
+        let image = altered(&image, |tag, _, content| {
             if tag == tag::CPUID {
                 let row = content.chunks_exact_mut(40).find(|row| row[..4] == leaf.to_le_bytes());
                 row.expect("the leaf")[EBX] ^= 0xff;
             }
-            out.section(tag, number, &content);
-        }
-        let image = with_state(&image, out.finish());
+        });
         let e = Guest::child(&image, guest.class(), &identity(1)).expect_err("unfit processors");
         assert_eq!(e.kind(), Kind::Unsupported, "{e}");
         assert!(e.to_string().contains(says), "{e}");

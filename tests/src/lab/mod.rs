@@ -8,6 +8,7 @@
 //! The lab boots the same image as the other test guests, with a second archive behind it: our
 //! programs as they are built for the tests, and what the inner guest boots from.
 
+mod anew;
 mod archive;
 
 use std::fs;
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+pub use anew::play;
 pub use archive::Archive;
 
 use crate::daemon::program;
@@ -31,7 +33,7 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Starts a lab with `programs` of this workspace in it.
+    /// Starts a lab with `programs` of this workspace in it, and what a Linux guest boots from.
     ///
     /// # Errors
     /// What this machine lacks, as a reason for [`crate::skip`].
@@ -40,13 +42,32 @@ impl Lab {
     /// When the lab does not boot, or has no KVM.
     pub fn start(programs: &[&str]) -> Result<Lab, String> {
         let image = Image::get()?;
+        let mut archive = guest_of(image);
+        add_programs(&mut archive, programs);
+        Lab::boot(image, archive, 2048)
+    }
+
+    /// Starts a lab with `programs` and the libraries that they need, and nothing besides.
+    ///
+    /// # Errors
+    /// As [`Lab::start`].
+    ///
+    /// # Panics
+    /// As [`Lab::start`].
+    pub fn bare(programs: &[&str]) -> Result<Lab, String> {
+        let mut archive = Archive::default();
+        add_programs(&mut archive, programs);
+        Lab::boot(Image::get()?, archive, 1024)
+    }
+
+    fn boot(image: &Image, archive: Archive, memory_mib: u32) -> Result<Lab, String> {
         let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
-        let archive = dir.path().join("lab.cpio");
-        fs::write(&archive, pack(image, programs)).map_err(|e| e.to_string())?;
+        let second = dir.path().join("lab.cpio");
+        fs::write(&second, archive.finish()).map_err(|e| e.to_string())?;
         let options = GuestOptions {
-            memory_mib: 2048,
+            memory_mib,
             nested: true,
-            second_archive: Some(archive),
+            second_archive: Some(second),
             ..GuestOptions::default()
         };
         let mut guest = Guest::boot(image, &options);
@@ -85,8 +106,8 @@ impl Lab {
     }
 }
 
-/// The second archive of the lab.
-fn pack(image: &Image, programs: &[&str]) -> Vec<u8> {
+/// What a Linux guest in the lab boots from.
+fn guest_of(image: &Image) -> Archive {
     let mut inner = fs::read(&image.initramfs).expect("the guest image was just made");
     let mut overlay = Archive::default();
     overlay.add("init", include_bytes!("../../lab/init"));
@@ -96,8 +117,7 @@ fn pack(image: &Image, programs: &[&str]) -> Vec<u8> {
     let mut archive = Archive::default();
     archive.add("lab/initramfs", &inner);
     archive.add("lab/kernel", &fs::read(&image.kernel).expect("as above"));
-    add_programs(&mut archive, programs);
-    archive.finish()
+    archive
 }
 
 /// Adds programs of this workspace and the libraries that they need.
@@ -116,8 +136,12 @@ fn add_programs(archive: &mut Archive, names: &[&str]) {
     }
 }
 
-/// A program without its debug information, which is most of it.
-fn stripped(program: &Path) -> Vec<u8> {
+/// A program without its debug information, which is most of it: as it is in a lab.
+///
+/// # Panics
+/// When it cannot be read.
+#[must_use]
+pub fn stripped(program: &Path) -> Vec<u8> {
     let copy = tempfile::NamedTempFile::new().expect("a temporary file");
     let done = Command::new("strip").arg("-o").arg(copy.path()).arg(program).status();
     // Without the tool the lab is larger and slower to start, and otherwise the same.

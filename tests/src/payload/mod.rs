@@ -3,6 +3,7 @@
 //! The program (`guest/main.rs`) runs in ring 3 of long mode, in 4 GiB of identity-mapped memory.
 //! It needs no disk and no kernel, so a fork takes milliseconds and every byte of it is known.
 
+pub mod checks;
 mod loader;
 mod panel;
 
@@ -56,6 +57,16 @@ pub enum Op {
     Reset = 14,
     /// Rings the doorbell with this value.
     Ring = 15,
+    /// Rounds, start: a sum over all registers after that many rounds of work in them.
+    Live = 16,
+    /// Address, pages, rounds: changes words that the words before decide; a sum of them.
+    Churn = 17,
+    /// Vector, one of 0, 6, 13 and 14: does what raises it.
+    Fault = 18,
+    /// Leaf, part, register: what the processor says about itself.
+    Processor = 19,
+    /// The time stamp counter.
+    Time = 20,
 }
 
 /// A machine with the program in it, and its panel.
@@ -173,7 +184,18 @@ impl Guest {
     /// When it does not begin.
     pub fn tell(&self, cpu: usize, op: Op, arguments: [u64; 3]) {
         self.panel.push(cpu, [op as u64, arguments[0], arguments[1], arguments[2]]);
-        crate::until("the order is taken", || self.panel.is_taken(cpu));
+        crate::until("the order is taken", || {
+            // Looked at first: what is taken may be the order to end.
+            let trouble = self.trouble();
+            let taken = self.panel.is_taken(cpu);
+            assert!(taken || trouble.is_none(), "{}", trouble.unwrap_or_default());
+            taken
+        });
+    }
+
+    fn trouble(&self) -> Option<String> {
+        let complaint = self.panel.complaint().map(|c| format!("the guest complains: {c}"));
+        complaint.or_else(|| self.machine.exit().map(|exit| format!("the guest ended: {exit}")))
     }
 
     /// The next answer of processor `cpu`.
@@ -186,11 +208,8 @@ impl Guest {
             if let Some(answer) = self.panel.pop(cpu, Duration::from_millis(20)) {
                 return answer;
             }
-            if let Some(complaint) = self.panel.complaint() {
-                panic!("the guest complains: {complaint}");
-            }
-            if let Some(exit) = self.machine.exit() {
-                panic!("the guest ended: {exit}");
+            if let Some(trouble) = self.trouble() {
+                panic!("{trouble}");
             }
             assert!(Instant::now() < until, "processor {cpu} does not answer");
         }

@@ -22,7 +22,7 @@ use crate::until;
 use crate::watch::Watch;
 
 pub use console::{Console, word};
-pub use saved::parts;
+pub use saved::{memory_of, parts};
 
 /// The guest, as a kernel that boots by PVH.
 pub static GUEST: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernel.elf"));

@@ -1,7 +1,27 @@
-//! Saved states, compared.
+//! Saved states, compared, and the memory of images.
+
+use std::os::unix::fs::FileExt as _;
 
 use forkd::kvm::blob::Reader;
 use forkd::kvm::state::tag;
+use forkd::machine::Image;
+
+/// The memory of an image of a machine with `bytes` of it, as a child would find it.
+///
+/// # Panics
+/// When a layer cannot be read.
+#[must_use]
+pub fn memory_of(image: &Image, bytes: usize) -> Vec<u8> {
+    let mut memory = vec![0; bytes];
+    for layer in &image.layers {
+        let file = std::fs::File::from(layer.file().try_clone_to_owned().expect("a descriptor"));
+        for span in layer.spans() {
+            let [from, to] = [span.start, span.end()].map(|at| usize::try_from(at).expect("RAM"));
+            file.read_exact_at(&mut memory[from..to], span.start).expect("a whole layer");
+        }
+    }
+    memory
+}
 
 /// The sections of a state, with everything that is time set to zero.
 ///

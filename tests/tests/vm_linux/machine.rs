@@ -1,32 +1,15 @@
 //! Machines in the lab, by the command line.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-use offshoot_tests::lab::Lab;
-use offshoot_tests::{retried, skip};
+use offshoot_tests::lab::{Lab, play};
 use serde_json::Value;
 
 use crate::PROGRAMS;
 
-/// Labs that a scenario may spoil by what is the emulator's fault, the last one included.
-const LABS: u32 = 3;
-
-/// Plays `scenario` in a lab, and in another one when the first was spoiled: machines that nobody
-/// forked triple-fault there too now and then (`docs/decisions.md`). Every such lab is counted.
+/// Plays `scenario` in a lab: see [`play`].
 pub fn in_a_lab(test: &str, scenario: impl Fn(&mut Machines)) {
-    for number in 1.. {
-        let lab = match Lab::start(&PROGRAMS) {
-            Ok(lab) => lab,
-            Err(reason) => return skip(test, &reason),
-        };
-        let mut vms = Machines::new(lab);
-        let Err(failure) = catch_unwind(AssertUnwindSafe(|| scenario(&mut vms))) else { return };
-        match catch_unwind(AssertUnwindSafe(|| vms.spoiled())) {
-            Ok(Some(how)) if number < LABS => retried(test, &how),
-            _ => resume_unwind(failure),
-        }
-    }
+    play(test, || Lab::start(&PROGRAMS).map(Machines::new), Machines::spoiled, scenario);
 }
 
 /// The daemons of a lab, and what runs there.

@@ -10,6 +10,8 @@
 #![no_std]
 #![no_main]
 
+mod registers;
+
 use core::arch::{asm, global_asm};
 use core::panic::PanicInfo;
 use core::ptr::{read_volatile, write_volatile};
@@ -176,6 +178,48 @@ fn spin(rounds: u64) -> u64 {
     x ^ sum.to_bits()
 }
 
+/// Changes words of memory that the words before decided, over and over; a sum of what it saw.
+fn churn_pages(first: u64, pages: u64, rounds: u64) -> u64 {
+    let (mut x, mut sum) = (pages, 0u64);
+    for round in 0..rounds {
+        x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let at = first + (x >> 33) % pages * PAGE + (x >> 20) % 512 * 8;
+        let old = load(at);
+        sum = sum.rotate_left(5) ^ old;
+        store(at, (old ^ sum).wrapping_add(round));
+        x ^= old;
+    }
+    sum
+}
+
+/// Does what a program in ring 3 must not, and how the processor says so.
+fn fault(kind: u64) {
+    match kind {
+        // Vector 0: division by zero.
+        // SAFETY: meant to fault, here and below; nothing comes after it.
+        0 => unsafe { asm!("div {z:e}", z = in(reg) 0, inout("eax") 1 => _, inout("edx") 0 => _) },
+        // Vector 6: no instruction.
+        // SAFETY: as above.
+        6 => unsafe { asm!("ud2") },
+        // Vector 13: for ring 0 only.
+        // SAFETY: as above.
+        13 => unsafe { asm!("hlt") },
+        // Vector 14: an address that is nowhere.
+        _ => store(1 << 40, kind),
+    }
+}
+
+/// What the processor says about itself: EAX, EBX, ECX or EDX.
+fn told_by_processor(leaf: u64, part: u64, register: u64) -> u64 {
+    let told = core::arch::x86_64::__cpuid_count(leaf as u32, part as u32);
+    [told.eax, told.ebx, told.ecx, told.edx][register as usize & 3].into()
+}
+
+fn time_stamp() -> u64 {
+    // SAFETY: this machine has the counter, and lets ring 3 read it.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
 /// Has the local timer tick every `count` counts, on vector 0x40.
 fn start_timer(count: u64) {
     put32(LOCAL_APIC + 0xf0, 0x1ff);
@@ -207,59 +251,50 @@ fn wait_for(which: *const u64, count: u64) -> u64 {
     counter(which)
 }
 
+/// Does what the panel says, and returns the answer.
+fn obey(panel: u64, opcode: u64, [a, b, c]: [u64; 3]) -> u64 {
+    match opcode {
+        1 => return fill_pages(a, b, c),
+        2 => return sum_pages(a, b),
+        3 => return write_pages(a, b, c),
+        4 => return follow(panel, a, b != 0),
+        5 => return spin(a),
+        6 => start_timer(a),
+        7 => return wait_for(&raw const TICKS, a),
+        8 => open_line(a),
+        9 => return wait_for(&raw const LINES, a),
+        10 => return counter(&raw const LINES),
+        11 => return get(panel + IDENTITY),
+        12 => {
+            // Zeroes over all gates: the next fault finds none, nor does that fault.
+            (0..b).for_each(|i| store(a + i * 8, 0));
+            // SAFETY: not safe at all, and meant so.
+            unsafe { asm!("ud2") }
+        }
+        13 => put(panel + POWER_OFF, 0),
+        14 => put(panel + RESET, 0),
+        15 => put32(panel + DOORBELL, a as u32),
+        16 => return registers::live(a, b),
+        17 => return churn_pages(a, b, c),
+        18 => fault(a),
+        19 => return told_by_processor(a, b, c),
+        20 => return time_stamp(),
+        other => put(panel + PANIC, other),
+    }
+    0
+}
+
 #[unsafe(no_mangle)]
 extern "C" fn guest_main(cpu: u64) -> ! {
     let panel = PANEL + cpu * PAGE;
     loop {
         let opcode = get(panel + OPCODE);
-        let [a, b, c] = [0, 8, 16].map(|i| if opcode == 0 { 0 } else { get(panel + ARGUMENT + i) });
-        let result = match opcode {
-            0 => {
-                core::hint::spin_loop();
-                continue;
-            }
-            1 => fill_pages(a, b, c),
-            2 => sum_pages(a, b),
-            3 => write_pages(a, b, c),
-            4 => follow(panel, a, b != 0),
-            5 => spin(a),
-            6 => {
-                start_timer(a);
-                0
-            }
-            7 => wait_for(&raw const TICKS, a),
-            8 => {
-                open_line(a);
-                0
-            }
-            9 => wait_for(&raw const LINES, a),
-            10 => counter(&raw const LINES),
-            11 => get(panel + IDENTITY),
-            12 => {
-                // Zeroes over all gates: the next fault finds none, nor does that fault.
-                (0..b).for_each(|i| store(a + i * 8, 0));
-                // SAFETY: not safe at all, and meant so.
-                unsafe { asm!("ud2") };
-                0
-            }
-            13 => {
-                put(panel + POWER_OFF, 0);
-                0
-            }
-            14 => {
-                put(panel + RESET, 0);
-                0
-            }
-            15 => {
-                put32(panel + DOORBELL, a as u32);
-                0
-            }
-            other => {
-                put(panel + PANIC, other);
-                0
-            }
-        };
-        put(panel + RESULT, result);
+        if opcode == 0 {
+            core::hint::spin_loop();
+            continue;
+        }
+        let arguments = [0, 8, 16].map(|i| get(panel + ARGUMENT + i));
+        put(panel + RESULT, obey(panel, opcode, arguments));
     }
 }
 

@@ -79,8 +79,8 @@ impl Device {
         }
     }
 
-    /// Sends the chain that begins with descriptor 0, and waits until it is used.
-    fn request(&mut self) {
+    /// Sends the chain that begins with descriptor 0.
+    fn send(&mut self) {
         let slot = usize::from(self.sent % 8);
         self.sent = self.sent.wrapping_add(1);
         // SAFETY: as in `describe`; the device reads the index after the entry, because stores are
@@ -90,15 +90,32 @@ impl Device {
             write_volatile(&raw mut (*self.queue).available[1], self.sent);
         }
         put32(self.at + 0x50, 0);
+    }
+
+    /// Where the device says how far it is, and what it says there now.
+    fn used(&self) -> (*const u32, u32) {
+        // SAFETY: the device writes it.
+        unsafe {
+            let at = &raw const (*self.queue).used[0];
+            (at, read_volatile(at))
+        }
+    }
+
+    /// Whether the device has used everything that was sent.
+    pub fn is_done(&self) -> bool {
+        self.used().1 >> 16 == u32::from(self.sent)
+    }
+
+    /// Sends the chain that begins with descriptor 0, and waits until it is used.
+    fn request(&mut self) {
+        self.send();
         loop {
-            // SAFETY: the device writes it.
-            let used = unsafe { read_volatile(&raw const (*self.queue).used[0]) };
+            let (at, used) = self.used();
             if used >> 16 == u32::from(self.sent) {
                 return;
             }
             match self.sleeps {
-                // SAFETY: only an address is made.
-                true => sleep(unsafe { &raw const (*self.queue).used[0] }, used),
+                true => sleep(at, used),
                 false => core::hint::spin_loop(),
             }
         }
@@ -110,27 +127,46 @@ impl Device {
         self.sleeps = true;
     }
 
-    /// Reads or writes a sector that begins with a number; gives back the number that it has.
-    pub fn sector(&mut self, number: u64, value: Option<u64>) -> u64 {
-        let (queue, kind) = (self.queue, u64::from(value.is_some()));
+    /// Describes a request of a disk from sector `number` on: kind 0 reads, 1 writes.
+    fn describe_disk(&mut self, kind: u64, number: u64, data: u64, bytes: u64) {
+        let queue = self.queue;
         // SAFETY: nothing is in flight.
         unsafe {
             write_volatile(&raw mut (*queue).head, [kind, number]);
-            write_volatile(&raw mut (*queue).data[0], value.unwrap_or(0));
             write_volatile(&raw mut (*queue).status, 0xff);
             self.describe(0, &raw const (*queue).head as u64, 16, 1);
             let to_disk = if kind == 1 { 1 } else { 3 };
-            self.describe(1, &raw const (*queue).data as u64, 512, to_disk);
+            self.describe(1, data, bytes, to_disk);
             self.describe(2, &raw const (*queue).status as u64, 1, 2);
         }
-        self.request();
+    }
+
+    /// Begins to read `bytes` from sector `number` on to `address`.
+    pub fn begin_read(&mut self, number: u64, address: u64, bytes: u64) {
+        self.describe_disk(0, number, address, bytes);
+        self.send();
+    }
+
+    /// Says so when the last request, which is done, has failed.
+    pub fn check_disk(&self) {
         // SAFETY: the device is done.
-        unsafe {
-            if read_volatile(&raw const (*queue).status) & 0xff != 0 {
-                print("= the disk fails\n");
-            }
-            read_volatile(&raw const (*queue).data[0])
+        if unsafe { read_volatile(&raw const (*self.queue).status) } & 0xff != 0 {
+            print("= the disk fails\n");
         }
+    }
+
+    /// Reads or writes a sector that begins with a number; gives back the number that it has.
+    pub fn sector(&mut self, number: u64, value: Option<u64>) -> u64 {
+        let queue = self.queue;
+        // SAFETY: nothing is in flight.
+        let data = unsafe {
+            write_volatile(&raw mut (*queue).data[0], value.unwrap_or(0));
+            &raw const (*queue).data as u64
+        };
+        self.describe_disk(value.is_some().into(), number, data, 512);
+        self.request();
+        self.check_disk();
+        load(data)
     }
 
     /// Eight random bytes.

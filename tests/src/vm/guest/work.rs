@@ -73,6 +73,38 @@ impl Guest {
     }
 }
 
+/// Pages of one request of [`read_disk`].
+const READ_PAGES: u64 = 16;
+/// Pages in which [`read_disk`] counts.
+const COUNTED_PAGES: u64 = 64;
+
+/// Reads blocks of a disk with so many of them to the groups of 16 pages behind the one at `at`,
+/// until something is typed; gives back how many requests that were. The page at `at` has two words
+/// for each group: one more than the first block that was asked for, and the same when it is there.
+/// While the disk works it counts in 64 pages behind the groups: in the first word of each page,
+/// and mixed with the page in the last one.
+pub fn read_disk(disk: &mut Device, at: u64, groups: u64, blocks: u64) -> u64 {
+    let (mut x, mut requests, mut count) = (1u64, 0, 0u64);
+    let counted = at + PAGE + groups * READ_PAGES * PAGE;
+    while !typed() {
+        x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let (group, block) = ((x >> 33) % groups, (x >> 13) % (blocks / READ_PAGES) * READ_PAGES);
+        let to = at + PAGE + group * READ_PAGES * PAGE;
+        store(at + group * 16, block + 1);
+        disk.begin_read(block * 8, to, READ_PAGES * PAGE);
+        while !disk.is_done() {
+            count += 1;
+            let page = counted + count % COUNTED_PAGES * PAGE;
+            store(page, count);
+            store(page + PAGE - 8, count ^ page);
+        }
+        disk.check_disk();
+        store(at + group * 16 + 8, block + 1);
+        requests += 1;
+    }
+    requests
+}
+
 fn note(at: u64, written: u64) {
     // SAFETY: this program has one thread, and no interrupt handler touches the notes.
     unsafe {
