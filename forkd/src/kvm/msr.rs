@@ -11,6 +11,8 @@ use kvm_ioctls::VcpuFd;
 
 use super::failed;
 
+/// The time stamp counter.
+const TSC: u32 = 0x10;
 /// The deadline of the local timer.
 pub(super) const TSC_DEADLINE: u32 = 0x6e0;
 
@@ -68,6 +70,21 @@ pub(super) fn write(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<usize> {
         left = left.get(n + 1..).unwrap_or(&[]);
     }
     Ok(refused)
+}
+
+/// Takes the time stamp counter out of step with the one that the processor was made with: sets it
+/// far from the value in `entries`, and so from any that it has. To be called for the first
+/// processor of a machine, before its registers are set.
+///
+/// KVM takes a counter that is set to within a second of where the last one would be by now for an
+/// attempt to have processors in step, and sets it there instead. That is right for the other
+/// processors of a machine, and wrong for the first one of a child, whose shell may be just that
+/// much younger than its parent: its time would go back. (Kernels from 6.7 on know the difference.)
+pub(super) fn part_time(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<()> {
+    let Some(tsc) = entries.iter().find(|entry| entry.index == TSC) else { return Ok(()) };
+    let far = kvm_msr_entry { data: tsc.data.wrapping_add(1 << 62), ..*tsc };
+    // One that refuses it has no say in the guest's time at all.
+    vcpu.set_msrs(&list_of(&[far])?).map(drop).map_err(|e| failed("set the time of", e))
 }
 
 fn has(vcpu: &VcpuFd, entry: &kvm_msr_entry) -> Result<bool> {

@@ -10,10 +10,10 @@
 //!
 //! Restore, per processor: MP state, special registers before the local controller (its base
 //! address), that before the model-specific registers (a deadline sticks only in a configured
-//! controller), general registers when the mode they belong to is in place, and before events
-//! (setting them drops a pending exception), events last. Then
-//! the I/O controllers (they may deliver into the local ones at once), then the clock, which needs
-//! the processors.
+//! controller; the time stamp counter of the first processor goes far away before, or KVM may leave
+//! it where it was), general registers when the mode they belong to is in place, and before events
+//! (setting them drops a pending exception), events last. Then the I/O controllers (they may deliver
+//! into the local ones at once), then the clock, which needs the processors.
 //!
 //! Not saved: nested virtual machines and system management mode, which guests are not offered;
 //! state that needs a permission we never ask for (tile registers), so 4096 bytes of extended
@@ -179,6 +179,9 @@ fn restore_processor(fd: &VcpuFd, number: u32, state: &Reader<'_>) -> Result<usi
     fd.set_debug_regs(&one(state, tag::DEBUG, number)?).map_err(set)?;
     fd.set_lapic(&one(state, tag::LAPIC, number)?).map_err(set)?;
     let msrs: Vec<kvm_msr_entry> = many(state, tag::MSRS, number)?;
+    if number == 0 {
+        msr::part_time(fd, &msrs)?;
+    }
     let refused = msr::write(fd, &deadline_last(msrs))?;
     fd.set_regs(&one(state, tag::REGS, number)?).map_err(set)?;
     fd.set_vcpu_events(&one(state, tag::EVENTS, number)?).map_err(set)?;
