@@ -111,9 +111,11 @@ impl Accel {
         if hardware && usable { Accel::Kvm } else { Accel::Tcg }
     }
 
-    /// A processor with AMD's virtualisation and nested paging, emulated.
+    /// A processor with AMD's virtualisation and nested paging, emulated: all of them by one
+    /// thread. With one each, memory that a nested guest has given back is still written to by it
+    /// (`docs/decisions.md`).
     pub(super) const NESTED: [&'static str; 4] =
-        ["-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt"];
+        ["-accel", "tcg,thread=single", "-cpu", "max,+svm,+npt"];
 
     pub(super) fn arguments(self) -> [&'static str; 4] {
         match self {

@@ -62,12 +62,12 @@ pub type Check = (&'static str, fn() -> Seen);
 
 /// All checks that come to the same under every KVM, with small guests and in few rounds.
 pub const ALL: [Check; 15] = [
-    ("one-instant", || one_instant(0x5eed_1ab0, 4 * MIB, 12)),
-    ("apart", || apart(4 * MIB)),
+    ("one-instant", || one_instant(0x5eed_1ab0, 4 * MIB, 10)),
+    ("apart", || apart(3 * MIB)),
     ("generations", || generations(4 * MIB, 5)),
     ("processors", || processors(4 * MIB, 2)),
     ("registers", || work(Op::Live, [3_000_000, 0x5eed_1ab1, 0], FORKS)),
-    ("memory", || work(Op::Churn, [super::HEAP, 256, 4_000_000], FORKS)),
+    ("memory", || work(Op::Churn, [super::HEAP, 128, 3_000_000], FORKS)),
     ("accesses-by-memory", || accesses(0, 1500, FORKS)),
     ("accesses-by-port", || accesses(1, 1500, FORKS)),
     ("interrupts", || interrupts(2, SETTLE)),
