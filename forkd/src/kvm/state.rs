@@ -12,8 +12,8 @@
 //! address), that before the model-specific registers (a deadline sticks only in a configured
 //! controller; the time stamp counter of the first processor goes far away before, or KVM may leave
 //! it where it was), general registers when the mode they belong to is in place, and before events
-//! (setting them drops a pending exception), events last. Then the I/O controllers (they may deliver
-//! into the local ones at once), then the clock, which needs the processors.
+//! (setting them drops a pending exception), events last. Then the I/O controllers (they may
+//! deliver into the local ones at once), then the clock, which needs the processors.
 //!
 //! Not saved: nested virtual machines and system management mode, which guests are not offered;
 //! state that needs a permission we never ask for (tile registers), so 4096 bytes of extended

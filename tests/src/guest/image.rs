@@ -111,16 +111,31 @@ impl Accel {
         if hardware && usable { Accel::Kvm } else { Accel::Tcg }
     }
 
-    /// A processor with AMD's virtualisation and nested paging, emulated: all of them by one
-    /// thread. With one each, memory that a nested guest has given back is still written to by it
-    /// (`docs/decisions.md`).
-    pub(super) const NESTED: [&'static str; 4] =
-        ["-accel", "tcg,thread=single", "-cpu", "max,+svm,+npt"];
-
     pub(super) fn arguments(self) -> [&'static str; 4] {
         match self {
             Accel::Kvm => ["-accel", "kvm", "-cpu", "host"],
             Accel::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "qemu64"],
         }
+    }
+}
+
+/// How many threads emulate processors that have virtualisation of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Nested {
+    /// One for each processor. Memory that a nested guest has given back may still be written to
+    /// by it (`docs/decisions.md`).
+    ThreadEach,
+    /// One for all of them.
+    OneThread,
+}
+
+impl Nested {
+    /// Processors with AMD's virtualisation and nested paging.
+    pub(super) fn arguments(self) -> [&'static str; 4] {
+        let how = match self {
+            Nested::ThreadEach => "tcg,thread=multi",
+            Nested::OneThread => "tcg,thread=single",
+        };
+        ["-accel", how, "-cpu", "max,+svm,+npt"]
     }
 }

@@ -10,7 +10,7 @@
 mod image;
 mod qmp;
 
-pub use image::{Accel, Image};
+pub use image::{Accel, Image, Nested};
 pub use qmp::Qmp;
 
 use std::fs;
@@ -77,8 +77,8 @@ pub struct GuestOptions {
     pub root_on_disk: bool,
     /// How its processors are made.
     pub accel: Accel,
-    /// Whether its processors have virtualisation of their own, which is always emulated.
-    pub nested: bool,
+    /// Whether its processors have virtualisation of their own, which is always emulated, and how.
+    pub nested: Option<Nested>,
     /// An archive to be unpacked after the initramfs.
     pub second_archive: Option<PathBuf>,
 }
@@ -92,7 +92,7 @@ impl Default for GuestOptions {
             fio: false,
             root_on_disk: false,
             accel: Accel::best(),
-            nested: false,
+            nested: None,
             second_archive: None,
         }
     }
@@ -115,7 +115,7 @@ impl GuestOptions {
         let initramfs = if self.second_archive.is_some() { &joined } else { initramfs };
         let root = if self.root_on_disk { " root=/dev/vda" } else { "" };
         let dir = dir.display();
-        let accel = if self.nested { Accel::NESTED } else { self.accel.arguments() };
+        let accel = self.nested.map_or_else(|| self.accel.arguments(), Nested::arguments);
         let mut words: Vec<String> = accel.map(str::to_owned).to_vec();
         let mut add = |name: &str, value: String| words.extend([name.to_owned(), value]);
         add("-machine", "q35,memory-backend=memory".to_owned());

@@ -20,7 +20,7 @@ pub use anew::play;
 pub use archive::Archive;
 
 use crate::daemon::program;
-use crate::guest::{Guest, GuestOptions, Image};
+use crate::guest::{Guest, GuestOptions, Image, Nested};
 
 /// How long a command in the lab may take: an inner guest boots in a fraction of it.
 pub const RUN: Duration = Duration::from_secs(120);
@@ -44,10 +44,11 @@ impl Lab {
         let image = Image::get()?;
         let mut archive = guest_of(image);
         add_programs(&mut archive, programs);
-        Lab::boot(image, archive, 2048)
+        Lab::boot(image, archive, 2048, Nested::ThreadEach)
     }
 
-    /// Starts a lab with `programs` and the libraries that they need, and nothing besides.
+    /// Starts a lab with `programs` and the libraries that they need, and nothing besides. One
+    /// thread emulates it: slower, and right about memory that guests give back and get again.
     ///
     /// # Errors
     /// As [`Lab::start`].
@@ -57,16 +58,21 @@ impl Lab {
     pub fn bare(programs: &[&str]) -> Result<Lab, String> {
         let mut archive = Archive::default();
         add_programs(&mut archive, programs);
-        Lab::boot(Image::get()?, archive, 1024)
+        Lab::boot(Image::get()?, archive, 1024, Nested::OneThread)
     }
 
-    fn boot(image: &Image, archive: Archive, memory_mib: u32) -> Result<Lab, String> {
+    fn boot(
+        image: &Image,
+        archive: Archive,
+        memory_mib: u32,
+        nested: Nested,
+    ) -> Result<Lab, String> {
         let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
         let second = dir.path().join("lab.cpio");
         fs::write(&second, archive.finish()).map_err(|e| e.to_string())?;
         let options = GuestOptions {
             memory_mib,
-            nested: true,
+            nested: Some(nested),
             second_archive: Some(second),
             ..GuestOptions::default()
         };

@@ -39,28 +39,44 @@ pub fn altered(image: &Image, change: impl Fn([u8; 4], u32, &mut Vec<u8>)) -> Im
 #[derive(Debug, Clone, Copy)]
 pub struct Forks {
     /// How often, at most.
-    pub most: u32,
+    pub most: usize,
     /// How long it works before each fork, at most, in milliseconds.
     pub every_ms: u64,
 }
 
+/// How often a guest begins its work anew when it was done before it could be forked.
+const TRIES: u32 = 12;
+
 impl Forks {
-    /// Forks `parent` while its first processor works; its answer, and the children, which run.
-    fn of(self, parent: &Guest, rng: &mut Rng) -> (u64, Vec<Guest>) {
-        let mut children = Vec::new();
-        for _ in 0..self.most {
-            std::thread::sleep(Duration::from_micros(rng.below(self.every_ms * 1000)));
-            let image = parent.cut();
-            // Who has answered by now may have done so before the cut, and its child never will.
-            if let Some(answer) = parent.panel.pop(0, Duration::ZERO) {
-                assert!(!children.is_empty(), "the work is too short to be forked");
-                return (answer, children);
+    /// Forks a new guest while its first processor does what `begin` tells it: the guest, its
+    /// answer, and the children, at least one, which run.
+    fn of(self, seed: u64, begin: impl Fn(&Guest)) -> (Guest, u64, Vec<Guest>) {
+        let mut rng = Rng::new(seed);
+        for tried in 0..TRIES {
+            let parent = Guest::start(4 * MIB, 1);
+            begin(&parent);
+            let mut children = Vec::new();
+            let mut answer = None;
+            // A host that is busy wakes us late: then there is less time to wait.
+            let wait_us = (self.every_ms * 1000 >> tried).max(1);
+            while answer.is_none() && children.len() < self.most {
+                std::thread::sleep(Duration::from_micros(rng.below(wait_us)));
+                let image = parent.cut();
+                // Who has answered by now may have done so before the cut, and its child never
+                // will.
+                answer = parent.panel.pop(0, Duration::ZERO);
+                if answer.is_none() {
+                    let child = child_of(&image, &parent);
+                    child.machine.resume().expect("the child runs");
+                    children.push(child);
+                }
             }
-            let child = child_of(&image, parent);
-            child.machine.resume().expect("the child runs");
-            children.push(child);
+            if !children.is_empty() {
+                let answer = answer.unwrap_or_else(|| parent.answer(0));
+                return (parent, answer, children);
+            }
         }
-        (parent.answer(0), children)
+        panic!("the work is too short to be forked");
     }
 }
 
@@ -71,10 +87,10 @@ impl Forks {
 /// When one comes to another end.
 pub fn work(op: Op, arguments: [u64; 3], forks: Forks) -> Seen {
     let mut seen = Seen::default();
-    let parent = Guest::start(4 * MIB, 1);
-    parent.ask(Op::Fill, [HEAP, parent.heap_pages(), 0x5eed]);
-    parent.tell(0, op, arguments);
-    let (answer, children) = forks.of(&parent, &mut Rng::new(1));
+    let (parent, answer, children) = forks.of(1, |parent| {
+        parent.ask(Op::Fill, [HEAP, parent.heap_pages(), 0x5eed]);
+        parent.tell(0, op, arguments);
+    });
     let heap = usize::try_from(HEAP).expect("64 bits");
     let memory = parent.memory().split_off(heap);
     for child in &children {
@@ -93,9 +109,8 @@ pub fn work(op: Op, arguments: [u64; 3], forks: Forks) -> Seen {
 /// When the guest complains.
 pub fn accesses(by_port: u64, count: u64, forks: Forks) -> Seen {
     let mut seen = Seen::default();
-    let parent = Guest::start(4 * MIB, 1);
-    parent.tell(0, Op::Follow, [count, by_port, 0]);
-    let (answer, children) = forks.of(&parent, &mut Rng::new(by_port));
+    let begin = |parent: &Guest| parent.tell(0, Op::Follow, [count, by_port, 0]);
+    let (_parent, answer, children) = forks.of(by_port, begin);
     assert_eq!(answer, count, "by port: {by_port}");
     for child in children {
         assert_eq!(child.answer(0), count, "by port: {by_port}");

@@ -351,10 +351,7 @@ fn obey(guest: &mut Guest, line: &[u8]) {
         }
         Some(b'y') => told(work::pages_written(a, b)),
         // Address, groups, blocks: reads blocks of the disk to memory until something is typed.
-        Some(b'q') => {
-            print("= reading\n");
-            told(guest.disk.as_mut().map_or(0, |disk| work::read_disk(disk, a, b, c)));
-        }
+        Some(b'q') => told(guest.read_disk(a, b, c)),
         // Bytes: floods the console.
         Some(b'x') => (0..a).for_each(|i| out8(SERIAL, b'a' + (i % 26) as u8)),
         // Listens to the power button, and obeys it, or with another number than 0 does not.

@@ -62,6 +62,12 @@ impl Guest {
         set_timer(0);
     }
 
+    /// Reads from the disk until something is typed: see [`read_disk`].
+    pub fn read_disk(&mut self, at: u64, groups: u64, blocks: u64) -> u64 {
+        print("= reading\n");
+        self.disk.as_mut().map_or(0, |disk| read_disk(disk, at, groups, blocks))
+    }
+
     /// Tells the clock, and what it was at the last fork.
     pub fn tell_clock(&self) {
         print("= clock");
@@ -78,12 +84,12 @@ const READ_PAGES: u64 = 16;
 /// Pages in which [`read_disk`] counts.
 const COUNTED_PAGES: u64 = 64;
 
-/// Reads blocks of a disk with so many of them to the groups of 16 pages behind the one at `at`,
+/// Reads blocks of a disk that has so many to the groups of 16 pages behind the one at `at`,
 /// until something is typed; gives back how many requests that were. The page at `at` has two words
 /// for each group: one more than the first block that was asked for, and the same when it is there.
 /// While the disk works it counts in 64 pages behind the groups: in the first word of each page,
 /// and mixed with the page in the last one.
-pub fn read_disk(disk: &mut Device, at: u64, groups: u64, blocks: u64) -> u64 {
+fn read_disk(disk: &mut Device, at: u64, groups: u64, blocks: u64) -> u64 {
     let (mut x, mut requests, mut count) = (1u64, 0, 0u64);
     let counted = at + PAGE + groups * READ_PAGES * PAGE;
     while !typed() {
