@@ -25,10 +25,10 @@ fn registers_go_on_where_they_were() {
         return;
     }
     let forks = Forks { most: 4, every_ms: 10 };
-    checks::work(Op::Spin, [100_000_000, 0, 0], forks);
+    checks::work(Op::Spin, [50_000_000, 0, 0], forks);
     // Every register, and then memory that decides what comes next.
-    checks::work(Op::Live, [4_000_000, 0x5eed, 0], forks);
-    checks::work(Op::Churn, [HEAP, 500, 8_000_000], forks);
+    checks::work(Op::Live, [2_000_000, 0x5eed, 0], forks);
+    checks::work(Op::Churn, [HEAP, 500, 4_000_000], forks);
 }
 
 /// An access that the guest is in the middle of is finished once, in the parent and in the child:
