@@ -25,7 +25,7 @@ const GROUP_PAGES: usize = 16;
 const COUNTED_PAGES: u64 = 64;
 /// Blocks of the disk that hold something.
 const BLOCKS: usize = 2048;
-const SIZE: usize = PAGE as usize;
+const SIZE: usize = 4096;
 
 /// What the disk holds: no two blocks begin alike.
 fn content(seed: u64) -> Vec<u8> {

@@ -58,7 +58,7 @@ impl Forks {
             let mut children = Vec::new();
             let mut answer = None;
             // A host that is busy wakes us late: then there is less time to wait.
-            let wait_us = (self.every_ms * 1000 >> tried).max(1);
+            let wait_us = ((self.every_ms * 1000) >> tried).max(1);
             while answer.is_none() && children.len() < self.most {
                 std::thread::sleep(Duration::from_micros(rng.below(wait_us)));
                 let image = parent.cut();
