@@ -254,9 +254,8 @@ fn dies_at_each_step(test: &str, victim: Victim, own: &[&str]) {
 #[test]
 fn the_daemon_may_die_at_any_step_of_a_fork() {
     let own = [
-        "fsync undo/ID.soon",
-        "rename undo/ID.soon",
-        "rename undo/ID.disks.new",
+        "fsync undo/ID.json.new",
+        "rename undo/ID.json.new",
         "rename ID/vm.json.new",
         "fsync vms/ID",
         "unlink undo/ID.json",

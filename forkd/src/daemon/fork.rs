@@ -3,10 +3,11 @@
 //! The order, and what each step defends against:
 //! 1. names are reserved, shells taken, identities made: what can be refused is refused before
 //!    anything changes. Without new random numbers there is no fork;
-//! 2. what is going to be made is written down (`undo.rs`): before blockd makes any of it, and
-//!    durably before the cut, behind which a disk may become durable;
-//! 3. blockd gets ready for the fork of the disks meanwhile, and the shells connect to the sockets
-//!    at which the children's disks are going to be served;
+//! 2. blockd gets ready for the fork of the disks, and says which disks there are going to be, and
+//!    at which sockets. It forgets all of this if nobody says when, so a daemon that is killed here
+//!    leaves nothing;
+//! 3. what is going to be made is written down durably (`undo.rs`) — before the cut, behind which a
+//!    disk may become durable. Meanwhile the shells connect to the disks of their children;
 //! 4. the parent's process is told to cut. It stops the machine, has blockd cut the disks on a
 //!    connection that is open already, and lets the machine go on; then it answers. Nobody else has
 //!    a part in the pause: a daemon that is killed or slow does not prolong it;
@@ -15,7 +16,7 @@
 //!    not be durable yet: blockd lets no flush of a child end before it is. Should it fail, the
 //!    children are ended: nobody was told that they are there, and none of them was told that
 //!    anything is durable;
-//! 7. when it is, descriptions are made durable, and what was written down in 2 goes. Only then is
+//! 7. when it is, descriptions are made durable, and what was written down in 3 goes. Only then is
 //!    somebody told.
 //!
 //! Whatever fails on the way, the parent goes on, and what was made of children is removed. A
@@ -94,8 +95,6 @@ pub(super) struct Frozen {
     pub(super) i: usize,
     /// Its name.
     pub(super) disk: String,
-    /// The segment of its that the fork is going to freeze.
-    pub(super) segment: Uuid,
 }
 
 /// What came of making children: the machines, the cut, and when all of them ran.
@@ -138,12 +137,11 @@ impl Daemon {
         let _changing = parent.changing.lock();
         parent.living_process()?;
         let _reserved = self.table.reserve(&request.children)?;
-        let frozen = self.segments_of(&parent)?;
         let _busy = self.pool.leave_alone();
         let (shells, cold) = self.pool.take(&parent.is.class(), count)?;
         let ids = shells.iter().map(|shell| shell.id).collect();
-        let mut undo = Undo::of(ids, !parent.is.disks.is_empty(), to_undo(request, &frozen));
-        let made = self.make_children(&parent, request, (shells, &frozen), &mut undo);
+        let mut undo = Undo::of(ids, !parent.is.disks.is_empty(), Vec::new());
+        let made = self.make_children(&parent, request, shells, &mut undo);
         match made {
             Ok((children, was_cut, ready)) => Ok(ForkedVms {
                 children: children.iter().map(|child| child.describe(&self.state)).collect(),
@@ -161,39 +159,30 @@ impl Daemon {
         }
     }
 
-    /// The machine's disks that are going to be forked, by number, and the segments of theirs that
-    /// the fork is going to freeze.
-    pub(super) fn segments_of(&self, parent: &Machine) -> Result<Vec<Frozen>> {
-        let disks = parent.is.disks.iter().enumerate().filter(|(_, disk)| !disk.read_only);
-        let segment = |(i, disk): (usize, &VmDisk)| {
-            let segment = self.blockd.show(&disk.disk)?.disk.segment;
-            Ok(Frozen { i, disk: disk.disk.clone(), segment })
-        };
-        disks.map(segment).collect()
-    }
-
     fn make_children(
         self: &Arc<Self>,
         parent: &Machine,
         request: &ForkVm,
-        (shells, frozen): (Vec<Arc<Process>>, &[Frozen]),
+        shells: Vec<Arc<Process>>,
         undo: &mut Undo,
     ) -> Result<Made> {
         shells.iter().for_each(|shell| self.janitor.know(Arc::clone(shell)));
         let fresh = |(name, shell): (&String, &Arc<Process>)| identity::fresh(name, shell.id);
         let identities: Result<Vec<_>> = request.children.iter().zip(&shells).map(fresh).collect();
         let identities = identities?;
-        self.janitor.begin_soon(undo)?;
-        let id = undo.id;
-        let (noted, equipped) = std::thread::scope(|s| {
-            let noted = s.spawn(|| self.janitor.begun(id));
-            let equipped = self.equip_children(parent, request, (shells, frozen, identities), undo);
-            // A panic in there is a bug, and is one here as well.
-            (noted.join().unwrap_or_else(|e| std::panic::resume_unwind(e)), equipped)
-        });
-        let (children, token) = equipped?;
+        let frozen = frozen_of(parent);
+        let disks = fork_request(request, &frozen, &shells);
+        let ready = (!frozen.is_empty()).then(|| self.blockd.fork_ready(&disks)).transpose()?;
+        let token = ready.as_ref().map(|ready| ready.token);
+        let disks = ready.map_or_else(Vec::new, |ready| ready.children);
         let make = || {
-            noted?;
+            if disks.len() != frozen.len() * shells.len() {
+                let reason = "blockd answers with other disks than asked";
+                return Err(Error::new(Kind::Unsupported, reason));
+            }
+            undo.disks = disks.iter().map(to_undo).collect();
+            let children = children_of(parent, (&frozen, &disks), shells, identities);
+            self.note_and_equip(&children, undo)?;
             let (was_cut, files) = self.cut(parent, token, &mut undo.disks)?;
             if let Some((status, body)) = &was_cut.disks {
                 let body = body.clone().into_bytes();
@@ -205,32 +194,15 @@ impl Daemon {
         make().inspect_err(|_| token.into_iter().for_each(|token| self.blockd.end_fork(token)))
     }
 
-    /// Has blockd get ready, and the shells connected to their disks. Gives back the children that
-    /// are to be, and what the fork of the disks is called, if there are any.
-    fn equip_children(
-        &self,
-        parent: &Machine,
-        request: &ForkVm,
-        (shells, frozen, identities): (Vec<Arc<Process>>, &[Frozen], Vec<Identity>),
-        undo: &mut Undo,
-    ) -> Result<(Vec<Child>, Option<Uuid>)> {
-        let disks = fork_request(request, frozen, &shells);
-        let ready = (!disks.disks.is_empty()).then(|| self.blockd.fork_ready(&disks));
-        let ready = ready.transpose().inspect_err(|_| undo.disks.clear())?;
-        let token = ready.as_ref().map(|ready| ready.token);
-        let made = ready.map_or_else(Vec::new, |ready| ready.children);
-        let equip = || {
-            if made.len() != frozen.len() * shells.len() {
-                let reason = "blockd answers with other disks than asked";
-                return Err(Error::new(Kind::Unsupported, reason));
-            }
-            let known = made.iter().map(|made| (made.name.clone(), made.disk)).collect();
-            self.janitor.made(undo, &known)?;
-            let children = children_of(parent, (frozen, &made), shells, identities);
-            side_by_side(&children, &|child| self.equip(child))?;
-            Ok((children, token))
-        };
-        equip().inspect_err(|_| token.into_iter().for_each(|token| self.blockd.end_fork(token)))
+    /// Notes what is to be undone, and has the children that are to be connected to their disks.
+    fn note_and_equip(&self, children: &[Child], undo: &Undo) -> Result<()> {
+        let (noted, equipped) = std::thread::scope(|s| {
+            let noted = s.spawn(|| self.janitor.begin(undo));
+            let equipped = side_by_side(children, &|child| self.equip(child));
+            // A panic in there is a bug, and is one here as well.
+            (noted.join().unwrap_or_else(|e| std::panic::resume_unwind(e)), equipped)
+        });
+        noted.and(equipped)
     }
 
     /// Connects a child that is to be to its disks. Those that are its parent's as well are to be
@@ -292,7 +264,7 @@ impl Daemon {
             ..parent.is.clone()
         };
         let described: Vec<Description> = children.iter().map(describe).collect();
-        // Not durable yet: after a power cut there is no child, and the record of step 2 stands.
+        // Not durable yet: after a power cut there is no child, and the record of step 3 stands.
         described.iter().try_for_each(|is| self.state.describe(is, false))?;
         let begin = Ask::Begin { paused: request.paused };
         side_by_side(&children, &|child| child.process.ask::<()>(&begin))?;
@@ -343,13 +315,14 @@ fn disk_name(child: &str, i: usize) -> String {
     format!("{child}-disk{i}")
 }
 
-fn to_undo(request: &ForkVm, frozen: &[Frozen]) -> Vec<UndoDisk> {
-    let of = |f: &Frozen| {
-        let (i, is) = (f.i, Which::Over(f.segment));
-        let child = move |child: &String| UndoDisk { name: disk_name(child, i), is };
-        request.children.iter().map(child).collect::<Vec<_>>()
-    };
-    frozen.iter().flat_map(of).collect()
+fn to_undo(made: &MadeChild) -> UndoDisk {
+    UndoDisk { name: made.name.clone(), is: Which::Identity(made.disk) }
+}
+
+/// The disks of a machine that are going to be forked: those that are its own.
+pub(super) fn frozen_of(parent: &Machine) -> Vec<Frozen> {
+    let disks = parent.is.disks.iter().enumerate().filter(|(_, disk)| !disk.read_only);
+    disks.map(|(i, disk)| Frozen { i, disk: disk.disk.clone() }).collect()
 }
 
 /// What blockd is to fork, and where it is to serve the children.
@@ -400,16 +373,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_disk_of_every_child_is_asked_for_and_can_be_undone() {
+    fn every_disk_of_every_child_is_asked_for() {
         let children = vec!["a".to_owned(), "b".to_owned()];
         let request = ForkVm { children, paused: false };
-        let frozen = [
-            Frozen { i: 0, disk: "root".into(), segment: Uuid::from_u128(1) },
-            Frozen { i: 2, disk: "data".into(), segment: Uuid::from_u128(2) },
-        ];
+        let frozen = [Frozen { i: 0, disk: "root".into() }, Frozen { i: 2, disk: "data".into() }];
 
         let body = fork_request(&request, &frozen, &[]);
-        let undo = to_undo(&request, &frozen);
 
         let names = |d: &ForkDisk| (d.disk.clone(), d.children.join(" "));
         let asked: Vec<_> = body.disks.iter().map(names).collect();
@@ -418,17 +387,6 @@ mod tests {
             [
                 ("root".to_owned(), "a-disk0 b-disk0".to_owned()),
                 ("data".to_owned(), "a-disk2 b-disk2".to_owned()),
-            ]
-        );
-        let undone: Vec<_> = undo.iter().map(|u| (u.name.as_str(), u.is)).collect();
-        let over = |n| Which::Over(Uuid::from_u128(n));
-        assert_eq!(
-            undone,
-            [
-                ("a-disk0", over(1)),
-                ("b-disk0", over(1)),
-                ("a-disk2", over(2)),
-                ("b-disk2", over(2)),
             ]
         );
         assert!(fork_request(&request, &[], &[]).disks.is_empty());

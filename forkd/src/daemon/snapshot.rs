@@ -26,7 +26,7 @@ use format::{Context as _, Error, Kind, Result};
 use uuid::Uuid;
 
 use super::Daemon;
-use super::fork::{Frozen, us};
+use super::fork::{Frozen, frozen_of, us};
 use super::table::{Machine, object};
 use super::undo::{Undo, UndoDisk, Which};
 use crate::api::types::{
@@ -84,10 +84,13 @@ impl Daemon {
         let id = Uuid::new_v4();
         let draft = Draft::plan(&request.path, id, &RealHost)?;
         let within = |e: Error| e.within("snapshot", object(name));
-        let frozen = self.segments_of(&machine).map_err(within)?;
-        let to_undo =
-            |f: &Frozen| UndoDisk { name: disk_name(name, id, f.i), is: Which::Over(f.segment) };
-        let disks = frozen.iter().map(to_undo).collect();
+        let frozen = frozen_of(&machine);
+        let to_undo = |f: &Frozen| {
+            // What the fork is going to freeze.
+            let segment = self.blockd.show(&f.disk)?.disk.segment;
+            Ok(UndoDisk { name: disk_name(name, id, f.i), is: Which::Over(segment) })
+        };
+        let disks = frozen.iter().map(to_undo).collect::<Result<_>>().map_err(within)?;
         let mut undo = Undo::of_snapshot(draft.partial().to_owned(), disks);
         let taking = Taking { machine: &machine, id, frozen: &frozen, began };
         let taken = self.write_snapshot(&taking, draft, &mut undo, job).inspect_err(|_| {

@@ -4,20 +4,17 @@
 //! that the last step was done. While it is there, the work counts as not done: a daemon that finds
 //! it removes what it names, whether the work was given up, failed or was killed.
 //!
-//! Who cannot wait for that (a fork, before its instant) has the record written first under a name
-//! of its own, `ID.soon`, which is enough for who comes after a killed daemon, and made durable
-//! while something else goes on. A power cut may leave any part of such a record: then nothing that
-//! it names was durable, and it goes.
-//!
 //! The order of removing, and why: first the processes, so that nobody uses a disk; then blockd's
 //! sockets, so that disks are free; then the disks; then the folders; last the record, so that a
 //! removal that is cut short is taken up again. Every step may find that it was done before.
 //!
 //! A disk is never removed by its name alone, which may be another's by now: it has the identity
-//! that was noted, or stands on the very segment that the fork froze. Identities are noted as soon
-//! as they are known, before anybody uses the disks: one in service may be flattened, and then
-//! stands on nothing that a fork froze. That note is a file of its own, and not durable: after a
-//! kill it is there, after a power cut it may be missing, and the first one counts.
+//! that was noted, or stands on the very segment that it was made over. The record of a fork has
+//! identities: blockd tells them when it is ready, and makes nothing of a fork that nobody cuts.
+//! Elsewhere identities are noted as soon as they are known, before anybody uses the disks: one in
+//! service may be flattened, and then stands on nothing that it was made over. That note is a file
+//! of its own, and not durable: after a kill it is there, after a power cut it may be missing, and
+//! the first one counts.
 //!
 //! Of a snapshot, the folder that it is made in says whether it is done: it takes another name as
 //! the last step. While it has the first one, it and the disks go; when it has not, the snapshot is
@@ -47,8 +44,6 @@ use crate::process::Process;
 const LAYOUT: u32 = 1;
 /// How the file of known disks ends that is beside a record.
 const KNOWN: &str = "disks";
-/// How the file of a record ends that is not durable yet.
-const SOON: &str = "soon";
 /// Time between two attempts.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -147,15 +142,6 @@ impl Janitor {
                 }
                 continue;
             }
-            if path.extension().is_some_and(|e| e == SOON) {
-                // Else nothing that it would have named was durable.
-                if let Ok(Some(undo)) = state::read::<Undo>(&path) {
-                    state::write(&folder, &file_name(undo.id), &undo, true)?;
-                    work.undo.insert(undo.id, undo);
-                }
-                fs::remove_file(&path)?;
-                continue;
-            }
             match state::read::<Undo>(&path) {
                 Ok(Some(mut undo)) => {
                     // One that a power cut left makes no sense, and is not needed then.
@@ -207,35 +193,6 @@ impl Janitor {
         state::write(&self.folder, &file_name(undo.id), undo, true)
     }
 
-    /// As [`Janitor::begin`], for who comes after a kill; a power cut may take it until
-    /// [`Janitor::begun`] has come back.
-    ///
-    /// # Errors
-    /// What the host reports; nothing is noted then.
-    pub fn begin_soon(&self, undo: &Undo) -> Result<()> {
-        let path = self.file(undo.id).with_extension(SOON);
-        let put = || -> Result<()> {
-            let text = serde_json::to_vec_pretty(undo).map_err(std::io::Error::from)?;
-            Ok(fs::write(&path, text)?)
-        };
-        put().inspect_err(|_| _ = fs::remove_file(&path)).context("write", || shown(&path))
-    }
-
-    /// Makes durable what [`Janitor::begin_soon`] has noted.
-    ///
-    /// # Errors
-    /// What the host reports.
-    pub fn begun(&self, undo: Uuid) -> Result<()> {
-        let path = self.file(undo).with_extension(SOON);
-        let sync = || -> Result<()> {
-            // Before the rename: under its own name a record is whole after a power cut.
-            fs::File::open(&path)?.sync_all()?;
-            fs::rename(&path, self.file(undo))?;
-            state::sync_folder(&self.folder)
-        };
-        sync().context("sync", || shown(&path))
-    }
-
     /// Notes which disks were made, by name and identity, before anybody uses them.
     ///
     /// # Errors
@@ -256,8 +213,6 @@ impl Janitor {
     /// What the host reports; it then still counts as not done.
     pub fn done(&self, undo: &Undo) -> Result<()> {
         let remove = || -> Result<()> {
-            // There when it was not made durable.
-            let _ = fs::remove_file(self.file(undo.id).with_extension(SOON));
             fs::remove_file(self.file(undo.id))?;
             // After the record: without it, this says nothing. Mostly it is not there.
             let _ = fs::remove_file(self.file(undo.id).with_extension(KNOWN));
@@ -450,27 +405,8 @@ mod tests {
         Janitor::open(dir).unwrap().work.lock().undo.values().cloned().collect()
     }
 
-    #[test]
-    fn what_is_noted_soon_is_found_whole_or_not_at_all() {
-        let dir = tempfile::tempdir().unwrap();
-        let dir = StateDir::open(dir.path()).unwrap();
-        let janitor = Janitor::open(&dir).unwrap();
-        let (killed, torn, durable) = (undo(), undo(), undo());
-        for undo in [&killed, &torn, &durable] {
-            janitor.begin_soon(undo).unwrap();
-        }
-        janitor.begun(durable.id).unwrap();
-        fs::write(janitor.file(torn.id).with_extension(SOON), [0; 64]).unwrap();
-        for _ in 0..2 {
-            let ids: BTreeSet<Uuid> = found(&dir).iter().map(|undo| undo.id).collect();
-            assert_eq!(ids, BTreeSet::from([killed.id, durable.id]));
-        }
-        [&killed, &durable].into_iter().for_each(|undo| janitor.done(undo).unwrap());
-        assert_eq!(fs::read_dir(dir.undo()).unwrap().count(), 0);
-    }
-
-    /// A fork was killed when one of its children had been flattened: the disk stood on nothing
-    /// that the fork had frozen any more, was taken for somebody else's, and stayed for ever.
+    /// Work was killed when one of its disks had been flattened: the disk stood on nothing that it
+    /// was made over any more, was taken for somebody else's, and stayed for ever.
     #[test]
     fn disks_whose_identity_is_known_are_found_by_it() {
         let dir = tempfile::tempdir().unwrap();
