@@ -1,6 +1,10 @@
-//! Writes through the page cache, done by the worker itself.
+//! Copies from and to the page cache, done by the worker itself.
 //!
-//! Such a write is a copy under the inode's lock. A ring hands it to a kernel thread first on file
+//! A read of what the page cache has is a copy, whoever makes it. A ring makes many in one call;
+//! for one alone a call of its own is the shorter way. It never waits: what the page cache does not
+//! have is left to the ring.
+//!
+//! A write is a copy under the inode's lock. A ring hands it to a kernel thread first on file
 //! systems that cannot promise not to wait (ext4 among them), which costs more than the copy. So
 //! the worker copies, as long as that is quick: when a copy had to wait, for dirty pages to be
 //! written back most likely, the ring gets the writes for a while, so that reads go on meanwhile.
@@ -22,9 +26,11 @@ const WATCH: Duration = Duration::from_secs(1);
 /// How long the ring gets the writes after one that waited.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Whether writes are quick at present.
+/// Whether copies are quick at present.
 #[derive(Debug, Default)]
 pub(super) struct Inline {
+    /// The file system cannot promise not to wait for a read.
+    reads_refused: bool,
     watched_until: Option<Instant>,
     /// Not before this.
     paused_until: Option<Instant>,
@@ -35,6 +41,29 @@ impl Inline {
     pub(super) fn is_quick(&mut self, now: Instant) -> bool {
         self.paused_until.take_if(|until| now >= *until);
         self.paused_until.is_none()
+    }
+
+    /// Reads what the page cache has at `offset` into the buffers, from the front; returns how many
+    /// bytes that were. What went wrong with the rest is for the ring to find out.
+    pub(super) fn read(
+        &mut self,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        iovecs: &[libc::iovec],
+    ) -> u64 {
+        let Ok(at) = i64::try_from(offset) else { return 0 };
+        if self.reads_refused {
+            return 0;
+        }
+        let count = i32::try_from(iovecs.len()).expect("a transfer has at most 1024 buffers");
+        let (fd, buffers, flags) = (file.as_raw_fd(), iovecs.as_ptr(), libc::RWF_NOWAIT);
+        // SAFETY: the buffers are guest memory that the request's chain keeps mapped.
+        let read = unsafe { libc::preadv2(fd, buffers, count, at, flags) };
+        u64::try_from(read).unwrap_or_else(|_| {
+            let error = std::io::Error::last_os_error().raw_os_error();
+            self.reads_refused = error == Some(libc::EOPNOTSUPP);
+            0
+        })
     }
 
     /// Writes the buffers at `offset`; returns the bytes that were written, which may be fewer.
@@ -131,6 +160,27 @@ mod tests {
         inline.watched_until = Some(Instant::now());
         write(&mut inline, Duration::ZERO);
         assert!(inline.watched_until.is_none());
+    }
+
+    #[test]
+    fn a_read_gives_what_the_file_has_and_leaves_the_rest() {
+        let file = tempfile::tempfile().unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, b"some bytes", 0).unwrap();
+        let mut bytes = [0u8; 16];
+        let iovec = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+        let mut inline = Inline::default();
+        let file = rustix::fd::AsFd::as_fd(&file);
+
+        let read = inline.read(file, 5, &[iovec]);
+
+        // A file system in memory may refuse: then it is not asked again.
+        assert!(
+            (read, inline.reads_refused) == (5, false) || (read, inline.reads_refused) == (0, true)
+        );
+        assert_eq!(&bytes[..5], if read > 0 { b"bytes" } else { &[0; 5] });
+        assert_eq!(inline.read(file, u64::MAX, &[iovec]), 0);
+        let closed = std::fs::File::open("/dev/null").unwrap();
+        assert_eq!(inline.read(rustix::fd::AsFd::as_fd(&closed), 0, &[iovec]), 0);
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! The worker of one virtqueue: a thread with a ring of its own.
 //!
-//! Over and over it looks at what completed, takes what the guest offers, hands both to the kernel
-//! in one call, tells the guest of what is done in one notification, and when there was nothing of
-//! all this polls for a while that adapts itself, then sleeps until a doorbell rings.
+//! Over and over it looks at what completed, takes what the guest offers, starts of it what takes
+//! one stroke of work, hands that to the kernel in one call, shows the guest what is done, and when
+//! there was nothing of all this polls for a while that adapts itself, then sleeps until a doorbell
+//! rings.
 //!
 //! Invariants:
 //! - Reads and overwrites neither allocate nor lock nor log (`tests/tests/hot_path.rs`), once the
@@ -44,6 +45,14 @@ use slot::{Phase, Slot};
 
 /// Most requests that one queue has in work.
 const SLOTS_MAX: u32 = 128;
+/// What one round copies or zeroes before the guest is shown what is done, in bytes: so little
+/// after a pause, so that a guest that sleeps is called while the worker goes on; then twice as
+/// much each time, up to the second number, because each call costs both sides something. What
+/// devices move by themselves does not count.
+const STROKE: u64 = 64 << 10;
+const STROKE_MAX: u64 = 256 << 10;
+/// What a request takes beside copying, in bytes that could be copied meanwhile.
+const STROKE_REQUEST: u64 = 4 << 10;
 /// How soon a request is tried again that came to a closed gate.
 const GATE_WAIT: Duration = Duration::from_micros(200);
 
@@ -90,6 +99,13 @@ struct FileTraits {
     offset_align: u64,
 }
 
+impl FileTraits {
+    /// Whether its bytes go through the page cache.
+    fn is_cached(&self) -> bool {
+        self.offset_align == 1
+    }
+}
+
 struct Worker {
     /// The disk of the volume, as of `swaps`. Before the volume, which takes it back when all are
     /// gone.
@@ -119,6 +135,9 @@ struct Worker {
     resumes: u64,
     refused: u64,
     finished: bool,
+    /// What is left of the stroke, and what the next one may be, in bytes.
+    stroke: u64,
+    next_stroke: u64,
     poller: Poller,
     inline: Inline,
 }
@@ -187,6 +206,8 @@ impl Worker {
             resumes,
             refused: 0,
             finished: false,
+            stroke: 0,
+            next_stroke: STROKE,
             poller: Poller::new(poll_us_max),
             inline: Inline::default(),
         })
@@ -205,21 +226,19 @@ impl Worker {
                 return;
             }
             let stopping = self.queue.control() == Control::Stop;
-            let mut progress = self.reap();
+            let mut progress = self.show_done();
             progress |= self.read_mail();
             progress |= self.retry_held();
             if !stopping {
                 progress |= self.fetch();
             }
-            self.start_ready();
+            progress |= self.start_ready();
             if let Err(error) = self.ring.submit() {
                 self.give_up(&error);
                 return;
             }
-            if std::mem::take(&mut self.finished) {
-                self.queue.publish();
-                progress = true;
-            }
+            // What the page cache had is done by now.
+            progress |= self.show_done();
             if stopping && self.is_drained() {
                 self.drop_held();
                 return;
@@ -243,6 +262,16 @@ impl Worker {
     /// Nothing is left that will end by itself.
     fn is_drained(&self) -> bool {
         self.free.len() + self.held.len() == self.slots.len()
+    }
+
+    /// Takes completions, and shows the guest what is done.
+    fn show_done(&mut self) -> bool {
+        let any = self.ring.has_completions() && self.reap();
+        let finished = std::mem::take(&mut self.finished);
+        if finished {
+            self.queue.publish();
+        }
+        any || finished
     }
 
     /// Takes completions from the ring.

@@ -12,7 +12,7 @@ use format::{Error, Result};
 use vhost_blk::blk::{Request, Status};
 
 use super::slot::{Phase, Slot};
-use super::{GATE_WAIT, Worker};
+use super::{FileTraits, GATE_WAIT, STROKE, STROKE_MAX, STROKE_REQUEST, Worker};
 use crate::disk::plan::{Planned, WINDOW};
 use crate::serve::hold;
 use crate::serve::slow::{Errand, Outcome, Work};
@@ -35,19 +35,28 @@ impl Worker {
         &mut self.slots[number as usize]
     }
 
-    /// Starts what can be started.
-    pub(super) fn start_ready(&mut self) {
+    /// Starts what can be started, until a stroke of work is done; returns whether there was any.
+    pub(super) fn start_ready(&mut self) -> bool {
         self.wake_at = None;
-        while let Some(number) = self.ready.pop_front() {
+        self.stroke = self.next_stroke;
+        let mut any = false;
+        while self.stroke > 0
+            && let Some(number) = self.ready.pop_front()
+        {
             match self.begin(number) {
                 Ok(Next::Later(wait)) => {
                     self.ready.push_front(number);
                     self.wake_at = Some(self.now + wait);
-                    return;
+                    return any;
                 }
                 next => self.follow(number, next),
             }
+            any = true;
         }
+        if self.stroke == 0 {
+            self.next_stroke = (self.next_stroke * 2).min(STROKE_MAX);
+        }
+        any
     }
 
     fn follow(&mut self, number: u32, next: Result<Next>) {
@@ -142,15 +151,20 @@ impl Worker {
             disk.leave(pass);
             return Ok(self.go_slow(number));
         }
+        let copied = slot
+            .bytes_copied(&mut |row| files[usize::from(row)].is_some_and(|file| file.is_cached()));
+        if copied > 0 {
+            self.stroke = self.stroke.saturating_sub(copied + STROKE_REQUEST);
+        }
         slot.pass = Some(pass);
         slot.phase = Phase::Moving;
         slot.moving = u32::try_from(slot.parts.len()).expect("a window has few transfers");
         let parts = slot.parts.len();
         for part in 0..parts {
-            let moved = if write && self.inline.is_quick(self.now) {
-                self.write_inline(number, part)
-            } else {
-                self.start_transfer(number, part)
+            let moved = match write {
+                true if self.inline.is_quick(self.now) => self.write_inline(number, part),
+                false if self.is_alone() => self.read_inline(number, part),
+                _ => self.start_transfer(number, part),
             };
             self.slot(number).note(moved);
         }
@@ -160,12 +174,32 @@ impl Worker {
         })
     }
 
+    /// Whether what is started now is all that the stroke has for the ring.
+    fn is_alone(&self) -> bool {
+        (self.ready.is_empty() || self.stroke == 0) && self.ring.is_submitted()
+    }
+
+    /// Reads what the page cache has at once; hands the rest to the ring.
+    fn read_inline(&mut self, number: u32, part: usize) -> Result<()> {
+        let slot = &mut self.slots[number as usize];
+        let at = slot.parts[part];
+        if let Some(file) = self.files[usize::from(at.row)].filter(FileTraits::is_cached) {
+            // SAFETY: as in `write_inline`.
+            let fd = unsafe { BorrowedFd::borrow_raw(file.fd) };
+            let bytes = self.inline.read(fd, at.offset, slot.buffers(part));
+            if bytes > 0 && slot.advance(part, bytes) {
+                slot.moving -= 1;
+                return Ok(());
+            }
+        }
+        self.start_transfer(number, part)
+    }
+
     /// Writes through the page cache at once; hands to the ring what goes past it, or is left.
     fn write_inline(&mut self, number: u32, part: usize) -> Result<()> {
         let slot = &mut self.slots[number as usize];
         let at = slot.parts[part];
-        let Some(file) = self.files[usize::from(at.row)].filter(|file| file.offset_align == 1)
-        else {
+        let Some(file) = self.files[usize::from(at.row)].filter(FileTraits::is_cached) else {
             return self.start_transfer(number, part);
         };
         // SAFETY: the volume keeps the disk open, and the disk its files, as long as the worker is.
@@ -383,6 +417,7 @@ impl Worker {
 
     /// Polls for a while, then sleeps until something rings.
     pub(super) fn idle(&mut self, stopping: bool) {
+        self.next_stroke = STROKE;
         let can_take = !stopping && !self.free.is_empty();
         if let Some(time) = self.poller.time() {
             let end = Instant::now() + time;

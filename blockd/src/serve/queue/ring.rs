@@ -134,6 +134,11 @@ impl DataRing {
         self.push(&entry.user_data(BELL | bell as u64))
     }
 
+    /// Whether the kernel has everything that was made.
+    pub(super) fn is_submitted(&self) -> bool {
+        self.unsubmitted == 0
+    }
+
     /// Hands what was made to the kernel, without waiting.
     pub(super) fn submit(&mut self) -> Result<()> {
         if self.unsubmitted > 0 {

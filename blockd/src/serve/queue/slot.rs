@@ -12,7 +12,7 @@ use vhost_blk::queue::{Chain, Segment};
 
 use crate::disk::Disk;
 use crate::disk::gate::Pass;
-use crate::disk::plan::{Place, Plan, TRANSFERS_MAX};
+use crate::disk::plan::{Place, Plan, TRANSFERS_MAX, Transfer};
 use crate::serve::stats::OpKind;
 use crate::store::buf::AlignedBuf;
 
@@ -196,6 +196,16 @@ impl Slot {
         }
         (self.iovecs, self.parts) = (iovecs, parts);
         fits
+    }
+
+    /// Bytes of the window that a processor moves, because they are zeroes or their file is
+    /// `cached`; no device does it meanwhile.
+    pub(super) fn bytes_copied(&self, cached: &mut dyn FnMut(u16) -> bool) -> u64 {
+        let mut copied = |transfer: &Transfer| match transfer.place {
+            Place::Zeroes => true,
+            Place::File { row, .. } => cached(row),
+        };
+        self.plan.transfers().iter().filter(|t| copied(t)).map(|t| t.len).sum()
     }
 
     /// The buffers of what is left of a transfer.
