@@ -70,10 +70,17 @@ pub fn cpu_seconds(pid: u32) -> f64 {
     time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 
-struct Rng(u64);
+/// Numbers in no order.
+pub struct Rng(u64);
 
 impl Rng {
-    fn below(&mut self, n: u64) -> u64 {
+    /// A sequence of its own for each start.
+    pub fn new(start: u64) -> Rng {
+        Rng(start | 0x9e37_79b9)
+    }
+
+    /// A number below `n`.
+    pub fn below(&mut self, n: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -130,7 +137,7 @@ fn drive(job: &Job, queues: Vec<ClientQueue>, time: Duration) -> (Vec<ClientQueu
 }
 
 /// Where request number `next` goes, in bytes; `None` when everything was met.
-fn place(job: &Job, rng: &mut Rng, next: u64, blocks: u64) -> Option<u64> {
+pub fn place(job: &Job, rng: &mut Rng, next: u64, blocks: u64) -> Option<u64> {
     match job.order {
         Order::Random => Some(job.block * rng.below(blocks)),
         Order::Sequential => Some(job.block * (next % blocks)),
@@ -163,7 +170,7 @@ fn drive_one(
     if let Some(cpu) = job.client_cpu {
         pin(cpu);
     }
-    let mut rng = Rng(from | 0x9e37_79b9);
+    let mut rng = Rng::new(from);
     let blocks = match job.order {
         Order::Once(step) => len / step,
         _ => len / job.block,

@@ -8,6 +8,7 @@
 //! is all but these. A folder given with `--dir` keeps what was prepared for the next run.
 
 mod content;
+mod host;
 mod jobs;
 mod load;
 mod report;
@@ -140,9 +141,23 @@ fn own_against_raw(args: &Args, pair: &Pair, report: &mut Report) {
         let places = pair.places();
         let cached = if buffered { &places[..] } else { &[] };
         head(&format!("A disk without a parent against a raw file, {how}"), "", "qsd raw");
+        let mut limits = Vec::new();
         for (job, aim) in &wanted {
-            report.row(how, job.name, &args.compare(job, &ours, &peer, cached), *aim);
+            let mut host = Vec::new();
+            let rounds = args.rounds(|| {
+                content::keep_warm(cached);
+                let both = (args.measure(job, &ours), args.measure(job, &peer));
+                if job.queues > 1 {
+                    host.push(host::run(job, &pair.raw, buffered, args.time));
+                }
+                both
+            });
+            report.row(how, job.name, &rounds, *aim);
+            if job.queues > 1 {
+                limits.push(report::limit(job.name, &rounds, host));
+            }
         }
+        report::limits(&limits);
     }
 }
 
@@ -150,20 +165,25 @@ fn own_against_raw(args: &Args, pair: &Pair, report: &mut Report) {
 fn one_by_one(args: &Args, pair: &Pair, report: &mut Report) {
     let job = Job { depth: 1, ..JOB };
     let apart = (Some(0), Some(1));
+    let (aim, none) = (Aim { iops: Some(2.0), cpu: None }, Aim::default());
     let ways = [
-        ("4k random read, depth 1, nothing pinned", (None, None), false),
-        ("4k random read, depth 1, server on CPU 0, client on CPU 1", apart, false),
-        ("4k random read, depth 1, CPU 0 and 1, client polls", apart, true),
-        ("4k random read, depth 1, both on CPU 0", (Some(0), Some(0)), false),
+        ("4k random read, depth 1, nothing pinned", (None, None), false, aim),
+        ("4k random read, depth 1, server on CPU 0, client on CPU 1", apart, false, aim),
+        ("4k random read, depth 1, CPU 0 and 1, client polls", apart, true, none),
+        ("4k random read, depth 1, both on CPU 0", (Some(0), Some(0)), false, none),
     ];
     if !ways.iter().any(|(name, ..)| args.wants(name)) {
         return;
     }
-    let about =
-        "Through the page cache. What is measured is how soon both sides notice each other.";
+    let about = "Through the page cache. What is measured is how soon both sides notice each \
+                 other. The aim is for adaptive polling, and so for the first two rows, in which \
+                 the client sleeps and the server may poll. In the other two there is nothing that \
+                 polling could save: a client that polls is never woken, and on one processor a \
+                 server that polls keeps the client from it. They show what a request takes \
+                 beside: the client, the kernel's copy, and both servers.";
     head("One request at a time", about, "qsd raw");
     content::warm(&pair.places());
-    for (name, (cpu, client_cpu), client_polls) in ways {
+    for (name, (cpu, client_cpu), client_polls, aim) in ways {
         if !args.wants(name) {
             continue;
         }
@@ -171,7 +191,7 @@ fn one_by_one(args: &Args, pair: &Pair, report: &mut Report) {
         let peer = pair.peer(true, cpu);
         let job = Job { name, client_cpu, client_polls, ..job };
         let rounds = args.compare(&job, &ours, &peer, &pair.places());
-        report.row("", name, &rounds, Aim { iops: Some(2.0), cpu: None });
+        report.row("", name, &rounds, aim);
     }
 }
 

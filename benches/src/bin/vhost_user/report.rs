@@ -49,6 +49,29 @@ pub fn head(title: &str, about: &str, peer: &str) {
     println!("|---|---|---|---|---|---|---|---|---|---|---|");
 }
 
+/// What a job gave next to what `host`, rounds of the same requests without any server, gave at
+/// most.
+pub fn limit(name: &str, rounds: &Rounds, mut host: Vec<f64>) -> String {
+    let share = |pick: &dyn Fn(&(Outcome, Outcome)) -> f64| {
+        median(&mut rounds.iter().zip(&host).map(|(r, host)| pick(r) / host).collect::<Vec<_>>())
+    };
+    let (ours, peer) = (share(&|r| r.0.iops), share(&|r| r.1.iops));
+    let host = median(&mut host);
+    format!("{name}: {host:.0} IOPS, of which ours gives {ours:.2} and the peer {peer:.2}")
+}
+
+/// Prints what the host can do at most.
+pub fn limits(limits: &[String]) {
+    if limits.is_empty() {
+        return;
+    }
+    println!(
+        "\nThe same requests without any server, by one thread for each queue straight to the raw \
+         file, in the same rounds:\n"
+    );
+    limits.iter().for_each(|text| println!("- {text}"));
+}
+
 impl Report {
     /// Prints a row, and keeps its ratio for the graph. `group` says there what the table's title
     /// says here.
