@@ -74,6 +74,14 @@ impl Position {
             _ => Position { index: low16(u64::from(index - u32::from(size))), wrap: !self.wrap },
         }
     }
+
+    /// The place `count` descriptors before it; `count` is at most `size`.
+    pub(crate) fn retreat(self, count: u16, size: u16) -> Position {
+        match self.index.checked_sub(count) {
+            Some(index) => Position { index, wrap: self.wrap },
+            None => Position { index: self.index + (size - count), wrap: !self.wrap },
+        }
+    }
 }
 
 fn free_word(head: u16, old: u16) -> u32 {

@@ -10,7 +10,7 @@
 use super::RingError;
 use crate::memory::mapping::{copy_in, copy_out, zero_out};
 use crate::memory::{GuestAddr, Memory};
-use crate::util::{low32, wide};
+use crate::util::{index, low32, wide};
 
 /// Most segments of one chain: what one vectored system call takes, a header and a status.
 pub const CHAIN_SEGMENTS_MAX: usize = 1024 + 2;
@@ -281,6 +281,24 @@ impl Chain {
             done += len;
         }
         done
+    }
+
+    /// Leaves only the first `len` bytes of the writable part: the device writes no others, and
+    /// none but these are marked as written.
+    pub fn shorten(&mut self, len: u64) {
+        let mut left = len;
+        for i in self.readable..self.segments.len() {
+            let segment = self.segments[i];
+            if left <= wide(segment.len()) {
+                let keep = i + usize::from(left > 0);
+                self.segments[i] = segment.part(0, index(left));
+                self.segments.truncate(keep);
+                self.addrs.truncate(keep);
+                break;
+            }
+            left -= wide(segment.len());
+        }
+        self.lens.1 = self.lens.1.min(len);
     }
 
     /// Calls `each(guest address, length)` for everything the device may have written.

@@ -171,6 +171,12 @@ impl Queue {
         ring!(&mut self.0, ring => ring.abandon(chain));
     }
 
+    /// Puts a chain back that was taken and not touched: [`Queue::pop`] takes it again. Of several,
+    /// the one that was taken last is put back first, and none that was taken after it is out.
+    pub fn put_back(&mut self, chain: &mut Chain) {
+        ring!(&mut self.0, ring => ring.put_back(chain));
+    }
+
     /// Makes completed chains visible to the driver; returns whether it wants to be notified.
     #[must_use]
     pub fn publish(&mut self) -> bool {

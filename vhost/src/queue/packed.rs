@@ -281,6 +281,15 @@ impl PackedQueue {
         self.keeper.give_back(chain.generation);
     }
 
+    pub(super) fn put_back(&mut self, chain: &mut Chain) {
+        match self.tracker {
+            // It stays marked as in work, and is the first of those.
+            Some(_) => self.again.push(chain.entry),
+            None => self.avail = self.avail.retreat(chain.slots, self.view.size),
+        }
+        self.keeper.give_back(chain.generation);
+    }
+
     /// The log address that front ends send is that of a split ring's used ring; the parts of a
     /// packed ring that we write are logged where they are.
     fn log_write(&self, guest: u64, len: u64) {

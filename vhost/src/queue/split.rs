@@ -346,6 +346,15 @@ impl SplitQueue {
         self.keeper.give_back(chain.generation);
     }
 
+    pub(super) fn put_back(&mut self, chain: &mut Chain) {
+        match self.tracker {
+            // It stays marked as in work, and is the first of those.
+            Some(_) => self.again.push(chain.id),
+            None => self.next_avail = self.next_avail.wrapping_sub(1),
+        }
+        self.keeper.give_back(chain.generation);
+    }
+
     fn log_ring(&self, offset: u64, len: u64) {
         if let (Some(log), Some(ring)) = (&self.log.log, self.log.ring) {
             log.mark(ring.saturating_add(offset), len);
