@@ -14,4 +14,5 @@ pub mod machine;
 pub mod memory;
 pub mod process;
 pub mod snapshot;
+pub mod tap;
 pub mod wires;

@@ -4,12 +4,17 @@
 //! UUIDs. Fields may be added; none is removed or changes its meaning. A request with a field that
 //! is not known is refused.
 
+mod net;
+
 use std::path::PathBuf;
 
 use blockd::daemon::Happened;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
+
+pub use crate::devices::{LinkState, LinkWhen, NetCounts, NetStatus};
+pub use net::{ForkNet, RunNet, VmNet};
 
 /// A virtual machine to boot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -31,6 +36,9 @@ pub struct RunVm {
     /// Its disks, in the order in which it sees them.
     #[serde(default)]
     pub disks: Vec<UseDisk>,
+    /// Its network card, if it is to have one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net: Option<RunNet>,
     /// Bytes of memory, whole MiB.
     pub memory_bytes: u64,
     /// Processors.
@@ -139,9 +147,12 @@ pub struct Vm {
     pub vcpus: u8,
     /// Its disks, in the order in which it sees them.
     pub disks: Vec<VmDisk>,
+    /// Its network card, if it has one.
+    #[serde(default)]
+    pub net: Option<VmNet>,
     /// The identity that tells its guest that it was forked or restored.
     pub generation_id: Uuid,
-    /// The address of its network card.
+    /// The address of its network card, if it has one.
     pub mac: String,
     /// What it was forked from, or the snapshot was taken of that it was restored from.
     pub parent: Option<VmParent>,
@@ -163,6 +174,9 @@ pub struct ForkVm {
     /// Do not let them run yet.
     #[serde(default)]
     pub paused: bool,
+    /// What their network cards are connected to; nothing without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net: Option<ForkNet>,
 }
 
 /// Children that were made.
@@ -240,6 +254,9 @@ pub struct RestoreVm {
     /// Do not let it run yet.
     #[serde(default)]
     pub paused: bool,
+    /// What its network card is connected to; nothing without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net: Option<ForkNet>,
 }
 
 /// A snapshot to remove.
@@ -319,6 +336,9 @@ pub struct VmStats {
     pub exits: u64,
     /// Nanoseconds of processor time of its process.
     pub cpu_ns: u64,
+    /// Its network card, if it has one and its process says.
+    #[serde(default)]
+    pub net: Option<NetStatus>,
 }
 
 /// Shells that wait for a fork.

@@ -1,8 +1,8 @@
 //! Forking a machine: all of its children, or none.
 //!
 //! The order, and what each step defends against:
-//! 1. names are reserved, shells taken, identities made: what can be refused is refused before
-//!    anything changes. Without new random numbers there is no fork;
+//! 1. names are reserved, tap interfaces opened, shells taken, identities made: what can be refused
+//!    is refused before anything changes. Without new random numbers there is no fork;
 //! 2. blockd gets ready for the fork of the disks, and says which disks there are going to be, and
 //!    at which sockets. It forgets all of this if nobody says when, so a daemon that is killed here
 //!    leaves nothing;
@@ -37,6 +37,7 @@ use uuid::Uuid;
 
 use super::Daemon;
 use super::blockd::{Blockd, export};
+use super::net::{Card, cards};
 use super::run::{hardware, lent};
 use super::state::Description;
 use super::table::{Machine, object};
@@ -105,6 +106,7 @@ struct Child {
     process: Arc<Process>,
     identity: Identity,
     disks: Vec<VmDisk>,
+    card: Option<Card>,
 }
 
 pub(super) fn us(time: Duration) -> u64 {
@@ -137,11 +139,12 @@ impl Daemon {
         let _changing = parent.changing.lock();
         parent.living_process()?;
         let _reserved = self.table.reserve(&request.children)?;
+        let cards = cards(parent.is.net.is_some(), request.net.as_ref(), &request.children)?;
         let _busy = self.pool.leave_alone();
         let (shells, cold) = self.pool.take(&parent.is.class(), count)?;
         let ids = shells.iter().map(|shell| shell.id).collect();
         let mut undo = Undo::of(ids, !parent.is.disks.is_empty(), Vec::new());
-        let made = self.make_children(&parent, request, shells, &mut undo);
+        let made = self.make_children(&parent, request, (shells, cards), &mut undo);
         match made {
             Ok((children, was_cut, ready)) => Ok(ForkedVms {
                 children: children.iter().map(|child| child.describe(&self.state)).collect(),
@@ -163,7 +166,7 @@ impl Daemon {
         self: &Arc<Self>,
         parent: &Machine,
         request: &ForkVm,
-        shells: Vec<Arc<Process>>,
+        (shells, cards): (Vec<Arc<Process>>, Vec<Option<Card>>),
         undo: &mut Undo,
     ) -> Result<Made> {
         shells.iter().for_each(|shell| self.janitor.know(Arc::clone(shell)));
@@ -181,7 +184,8 @@ impl Daemon {
                 return Err(Error::new(Kind::Unsupported, reason));
             }
             undo.disks = disks.iter().map(to_undo).collect();
-            let children = children_of(parent, (&frozen, &disks), shells, identities);
+            let own = identities.into_iter().zip(cards);
+            let children = children_of(parent, (&frozen, &disks), shells, own);
             self.note_and_equip(&children, undo)?;
             let (was_cut, files) = self.cut(parent, token, &mut undo.disks)?;
             if let Some((status, body)) = &was_cut.disks {
@@ -213,7 +217,10 @@ impl Daemon {
             for (i, disk) in shared {
                 self.attach_disk(&child.process, i, disk)?;
             }
-            child.process.ask::<()>(&Ask::Equip(hardware(&child.process, &child.disks)))
+            let mut hardware = hardware(&child.process, &child.disks);
+            hardware.net = child.card.as_ref().map(|card| card.is.clone());
+            let tap: Vec<_> = child.card.as_ref().and_then(Card::file).into_iter().collect();
+            child.process.ask_with::<()>(&Ask::Equip(hardware), &tap).map(drop)
         };
         equip().map_err(|e: Error| e.within("make", object(&child.identity.name)))
     }
@@ -256,6 +263,7 @@ impl Daemon {
             name: child.identity.name.clone(),
             id: child.identity.id,
             disks: child.disks.clone(),
+            net: child.card.as_ref().map(|card| card.is.clone()),
             generation_id: Uuid::from_bytes(child.identity.generation_id),
             mac: child.identity.mac,
             parent: Some(VmParent { name: parent.is.name.clone(), id: parent.is.id }),
@@ -286,19 +294,19 @@ fn children_of(
     parent: &Machine,
     (frozen, made): (&[Frozen], &[MadeChild]),
     shells: Vec<Arc<Process>>,
-    identities: Vec<Identity>,
+    own: impl Iterator<Item = (Identity, Option<Card>)>,
 ) -> Vec<Child> {
     let count = shells.len();
-    let child = |(n, (process, identity)): (usize, (Arc<Process>, Identity))| {
+    let child = |(n, (process, (identity, card))): (usize, (Arc<Process>, (_, _)))| {
         let mut disks = parent.is.disks.clone();
         for (k, f) in frozen.iter().enumerate() {
             // blockd answers disk by disk, with the children of each in their order.
             let MadeChild { name, disk } = made[k * count + n].clone();
             disks[f.i] = VmDisk { disk: name, id: disk, own: true, ..disks[f.i].clone() };
         }
-        Child { process, identity, disks }
+        Child { process, identity, disks, card }
     };
-    shells.into_iter().zip(identities).enumerate().map(child).collect()
+    shells.into_iter().zip(own).enumerate().map(child).collect()
 }
 
 /// Makes a shell that is connected to its disks a child that stands.
@@ -375,7 +383,7 @@ mod tests {
     #[test]
     fn every_disk_of_every_child_is_asked_for() {
         let children = vec!["a".to_owned(), "b".to_owned()];
-        let request = ForkVm { children, paused: false };
+        let request = ForkVm { children, paused: false, net: None };
         let frozen = [Frozen { i: 0, disk: "root".into() }, Frozen { i: 2, disk: "data".into() }];
 
         let body = fork_request(&request, &frozen, &[]);

@@ -6,6 +6,7 @@ use std::time::Duration;
 use format::{Error, Kind, Result};
 
 use super::Daemon;
+use super::net;
 use super::table::{Machine, object};
 use super::undo::{Undo, UndoDisk, Which};
 use crate::api::types::{EventKind, RemoveVm, RemovedVm, Vm, VmDisk, VmState};
@@ -29,7 +30,12 @@ impl Daemon {
     /// # Errors
     /// `NotFound`.
     pub fn show(&self, name: &str) -> Result<Vm> {
-        Ok(self.table.get(name)?.describe(&self.state))
+        let machine = self.table.get(name)?;
+        let mut vm = machine.describe(&self.state);
+        if let Some(net) = &mut vm.net {
+            net.status = net::status(&machine);
+        }
+        Ok(vm)
     }
 
     /// Stops a machine between two instructions.

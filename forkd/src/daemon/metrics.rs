@@ -6,8 +6,9 @@ use blockd::daemon::Page;
 use format::Result;
 
 use super::Daemon;
+use super::net;
 use super::table::Machine;
-use crate::api::types::{VmState, VmStats};
+use crate::api::types::{NetCounts, VmState, VmStats};
 use crate::process::wire::Ask;
 
 /// Nanoseconds of a tick of the kernel's accounting, which Linux fixes for programs.
@@ -63,6 +64,14 @@ impl Daemon {
                 page.value(name, &[("vm", &vm.name)], get(vm));
             }
         }
+        for (name, help, get) in NET_NUMBERS {
+            page.family(name, "counter", help);
+            for vm in stats.iter() {
+                if let Some(net) = &vm.net {
+                    page.value(name, &[("vm", &vm.name)], get(&net.counts));
+                }
+            }
+        }
         Ok(page.text())
     }
 
@@ -92,6 +101,18 @@ const NUMBERS: [Number; 6] = [
     ("forkd_vm_cpu_ns_total", "counter", "Nanoseconds of processor time.", |v| v.cpu_ns),
 ];
 
+/// A number of a network card: name, what it says, how to get it.
+type NetNumber = (&'static str, &'static str, fn(&NetCounts) -> u64);
+
+const NET_NUMBERS: [NetNumber; 6] = [
+    ("forkd_vm_net_received_frames_total", "Frames that it received.", |c| c.received_frames),
+    ("forkd_vm_net_received_bytes_total", "Their bytes.", |c| c.received_bytes),
+    ("forkd_vm_net_sent_frames_total", "Frames that it sent.", |c| c.sent_frames),
+    ("forkd_vm_net_sent_bytes_total", "Their bytes.", |c| c.sent_bytes),
+    ("forkd_vm_net_dropped_total", "Frames that went nowhere.", |c| c.dropped),
+    ("forkd_vm_net_broken_total", "Times that its driver broke a ring.", |c| c.broken),
+];
+
 fn stats_of(machine: &Machine) -> VmStats {
     let state = machine.state();
     let process = machine.process.as_ref().filter(|_| state != VmState::Ended);
@@ -107,6 +128,7 @@ fn stats_of(machine: &Machine) -> VmStats {
         // One that stands for a debugger, or ends, says none.
         exits: process.and_then(|p| p.ask_aside(&Ask::Exits).ok()).unwrap_or(0),
         cpu_ns: used.cpu_ns,
+        net: net::status(machine),
     }
 }
 

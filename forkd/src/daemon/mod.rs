@@ -19,6 +19,7 @@ mod blockd;
 mod fork;
 mod life;
 mod metrics;
+mod net;
 mod pool;
 mod recover;
 mod restore;

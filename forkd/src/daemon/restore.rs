@@ -15,6 +15,7 @@ use format::{Context as _, Error, Kind, Result};
 use uuid::Uuid;
 
 use super::Daemon;
+use super::net::{Card, cards};
 use super::state::Description;
 use super::table::{Machine, object};
 use super::undo::{Undo, UndoDisk, Which};
@@ -56,6 +57,8 @@ impl Daemon {
         let _reserved = self.table.reserve(std::slice::from_ref(&request.name))?;
         let folder = Folder::open(&request.path)?;
         let manifest = &folder.manifest;
+        let names = std::slice::from_ref(&request.name);
+        let card = cards(manifest.network_card, request.net.as_ref(), names)?.pop().flatten();
         let bases = self.bases_of(manifest, &request.disks)?;
         let (state, memory) = (folder.state()?, folder.memory(job)?);
         let (mut shells, _) = self.pool.take(&manifest.class(), 1)?;
@@ -66,11 +69,13 @@ impl Daemon {
         };
         let own = bases.iter().enumerate().filter(|(_, base)| !base.read_only);
         let mut undo = Undo::of(vec![shell.id], !bases.is_empty(), own.map(to_undo).collect());
-        self.make_restored(request, manifest, (&state, memory), (&shell, &bases), &mut undo)
-            .inspect_err(|_| {
+        let parts = (&shell, &bases[..], card);
+        self.make_restored(request, manifest, (&state, memory), parts, &mut undo).inspect_err(
+            |_| {
                 // What cannot be removed now is told of by health, and removed later.
                 let _ = self.give_up(undo);
-            })
+            },
+        )
     }
 
     /// The disks to stand on, of which all are there and fit.
@@ -116,7 +121,7 @@ impl Daemon {
         request: &RestoreVm,
         manifest: &Manifest,
         (state, memory): (&[u8], Layer),
-        (shell, bases): (&Arc<Process>, &[Base]),
+        (shell, bases, card): (&Arc<Process>, &[Base], Option<Card>),
         undo: &mut Undo,
     ) -> Result<Arc<Machine>> {
         self.janitor.know(Arc::clone(shell));
@@ -125,7 +130,8 @@ impl Daemon {
         let disks = self.disks_over(&request.name, bases)?;
         let made = disks.iter().map(|disk| (disk.disk.clone(), disk.id)).collect();
         self.janitor.made(undo, &made)?;
-        let hardware = self.attach_disks(shell, &disks)?;
+        let mut hardware = self.attach_disks(shell, &disks)?;
+        hardware.net = card.as_ref().map(|card| card.is.clone());
         let description = Description {
             layout: Description::LAYOUT,
             name: request.name.clone(),
@@ -133,6 +139,7 @@ impl Daemon {
             memory_bytes: manifest.memory_bytes,
             vcpus: manifest.vcpus,
             disks,
+            net: hardware.net.clone(),
             generation_id: Uuid::from_bytes(identity.generation_id),
             mac: identity.mac,
             parent: Some(manifest.vm.clone()),
@@ -141,8 +148,9 @@ impl Daemon {
         };
         let layers = vec![memory.spans().to_vec()];
         let state = in_memory(state)?;
+        let tap: Vec<BorrowedFd<'_>> = card.as_ref().and_then(Card::file).into_iter().collect();
+        shell.ask_with::<()>(&Ask::Equip(hardware), &tap)?;
         let files: [BorrowedFd<'_>; 2] = [memory.file(), state.as_fd()];
-        shell.ask::<()>(&Ask::Equip(hardware))?;
         let ask = Ask::Become(Box::new(BecomeChild { layers, identity }));
         let filled = shell.ask_with::<()>(&ask, &files);
         filled.context("use", || format!("snapshot {}", request.path.display()))?;

@@ -12,6 +12,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use uuid::Uuid;
 
 use super::Daemon;
+use super::net::Card;
 use super::state::Description;
 use super::table::{Machine, object};
 use super::undo::Undo;
@@ -41,10 +42,11 @@ impl Daemon {
         let _reserved = self.table.reserve(std::slice::from_ref(&request.name))?;
         let class = SizeClass { memory_bytes: request.memory_bytes, vcpus: request.vcpus };
         let disks = self.disks_of(request)?;
+        let card = request.net.as_ref().map(|net| Card::to_boot(&request.name, net)).transpose()?;
         let (mut shells, _) = self.pool.take(&class, 1)?;
         let shell = shells.pop().ok_or_else(|| Error::invalid("no machine was asked for"))?;
         let undo = Undo::of(vec![shell.id], !disks.is_empty(), Vec::new());
-        let made = self.make(&undo, &shell, request, disks);
+        let made = self.make(&undo, &shell, request, (disks, card));
         let machine = match made {
             Ok(machine) => machine,
             Err(e) => {
@@ -71,12 +73,13 @@ impl Daemon {
         undo: &Undo,
         shell: &Arc<Process>,
         request: &RunVm,
-        disks: Vec<VmDisk>,
+        (disks, card): (Vec<VmDisk>, Option<Card>),
     ) -> Result<Arc<Machine>> {
         self.janitor.know(Arc::clone(shell));
         self.janitor.begin(undo)?;
         let identity = identity::fresh(&request.name, shell.id)?;
-        let hardware = self.attach_disks(shell, &disks)?;
+        let mut hardware = self.attach_disks(shell, &disks)?;
+        hardware.net = card.as_ref().map(|card| card.is.clone());
         let program = Program { cmdline: request.cmdline.clone() };
         let files = files_of(request)?;
         let description = Description {
@@ -86,6 +89,7 @@ impl Daemon {
             memory_bytes: request.memory_bytes,
             vcpus: request.vcpus,
             disks,
+            net: hardware.net.clone(),
             generation_id: Uuid::from_bytes(identity.generation_id),
             mac: identity.mac,
             parent: None,
@@ -93,7 +97,9 @@ impl Daemon {
             created: clock::now(),
         };
         let boot = BootVm { program, hardware, identity };
-        let booted = shell.ask_with::<()>(&Ask::Boot(Box::new(boot)), &lent(&files));
+        let mut lent = lent(&files);
+        lent.extend(card.as_ref().and_then(Card::file));
+        let booted = shell.ask_with::<()>(&Ask::Boot(Box::new(boot)), &lent);
         booted.context("boot", || format!("kernel {}", request.kernel.display()))?;
         self.state.describe(&description, true)?;
         shell.ask::<()>(&Ask::Begin { paused: request.paused })?;
@@ -171,7 +177,7 @@ pub(super) fn hardware(machine: &Process, disks: &[VmDisk]) -> Hardware {
         let (name, socket) = (disk.disk.clone(), machine.folder().disk(i));
         DiskConfig { name, socket, read_only: disk.read_only }
     };
-    Hardware { disks: disks.iter().enumerate().map(disk).collect() }
+    Hardware { disks: disks.iter().enumerate().map(disk).collect(), net: None }
 }
 
 /// Files as they are lent to a message.

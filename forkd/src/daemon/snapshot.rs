@@ -136,6 +136,7 @@ impl Daemon {
             memory_bytes: ram_bytes,
             vcpus: machine.is.vcpus,
             disks: disks.clone(),
+            network_card: machine.is.net.is_some(),
             state,
             memory: memory.into(),
         };

@@ -34,6 +34,7 @@ use uuid::Uuid;
 
 use crate::api::types::{VmDisk, VmParent};
 use crate::machine::SizeClass;
+use crate::process::wire::NetHardware;
 
 /// Version of what is in the files.
 const LAYOUT: u32 = 1;
@@ -65,6 +66,9 @@ pub struct Description {
     pub vcpus: u8,
     /// Its disks.
     pub disks: Vec<VmDisk>,
+    /// Its network card.
+    #[serde(default)]
+    pub net: Option<NetHardware>,
     /// Its generation identity.
     pub generation_id: Uuid,
     /// The address of its network card.
@@ -268,6 +272,7 @@ pub fn sync_folder(folder: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::LinkWhen;
 
     fn machine(id: Uuid) -> Description {
         Description {
@@ -277,6 +282,7 @@ mod tests {
             memory_bytes: 1 << 20,
             vcpus: 1,
             disks: Vec::new(),
+            net: Some(NetHardware { tap: Some("tap0".into()), link: LinkWhen::AtOnce }),
             generation_id: Uuid::from_u128(7),
             mac: [2, 0, 0, 0, 0, 1],
             parent: None,

@@ -7,7 +7,7 @@ use format::{Error, Kind, Result};
 use parking_lot::Mutex;
 
 use super::state::{Description, StateDir};
-use crate::api::types::{Vm, VmEnd, VmState};
+use crate::api::types::{Vm, VmEnd, VmNet, VmState};
 use crate::process::Process;
 use crate::process::wire::{Ended, Folder};
 
@@ -116,6 +116,11 @@ impl Machine {
             memory_bytes: d.memory_bytes,
             vcpus: d.vcpus,
             disks: d.disks.clone(),
+            net: d.net.as_ref().map(|net| VmNet {
+                tap: net.tap.clone(),
+                link_when: net.link,
+                status: None,
+            }),
             generation_id: d.generation_id,
             mac: d.mac.map(|byte| format!("{byte:02x}")).join(":"),
             parent: d.parent.clone(),

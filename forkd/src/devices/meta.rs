@@ -25,21 +25,30 @@ const SEED: usize = 0x40;
 const NAME: usize = 0x80;
 const END: usize = 0x100;
 
-pub(super) struct IdentityPage([u8; END]);
+pub(super) struct IdentityPage {
+    page: [u8; END],
+    /// Called by the vCPU that acknowledges: what is to happen then.
+    taken: Box<dyn Fn() + Send>,
+}
+
+/// A page of nobody yet.
+fn blank() -> [u8; END] {
+    let mut page = [0; END];
+    page[..ACKNOWLEDGE].copy_from_slice(b"OFFSHID1");
+    page
+}
 
 impl IdentityPage {
-    /// A page of nobody yet.
-    pub(super) fn new() -> IdentityPage {
-        let mut page = [0; END];
-        page[..ACKNOWLEDGE].copy_from_slice(b"OFFSHID1");
-        IdentityPage(page)
+    /// A page of nobody yet; `taken` is called when the guest has taken an identity.
+    pub(super) fn new(taken: Box<dyn Fn() + Send>) -> IdentityPage {
+        IdentityPage { page: blank(), taken }
     }
 
     /// Takes an identity that the guest has not seen.
     pub(super) fn set(&mut self, identity: &Identity) {
-        *self = IdentityPage::new();
+        self.page = blank();
         let mut put = |at: usize, bytes: &[u8]| {
-            self.0[at..at + bytes.len()].copy_from_slice(bytes);
+            self.page[at..at + bytes.len()].copy_from_slice(bytes);
         };
         put(GENERATION, &identity.generation_id);
         put(ID, identity.id.as_bytes());
@@ -51,24 +60,25 @@ impl IdentityPage {
 
     /// Whether the guest has taken the present identity.
     pub(super) fn is_acknowledged(&self) -> bool {
-        self.0[ACKNOWLEDGE..GENERATION] == self.0[GENERATION..GENERATION + 8]
+        self.page[ACKNOWLEDGE..GENERATION] == self.page[GENERATION..GENERATION + 8]
     }
 }
 
 impl MmioDevice for IdentityPage {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
-        let page = usize::try_from(offset).ok().and_then(|at| self.0.get(at..));
+        let page = usize::try_from(offset).ok().and_then(|at| self.page.get(at..));
         for (to, from) in data.iter_mut().zip(page.unwrap_or_default()) {
             *to = *from;
         }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        let generation = &self.0[GENERATION..GENERATION + 8];
+        let generation = &self.page[GENERATION..GENERATION + 8];
         if usize::try_from(offset) == Ok(ACKNOWLEDGE) && data == generation {
-            self.0[ACKNOWLEDGE..GENERATION].copy_from_slice(data);
-            self.0[SEED..SEED + 32].fill(0);
+            self.page[ACKNOWLEDGE..GENERATION].copy_from_slice(data);
+            self.page[SEED..SEED + 32].fill(0);
+            (self.taken)();
         }
     }
 }
@@ -89,7 +99,7 @@ mod tests {
 
     #[test]
     fn seed_is_there_until_the_right_generation_is_acknowledged() {
-        let mut page = IdentityPage::new();
+        let mut page = IdentityPage::new(Box::new(|| ()));
         page.set(&identity());
         let seed = |page: &mut IdentityPage| {
             let mut seed = [0; 8];
@@ -108,7 +118,7 @@ mod tests {
 
     #[test]
     fn reads_past_the_end_give_zeroes() {
-        let mut page = IdentityPage::new();
+        let mut page = IdentityPage::new(Box::new(|| ()));
         page.set(&identity());
         let mut data = [1; 8];
         page.read(0xfc, &mut data);

@@ -1,15 +1,16 @@
 //! The devices of a machine.
 //!
-//! [`DeviceSet`] has them all: disks and the random number device over virtio, the console, the
-//! generation id, the identity page and the power device. What they have in common with the rest of
-//! the machine is in `crate::wires`; where they are is in [`layout`].
+//! [`DeviceSet`] has them all: disks, a network card and the random number device over virtio, the
+//! console, the generation id, the identity page and the power device. What they have in common
+//! with the rest of the machine is in `crate::wires`; where they are is in [`layout`].
 //!
-//! Threads: one per disk and one for the console's socket. Everything else is done by the vCPU that
-//! touches a register.
+//! Threads: one per disk, one for the network card and one for the console's socket. Everything
+//! else is done by the vCPU that touches a register.
 //!
-//! Order of a stop: processors stand, [`DeviceSet::quiesce`] (no disk takes a request, then every
-//! disk waits for its own), then the state is saved. Order of a start: guest memory and interrupt
-//! controllers have their content, [`DeviceSet::restore`], [`DeviceSet::resume`], processors run.
+//! Order of a stop: processors stand, [`DeviceSet::quiesce`] (no disk takes a request and no frame
+//! passes, then every disk waits for its own), then the state is saved. Order of a start: guest
+//! memory and interrupt controllers have their content, [`DeviceSet::restore`],
+//! [`DeviceSet::resume`], processors run.
 
 pub mod block;
 pub mod bus;
@@ -18,6 +19,7 @@ pub mod layout;
 mod console;
 mod meta;
 mod mmio;
+mod net;
 mod power;
 mod rng;
 mod serial;
@@ -27,6 +29,7 @@ mod vmgenid;
 pub use block::{DiskConfig, DiskPath, DiskStatus};
 pub use bus::{Bus, MmioDevice, PioDevice};
 pub use console::HISTORY;
+pub use net::{LinkState, LinkWhen, NetConfig, NetCounts, NetStatus};
 pub use power::{RESET_VALUE, SLEEP_TYPE_OFF};
 
 use std::path::PathBuf;
@@ -46,6 +49,7 @@ use layout::{
 };
 use meta::IdentityPage;
 use mmio::{Notifier, QUEUE_NOTIFY, VirtioDevice, VirtioMmio, VirtioState};
+use net::Nic;
 use power::{KeyboardReset, Power};
 use rng::Rng;
 use serial::{PortState, SerialPort};
@@ -55,14 +59,16 @@ use vmgenid::GenerationId;
 /// Version of the saved state of devices.
 const VERSION: u32 = 1;
 
-/// Most disks of a machine.
+/// Most disks of a machine; one less for a machine with a network card.
 pub const DISKS_MAX: usize = VIRTIO_MAX - 1;
 
 /// What devices a machine has.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default)]
 pub struct DeviceConfig {
     /// Its disks, in the order in which the guest finds them.
     pub disks: Vec<DiskConfig>,
+    /// Its network card, which the guest finds after the disks.
+    pub net: Option<NetConfig>,
     /// Where its console can be attached to. The console is there without it as well.
     pub console: Option<PathBuf>,
 }
@@ -71,7 +77,7 @@ impl DeviceConfig {
     /// Number of virtio devices, which the firmware announces.
     #[must_use]
     pub fn virtio_devices(&self) -> usize {
-        self.disks.len() + 1
+        1 + self.disks.len() + usize::from(self.net.is_some())
     }
 }
 
@@ -80,8 +86,9 @@ pub struct DeviceSet {
     // Before what they reach into: their threads end first.
     _console: Option<Console>,
     disks: Vec<Disk>,
+    nic: Option<Nic>,
     bus: Bus,
-    /// The random number device, then the disks.
+    /// The random number device, the disks, the network card.
     virtio: Vec<Arc<Mutex<VirtioMmio>>>,
     serial: Arc<Mutex<SerialPort>>,
     output: Arc<Output>,
@@ -126,6 +133,15 @@ impl Maker<'_> {
         self.add(disk.device(), notifier)?;
         Ok(disk)
     }
+
+    fn nic(&mut self, config: &NetConfig) -> Result<Nic> {
+        let at = crate::memory::Gpa(virtio_mmio(self.virtio.len()).0 + QUEUE_NOTIFY);
+        let doorbells = [self.wires.doorbell(at, Some(0))?, self.wires.doorbell(at, Some(1))?];
+        let notifier = self.notifier()?;
+        let nic = Nic::new(config, doorbells, notifier.clone())?;
+        self.add(nic.device(), notifier)?;
+        Ok(nic)
+    }
 }
 
 impl DeviceSet {
@@ -134,8 +150,9 @@ impl DeviceSet {
     /// # Errors
     /// `Invalid` for too many disks; whatever keeps a disk from being connected.
     pub fn new(config: &DeviceConfig, ram: &Arc<GuestRam>, wires: &dyn Wires) -> Result<DeviceSet> {
-        if config.disks.len() > DISKS_MAX {
-            return Err(Error::invalid(format!("a machine has at most {DISKS_MAX} disks")));
+        if config.virtio_devices() > VIRTIO_MAX {
+            let reason = format!("a machine has at most {DISKS_MAX} disks and network cards");
+            return Err(Error::invalid(reason));
         }
         let view = Arc::new(GuestView::new(ram)?);
         let mut maker =
@@ -143,12 +160,14 @@ impl DeviceSet {
         let notifier = maker.notifier()?;
         maker.add(Box::new(Rng::new(notifier.clone())), notifier)?;
         let disks = config.disks.iter().map(|d| maker.disk(d)).collect::<Result<Vec<_>>>()?;
+        let nic = config.net.as_ref().map(|net| maker.nic(net)).transpose()?;
         let Maker { mut bus, virtio, .. } = maker;
 
         let output = Arc::new(Output::new()?);
         let port = SerialPort::new(wires.interrupt(SERIAL_GSI)?, output.clone());
         let serial = Arc::new(Mutex::new(port));
-        let identity = Arc::new(Mutex::new(IdentityPage::new()));
+        let taken = nic.as_ref().map_or_else(|| Box::new(|| ()) as _, Nic::when_identified);
+        let identity = Arc::new(Mutex::new(IdentityPage::new(taken)));
         let power = wires.power();
         bus.insert_pio(SERIAL_PORT.0, SERIAL_PORT.1, serial.clone())?;
         bus.insert_pio(POWER_PORT.0, POWER_PORT.1, Arc::new(Mutex::new(Power(power.clone()))))?;
@@ -163,6 +182,7 @@ impl DeviceSet {
         Ok(DeviceSet {
             _console: console.transpose()?,
             disks,
+            nic,
             bus,
             virtio,
             serial,
@@ -184,6 +204,9 @@ impl DeviceSet {
     fn take_identity(&self, identity: &Identity, notify: bool) -> Result<()> {
         self.generation.set(&identity.generation_id, notify)?;
         self.identity.lock().set(identity);
+        if let Some(nic) = &self.nic {
+            nic.set_mac(identity.mac);
+        }
         Ok(())
     }
 
@@ -197,6 +220,12 @@ impl DeviceSet {
     #[must_use]
     pub fn disks(&self) -> Vec<DiskStatus> {
         self.disks.iter().map(Disk::status).collect()
+    }
+
+    /// The network card as it is now, if there is one.
+    #[must_use]
+    pub fn net(&self) -> Option<NetStatus> {
+        self.nic.as_ref().map(Nic::status)
     }
 
     /// What the guest printed lately, at most [`HISTORY`] bytes.
@@ -228,6 +257,7 @@ impl Devices for DeviceSet {
     fn quiesce(&self) -> Result<()> {
         // All first: while one drains, the others shall not take more.
         self.disks.iter().for_each(Disk::pause);
+        self.nic.iter().for_each(Nic::pause);
         self.disks.iter().try_for_each(Disk::drain)
     }
 
@@ -253,9 +283,9 @@ impl Devices for DeviceSet {
         let state: SetState = serde_json::from_slice(state).map_err(damaged)?;
         if state.virtio.len() != self.virtio.len() {
             return Err(Error::invalid(format!(
-                "the saved machine has {} disks and this one has {}",
+                "the saved machine has {} disks and network cards and this one has {}",
                 state.virtio.len().saturating_sub(1),
-                self.disks.len()
+                self.virtio.len() - 1
             )));
         }
         for (device, state) in self.virtio.iter().zip(&state.virtio) {
@@ -269,6 +299,7 @@ impl Devices for DeviceSet {
         self.generation.announce()?;
         self.virtio.iter().for_each(|v| v.lock().raise_again());
         self.disks.iter().for_each(Disk::resume);
+        self.nic.iter().for_each(Nic::resume);
         Ok(())
     }
 

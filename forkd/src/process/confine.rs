@@ -2,8 +2,9 @@
 //! and the system calls that blockd gives up as well (`blockd::daemon::sandbox`), starting programs
 //! among them.
 //!
-//! Memory of others, the kernel that it boots and the connection to blockd come as open files,
-//! which have no names here. Sockets of disks are connected to by name, which landlock lets pass.
+//! Memory of others, the kernel that it boots, its tap interface and the connection to blockd come
+//! as open files, which have no names here. Sockets of disks are connected to by name, which
+//! landlock lets pass.
 //!
 //! Invariant: entered before the first thread of the machine starts; all of them are confined.
 

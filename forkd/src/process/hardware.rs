@@ -8,31 +8,47 @@ use format::{Error, Result};
 
 use super::wire::{Hardware, Program};
 use crate::boot::linux::{COMMAND_LINE, LinuxBoot};
-use crate::devices::{DeviceConfig, DeviceSet};
+use crate::devices::{DeviceConfig, DeviceSet, NetConfig};
 use crate::memory::GuestRam;
-use crate::wires::{Devices, Identity, Wires};
+use crate::tap::Tap;
+use crate::wires::{Identity, Wires};
 
-fn config(hardware: &Hardware, console: &Path) -> DeviceConfig {
-    DeviceConfig { disks: hardware.disks.clone(), console: Some(console.to_owned()) }
+/// What devices a machine gets. Its tap interface, if it has one, is the last of the files that
+/// came with the message, and is taken out of them.
+///
+/// # Errors
+/// `Invalid` when that is missing.
+pub fn config(
+    hardware: &Hardware,
+    console: &Path,
+    files: &mut Vec<OwnedFd>,
+) -> Result<DeviceConfig> {
+    let mut tap = |name: &String| -> Result<Arc<Tap>> {
+        let missing = || Error::invalid("the file of its tap interface is missing");
+        Ok(Arc::new(Tap::from_file(name.clone(), files.pop().ok_or_else(missing)?)))
+    };
+    let net = match &hardware.net {
+        Some(net) => {
+            let tap = net.tap.as_ref().map(&mut tap).transpose()?;
+            Some(NetConfig { tap, link: net.link })
+        }
+        None => None,
+    };
+    Ok(DeviceConfig { disks: hardware.disks.clone(), net, console: Some(console.to_owned()) })
 }
 
 /// What puts the program into a machine. Its files are open already.
 ///
 /// # Errors
 /// When there is none, or it is no kernel.
-pub fn loader(
-    program: &Program,
-    files: &[OwnedFd],
-    hardware: &Hardware,
-    console: &Path,
-) -> Result<LinuxBoot> {
+pub fn loader(program: &Program, files: &[OwnedFd], devices: &DeviceConfig) -> Result<LinuxBoot> {
     let mut paths = files.iter().map(|file| format!("/proc/self/fd/{}", file.as_raw_fd()).into());
     let kernel = paths.next().ok_or_else(|| Error::invalid("there is no kernel"))?;
     Ok(LinuxBoot {
         kernel,
         initramfs: paths.next(),
         command_line: program.cmdline.clone().unwrap_or_else(|| COMMAND_LINE.into()),
-        virtio_devices: config(hardware, console).virtio_devices(),
+        virtio_devices: devices.virtio_devices(),
     })
 }
 
@@ -41,13 +57,12 @@ pub fn loader(
 /// # Errors
 /// What keeps a disk from being connected, or the host's error.
 pub fn devices(
-    hardware: &Hardware,
-    console: &Path,
+    config: &DeviceConfig,
     ram: &Arc<GuestRam>,
     wires: &dyn Wires,
     identity: Option<&Identity>,
-) -> Result<Arc<dyn Devices>> {
-    let devices = DeviceSet::new(&config(hardware, console), ram, wires)?;
+) -> Result<Arc<DeviceSet>> {
+    let devices = DeviceSet::new(config, ram, wires)?;
     if let Some(identity) = identity {
         devices.identify(identity)?;
     }

@@ -32,10 +32,11 @@ use super::wire::{
     Phase, Ready, Told, WasCut,
 };
 use super::{confine, hardware};
+use crate::devices::DeviceSet;
 use crate::http::{self, Reply};
 use crate::machine::{Exit, Image, Machine, Pause, SizeClass};
 use crate::memory::{GuestRam, Layer};
-use crate::wires::{DiskCut, Wires};
+use crate::wires::{Devices, DiskCut, Wires};
 use blockd::clock;
 
 /// How long a watcher may take to take a word: one that does not listen is let go.
@@ -60,6 +61,8 @@ struct Vm {
     shell: Mutex<Option<Machine>>,
     /// From then on.
     machine: OnceLock<Machine>,
+    /// Its devices.
+    devices: OnceLock<Arc<DeviceSet>>,
     changing: Mutex<()>,
     state: Mutex<State>,
     watchers: Mutex<Vec<UnixStream>>,
@@ -123,6 +126,7 @@ fn prepare(options: &Options) -> Result<(Arc<Vm>, UnixListener, Vec<String>)> {
         class: options.class,
         shell: Mutex::new(Some(machine)),
         machine: OnceLock::new(),
+        devices: OnceLock::new(),
         changing: Mutex::default(),
         state: Mutex::new(state),
         watchers: Mutex::default(),
@@ -135,8 +139,8 @@ impl Vm {
     fn converse(self: &Arc<Self>, socket: UnixStream) {
         while let Ok((ask, files)) = messages::receive::<Ask>(&socket) {
             let told = match ask {
-                Ask::Boot(asked) => reply(&socket, self.boot(&asked, &files)),
-                Ask::Equip(hardware) => reply(&socket, self.equip(&hardware)),
+                Ask::Boot(asked) => reply(&socket, self.boot(&asked, files)),
+                Ask::Equip(hardware) => reply(&socket, self.equip(&hardware, files)),
                 Ask::Become(asked) => reply(&socket, self.become_child(&asked, files)),
                 Ask::Begin { paused } => reply(&socket, self.begin(paused)),
                 Ask::Pause => reply(&socket, self.pause()),
@@ -144,6 +148,7 @@ impl Vm {
                 Ask::Cut(asked) => self.cut(&socket, &asked, files.into_iter().next()),
                 Ask::Status => reply(&socket, Ok(self.state.lock().phase)),
                 Ask::Exits => reply(&socket, Ok(self.machine.get().map_or(0, Machine::exits))),
+                Ask::Net => reply(&socket, Ok(self.devices.get().and_then(|set| set.net()))),
                 Ask::PressPowerButton => reply(&socket, self.press_power_button()),
                 Ask::Stop => {
                     let ended =
@@ -160,21 +165,22 @@ impl Vm {
         }
     }
 
-    fn boot(self: &Arc<Self>, asked: &BootVm, files: &[OwnedFd]) -> Result<()> {
-        let (console, hardware) = (self.folder.console(), &asked.hardware);
-        let loader = hardware::loader(&asked.program, files, hardware, &console)?;
+    fn boot(self: &Arc<Self>, asked: &BootVm, mut files: Vec<OwnedFd>) -> Result<()> {
+        let config = hardware::config(&asked.hardware, &self.folder.console(), &mut files)?;
+        let loader = hardware::loader(&asked.program, &files, &config)?;
         let mut make = |ram: &Arc<GuestRam>, wires: &dyn Wires| {
-            hardware::devices(hardware, &console, ram, wires, Some(&asked.identity))
+            self.keep(hardware::devices(&config, ram, wires, Some(&asked.identity))?)
         };
         self.fill(|machine| machine.boot_with(&loader, &mut make))
     }
 
-    fn equip(&self, wanted: &Hardware) -> Result<()> {
+    fn equip(&self, wanted: &Hardware, mut files: Vec<OwnedFd>) -> Result<()> {
         let _changing = self.changing.lock();
+        let config = hardware::config(wanted, &self.folder.console(), &mut files)?;
         let mut shell = self.shell.lock();
         let machine = shell.as_mut().ok_or_else(no_shell)?;
         machine.equip(&mut |ram: &Arc<GuestRam>, wires: &dyn Wires| {
-            hardware::devices(wanted, &self.folder.console(), ram, wires, None)
+            self.keep(hardware::devices(&config, ram, wires, None)?)
         })
     }
 
@@ -192,6 +198,12 @@ impl Vm {
         let bare = || Error::invalid("it has no devices yet");
         let mut make = |_: &Arc<GuestRam>, _: &dyn Wires| Err(bare());
         self.fill(|machine| machine.become_with(&image, &asked.identity, &mut make).map(drop))
+    }
+
+    /// Keeps the devices of its machine, to be asked about them.
+    fn keep(&self, devices: Arc<DeviceSet>) -> Result<Arc<dyn Devices>> {
+        let _ = self.devices.set(Arc::clone(&devices)); // a shell is filled once
+        Ok(devices)
     }
 
     /// Makes something of the shell. Who fails is of no use any more, and is not kept.

@@ -9,7 +9,7 @@ use blockd::api::types::Failure;
 use format::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::devices::DiskConfig;
+use crate::devices::{DiskConfig, LinkWhen};
 use crate::memory::Span;
 use crate::wires::Identity;
 
@@ -23,10 +23,11 @@ pub const ENDED_FILE: &str = "ended.json";
 #[serde(tag = "ask", rename_all = "kebab-case")]
 pub enum Ask {
     /// Boot a machine in the shell; it is paused afterwards. Files: its kernel, then its first file
-    /// system, if it has one.
+    /// system and its tap interface, if it has them.
     Boot(Box<BootVm>),
     /// Have these devices, for the child that the shell is to become. Its disks are connected now,
-    /// so that nothing of that is left to do when the machine is cut.
+    /// so that nothing of that is left to do when the machine is cut. File: its tap interface, if it
+    /// has one.
     Equip(Hardware),
     /// Become the child of a fork, equipped before; it is paused afterwards. Files: the layers of
     /// its memory, then its state.
@@ -47,6 +48,8 @@ pub enum Ask {
     Status,
     /// Say how often its processors came out of the guest.
     Exits,
+    /// Say how its network card is, if it has one.
+    Net,
     /// Press the power button, if the guest listens to it. The answer says whether it does.
     PressPowerButton,
     /// End, as if the power was cut.
@@ -78,6 +81,18 @@ pub struct Program {
 pub struct Hardware {
     /// Its disks, in the order in which the guest sees them.
     pub disks: Vec<DiskConfig>,
+    /// Its network card.
+    #[serde(default)]
+    pub net: Option<NetHardware>,
+}
+
+/// A network card of a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetHardware {
+    /// The interface that it is connected to, which comes as a file beside the message.
+    pub tap: Option<String>,
+    /// When the link comes up after the machine became another one.
+    pub link: LinkWhen,
 }
 
 /// A child to become.

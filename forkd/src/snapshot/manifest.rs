@@ -33,6 +33,9 @@ pub struct Manifest {
     pub vcpus: u8,
     /// Its disks, in the order in which the machine sees them.
     pub disks: Vec<SnapshotDisk>,
+    /// Whether it has a network card.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub network_card: bool,
     /// Processors and devices.
     pub state: FileSum,
     /// Memory.
@@ -149,6 +152,7 @@ pub(super) mod tests {
                 id: Uuid::from_u128(4),
                 read_only: false,
             }],
+            network_card: true,
             state: FileSum { bytes: 5, crc32c: 6 },
             memory: MemorySums { chunk_bytes: CHUNK, crc32c: vec![7, 8, 9] },
         }

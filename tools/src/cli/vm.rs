@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use forkd::api::types::{ForkNet, LinkWhen, RunNet};
 
 use crate::size;
 
@@ -14,12 +15,15 @@ pub enum VmVerb {
     /// The kernel is a Linux bzImage, or an ELF file (vmlinux or another program) with a PVH entry.
     /// Disks are blockd's, in the order in which the machine sees them; `:ro` after a name refuses
     /// writes. The verb ends when the machine runs; `vm console` shows what it prints. Names have
-    /// letters, digits and . _ -, 64 at most.
+    /// letters, digits and . _ -, 64 at most. The tap interface of a network card has to be there
+    /// already, and is nobody else's.
     #[command(after_help = "\
 Examples:
   offshoot vm run web1 --kernel /boot/vmlinuz --initrd /boot/initrd.img --disk web1-root \\
       --cmdline 'console=ttyS0 root=/dev/vda1' --mem 512M --cpus 2
-  offshoot vm run tool --kernel ./vmlinux --disk data --disk base:ro --mem 128M --console")]
+  offshoot vm run tool --kernel ./vmlinux --disk data --disk base:ro --mem 128M --console
+  ip tuntap add dev tap0 mode tap && ip link set tap0 up
+  offshoot vm run web1 --kernel /boot/vmlinuz --disk web1-root --net tap=tap0")]
     Run(RunVm),
 
     /// List the machines
@@ -72,10 +76,15 @@ Examples:
     /// first instruction on: another name, identity, generation, network address and random
     /// numbers. Its disks are called CHILD-disk0, CHILD-disk1 and so on, and go with it. There are
     /// all of the children, or none; the machine goes on in any case.
+    ///
+    /// No child gets its parent's network: --net names an interface for each. The link of a child
+    /// is down until its guest has taken its new identity (or not for longer than its driver needs
+    /// to see it, with link=at-once).
     #[command(after_help = "\
 Examples:
   offshoot vm fork web1 web2 web3
-  offshoot vm fork template job-17 --json | jq .pause_us")]
+  offshoot vm fork template job-17 --json | jq .pause_us
+  offshoot vm fork template job-{1..100} --net 'tap=t-{name}'")]
     Fork(ForkVm),
 
     /// Write a machine to files while it runs
@@ -167,6 +176,9 @@ pub struct RunVm {
     /// A disk; with `:ro`, for reading only. May be said several times
     #[arg(long = "disk", value_name = "NAME[:ro]", value_parser = disk)]
     pub disks: Vec<(String, bool)>,
+    /// A network card that is connected to this tap interface, or to nothing
+    #[arg(long, value_name = "tap=IFNAME|none", value_parser = net_to_boot)]
+    pub net: Option<RunNet>,
     /// Bytes of memory, a whole number of MiB
     #[arg(long, value_name = "BYTES", value_parser = size::parse, default_value = "256M")]
     pub mem: u64,
@@ -189,6 +201,26 @@ fn disk(text: &str) -> Result<(String, bool), String> {
     })
 }
 
+fn net_to_boot(text: &str) -> Result<RunNet, String> {
+    let tap = match text.strip_prefix("tap=") {
+        Some(name) => Some(name.to_owned()),
+        None if text == "none" => None,
+        None => return Err("say tap=IFNAME, or none".into()),
+    };
+    Ok(RunNet { tap })
+}
+
+fn net(text: &str) -> Result<ForkNet, String> {
+    let wrong = || "say tap=PATTERN, or tap=PATTERN,link=at-once".to_owned();
+    let tap = text.strip_prefix("tap=").ok_or_else(wrong)?;
+    let (tap, link) = match tap.split_once(',') {
+        None | Some((_, "link=identified")) => (tap.split(',').next(), LinkWhen::Identified),
+        Some((tap, "link=at-once")) => (Some(tap), LinkWhen::AtOnce),
+        Some(_) => return Err(wrong()),
+    };
+    Ok(ForkNet { tap: tap.unwrap_or_default().to_owned(), link })
+}
+
 /// A machine.
 #[derive(Debug, Args)]
 pub struct VmName {
@@ -207,6 +239,10 @@ pub struct ForkVm {
     /// Do not let the children run yet
     #[arg(long)]
     pub paused: bool,
+    /// The tap interface of each child: `{name}` stands for its name, `{n}` for its place among
+    /// them, from 0. Without it the children's cards are connected to nothing
+    #[arg(long, value_name = "tap=PATTERN[,link=at-once]", value_parser = net)]
+    pub net: Option<ForkNet>,
 }
 
 /// `vm snapshot`
@@ -232,6 +268,9 @@ pub struct Restore {
     /// Do not let it run yet
     #[arg(long)]
     pub paused: bool,
+    /// Its tap interface, as for `vm fork`. Without it its card is connected to nothing
+    #[arg(long, value_name = "tap=IFNAME[,link=at-once]", value_parser = net)]
+    pub net: Option<ForkNet>,
 }
 
 /// `vm snapshot-rm`

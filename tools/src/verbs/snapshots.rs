@@ -46,6 +46,7 @@ pub fn restore(s: &Session, args: &cli::Restore) -> Outcome {
         name: args.name.clone(),
         disks: args.disks.clone(),
         paused: args.paused,
+        net: args.net.clone(),
     };
     signals::ask_to_be_told();
     let progress = Progress::new(s.out, "reading");

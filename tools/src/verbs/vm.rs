@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf, absolute};
 
 use forkd::api::types::{
-    ForkVm, ForkedVms, Health, RemovedVm, RunVm, UseDisk, Vm, VmDisk, VmState, VmStats,
+    ForkVm, ForkedVms, Health, NetStatus, RemovedVm, RunVm, UseDisk, Vm, VmDisk, VmNet, VmState,
+    VmStats,
 };
 use format::{Error, Result};
 
@@ -58,6 +59,7 @@ fn run(s: &Session, args: &cli::RunVm) -> Outcome {
         initrd: args.initrd.as_deref().map(whole).transpose()?,
         cmdline: args.cmdline.clone(),
         disks: args.disks.iter().map(use_disk).collect(),
+        net: args.net.clone(),
         memory_bytes: args.mem,
         vcpus: args.cpus,
         paused: args.paused,
@@ -140,7 +142,25 @@ fn render(vm: &Vm) -> String {
         let own = if d.own { ", made for this machine" } else { "" };
         lines.push(("disk", format!("{}{own}", disk(d))));
     }
+    if let Some(net) = &vm.net {
+        lines.push(("network", network(net)));
+    }
     fields(lines)
+}
+
+/// What a network card is connected to, and what passed it.
+fn network(net: &VmNet) -> String {
+    let tap = net.tap.as_ref().map_or("not connected".into(), |tap| format!("interface {tap}"));
+    let Some(NetStatus { link, counts: c }) = &net.status else { return tap };
+    format!(
+        "{tap}, link {}; received {} frames, {}; sent {} frames, {}; dropped {}",
+        link.name(),
+        c.received_frames,
+        show(c.received_bytes),
+        c.sent_frames,
+        show(c.sent_bytes),
+        c.dropped
+    )
 }
 
 fn attach(s: &Session, name: &str) -> Outcome {
@@ -161,7 +181,8 @@ fn change(s: &Session, args: &VmName, what: &str, done: &str) -> Outcome {
 }
 
 fn fork(s: &Session, args: &cli::ForkVm) -> Outcome {
-    let request = ForkVm { children: args.children.clone(), paused: args.paused };
+    let (children, net) = (args.children.clone(), args.net.clone());
+    let request = ForkVm { children, paused: args.paused, net };
     let forked: ForkedVms = s.forkd()?.post(path(&args.parent, "/fork"), &request)?;
     s.out.confirm(&forked, || {
         let ms = |us: u64| std::time::Duration::from_micros(us).as_secs_f64() * 1e3;

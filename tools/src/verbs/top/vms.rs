@@ -98,6 +98,7 @@ mod tests {
             faults,
             exits: 2 * faults,
             cpu_ns,
+            net: None,
         }
     }
 
