@@ -27,6 +27,7 @@ required e2fsck     e2fsprogs       to check exported file systems
 optional mkfs.xfs   xfsprogs        to test a store on a file system with reflinks
 optional nbdinfo    libnbd-bin      to look at NBD exports with a client that is not ours
 optional nbdcopy    libnbd-bin      to copy disks over NBD
+optional ip         iproute2        to test network cards of machines (as root)
 optional losetup    mount           to test full, read-only and reflink file systems (as root)
 optional qemu-system-x86_64 qemu-system-x86 to boot a real guest from our disks
 optional cpio       cpio            to make that guest

@@ -18,6 +18,8 @@ pub mod log;
 pub mod model;
 pub mod mount;
 pub mod nbd;
+pub mod netdriver;
+pub mod netns;
 pub mod pattern;
 pub mod payload;
 pub mod rng;

@@ -151,7 +151,7 @@ impl Rig {
 #[must_use]
 pub fn one_disk(socket: &std::path::Path) -> DeviceConfig {
     let disk = DiskConfig { name: "vm".to_owned(), socket: socket.to_owned(), read_only: false };
-    DeviceConfig { disks: vec![disk], console: None }
+    DeviceConfig { disks: vec![disk], ..DeviceConfig::default() }
 }
 
 /// What a request asks for: the numbers of the specification.

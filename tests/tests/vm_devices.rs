@@ -207,7 +207,7 @@ fn a_state_that_does_not_fit_is_refused() {
     drop(rig);
     let none = Rig::new(&DeviceConfig::default());
     let refused = |bytes: &[u8]| none.devices.restore(bytes, &identity(9)).unwrap_err().to_string();
-    assert!(refused(&state).contains("1 disks and this one has 0"));
+    assert!(refused(&state).contains("1 disks and network cards and this one has 0"));
     assert!(refused(&state[..state.len() / 2]).contains("cannot be read"));
     let newer = String::from_utf8(state).unwrap().replace("\"version\":1", "\"version\":2");
     assert!(refused(newer.as_bytes()).contains("version 2"));

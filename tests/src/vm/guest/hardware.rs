@@ -13,6 +13,11 @@ pub fn put32(at: u64, value: u32) {
     unsafe { asm!("mov [{a}], {v:e}", a = in(reg) at, v = in(reg) value, options(nostack)) }
 }
 
+pub fn put64(at: u64, value: u64) {
+    // SAFETY: as in `put32`.
+    unsafe { asm!("mov [{a}], {v}", a = in(reg) at, v = in(reg) value, options(nostack)) }
+}
+
 pub fn get32(at: u64) -> u32 {
     let value: u32;
     // SAFETY: as in `put32`.

@@ -12,6 +12,7 @@
 #![no_main]
 
 mod hardware;
+mod net;
 mod virtio;
 mod work;
 
@@ -22,6 +23,7 @@ use hardware::{
     LOCAL_APIC, SERIAL, get32, in8, listen, load, out8, print, print_byte, print_number, put32,
     sleep, store, typed,
 };
+use net::Card;
 use virtio::{Device, EMPTY, Queue};
 
 global_asm!(
@@ -204,6 +206,7 @@ static mut RANDOM_QUEUE: Queue = EMPTY;
 /// What this program knows.
 struct Guest {
     disk: Option<Device>,
+    card: Option<Card>,
     random: Device,
     /// The last number that is on the disk.
     number: u64,
@@ -301,6 +304,31 @@ fn told(value: u64) {
     print("\n");
 }
 
+/// What has to do with the network card.
+fn obey_card(guest: &mut Guest, line: &[u8]) {
+    let Some(card) = &mut guest.card else { return print("= no card\n") };
+    match line[0] {
+        // Frames, bytes: sends so many of that size.
+        b'h' => {
+            card.send_numbers(number(line, 0), number(line, 1));
+            card.tell();
+        }
+        // Sends back what comes, until something is typed.
+        b'j' => card.echo(),
+        // Takes the address from the card, as a driver that starts does.
+        b'q' => {
+            card.read_address();
+            card.tell();
+        }
+        // Starts the card anew.
+        b'u' => {
+            *card = Card::start(card.at());
+            card.tell();
+        }
+        _ => card.tell(),
+    }
+}
+
 fn obey(guest: &mut Guest, line: &[u8]) {
     let [a, b, c] = [0, 1, 2].map(|nth| number(line, nth));
     match line.first() {
@@ -354,6 +382,9 @@ fn obey(guest: &mut Guest, line: &[u8]) {
         Some(b'q') => told(guest.read_disk(a, b, c)),
         // Bytes: floods the console.
         Some(b'x') => (0..a).for_each(|i| out8(SERIAL, b'a' + (i % 26) as u8)),
+        // Takes the identity: says so to the host.
+        Some(b'a') => net::acknowledge(),
+        Some(b'h' | b'j' | b'l' | b'q' | b'u') => obey_card(guest, line),
         // Listens to the power button, and obeys it, or with another number than 0 does not.
         Some(b'b') => {
             listen(6, if a == 0 { 0x42 } else { WAKE });
@@ -371,6 +402,10 @@ fn obey(guest: &mut Guest, line: &[u8]) {
     }
 }
 
+fn is_card(at: &u64) -> bool {
+    get32(*at) == 0x7472_6976 && get32(*at + 8) == 1
+}
+
 #[unsafe(no_mangle)]
 extern "C" fn guest_main() -> ! {
     // What is typed comes as vector 0x41.
@@ -380,6 +415,7 @@ extern "C" fn guest_main() -> ! {
     let has_disk = get32(DISK + 8) == 2;
     let mut guest = Guest {
         disk: has_disk.then(|| Device::start(DISK, &raw mut DISK_QUEUE, 0)),
+        card: [DISK, DISK + 0x1000].into_iter().find(is_card).map(Card::start),
         random: Device::start(RANDOM, &raw mut RANDOM_QUEUE, 0),
         number: 0,
         generation: load(GENERATION),
