@@ -22,10 +22,10 @@ here=$(cd "$(dirname "$0")" && pwd)
 cache="${CARGO_TARGET_DIR:-$here/../../target}/guest"
 
 tools=(sh mke2fs e2fsck blkdiscard fsfreeze fstrim sha256sum)
-optional_tools=(mkfs.xfs xfs_repair)
+optional_tools=(mkfs.xfs xfs_repair ip)
 modules=(virtio_pci virtio_mmio virtio_blk virtio_console virtio_rng xfs)
 # For the nested lab. Some distributions keep them in another package, or in the kernel.
-optional_modules=(kvm_amd button evdev)
+optional_modules=(kvm_amd button evdev tun virtio_net)
 
 die() {
     echo "guest: $*" >&2

@@ -57,8 +57,13 @@ impl Machines {
 
     /// Boots a machine with both disks.
     pub fn run(&mut self, name: &str) {
+        self.run_with(name, "");
+    }
+
+    /// Boots a machine with both disks and what else the options say.
+    pub fn run_with(&mut self, name: &str, options: &str) {
         self.verb(&format!(
-            "vm run {name} --kernel /lab/kernel --initrd /lab/initramfs --mem 160M \
+            "vm run {name} {options} --kernel /lab/kernel --initrd /lab/initramfs --mem 160M \
              --disk root --disk count \
              --cmdline \"console=ttyS0 pci=off panic=-1 quiet mitigations=off nokaslr\""
         ));
@@ -103,7 +108,8 @@ impl Machines {
         said
     }
 
-    fn try_ask(&mut self, name: &str, command: &str) -> (i32, String) {
+    /// As [`Machines::ask`], whatever comes of it: exit code and output.
+    pub fn try_ask(&mut self, name: &str, command: &str) -> (i32, String) {
         if !self.consoles.contains_key(name) {
             let console = self.show(name)["console"].as_str().expect("a console").to_owned();
             self.consoles.insert(name.to_owned(), console);

@@ -1,6 +1,7 @@
 //! Linux guests under `forkd`, in the nested lab: see `offshoot_tests::lab`.
 
 mod machine;
+mod net;
 mod snapshot;
 
 use std::collections::BTreeSet;
