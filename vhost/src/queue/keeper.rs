@@ -30,11 +30,13 @@ impl Drop for Held {
 pub(super) struct Keeper {
     current: Held,
     retired: Vec<Held>,
+    /// Chains that were set aside.
+    aside: u32,
 }
 
 impl Keeper {
     pub(super) fn new(memory: Arc<Memory>) -> Keeper {
-        Keeper { current: hold(memory, 0), retired: Vec::new() }
+        Keeper { current: hold(memory, 0), retired: Vec::new(), aside: 0 }
     }
 
     /// The table in use.
@@ -59,6 +61,13 @@ impl Keeper {
         self.retired.retain(|h| h.outstanding > 0);
     }
 
+    /// Counts a chain in that nobody reads or writes any more, though it is not done: it still counts
+    /// as outstanding, but needs no memory.
+    pub(super) fn set_aside(&mut self, generation: u32) {
+        self.give_back(generation);
+        self.aside += 1;
+    }
+
     /// Makes `memory` the table in use.
     pub(super) fn replace(&mut self, memory: Arc<Memory>) {
         let next = hold(memory, self.current.generation.wrapping_add(1));
@@ -68,9 +77,10 @@ impl Keeper {
         }
     }
 
-    /// Chains that are out.
+    /// Chains that are out, or were set aside.
     pub(super) fn outstanding(&self) -> u32 {
-        self.current.outstanding + self.retired.iter().map(|h| h.outstanding).sum::<u32>()
+        let retired: u32 = self.retired.iter().map(|h| h.outstanding).sum();
+        self.current.outstanding + retired + self.aside
     }
 }
 
@@ -96,6 +106,17 @@ mod tests {
         keeper.give_back(third);
         drop(keeper);
         assert_eq!(Arc::strong_count(&b), 1);
+    }
+
+    #[test]
+    fn chain_that_was_set_aside_counts_and_keeps_no_table() {
+        let a = Arc::new(Memory::default());
+        let mut keeper = Keeper::new(a.clone());
+        let mark = keeper.take();
+        keeper.set_aside(mark);
+        assert_eq!(keeper.outstanding(), 1);
+        drop(keeper);
+        assert_eq!(Arc::strong_count(&a), 1);
     }
 
     #[test]

@@ -94,7 +94,7 @@ pub struct LogTarget {
 }
 
 /// Everything a queue starts from.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct QueueSetup {
     /// Number of the queue in its device.
     pub index: u16,
@@ -177,6 +177,12 @@ impl Queue {
         ring!(&mut self.0, ring => ring.put_back(chain));
     }
 
+    /// Leaves a chain to the next owner of the ring, undone, as the in-flight area shows it. Nobody
+    /// uses its buffers any more; it counts as outstanding.
+    pub fn set_aside(&mut self, chain: &mut Chain) {
+        ring!(&mut self.0, ring => ring.set_aside(chain));
+    }
+
     /// Makes completed chains visible to the driver; returns whether it wants to be notified.
     #[must_use]
     pub fn publish(&mut self) -> bool {
@@ -227,6 +233,12 @@ impl Queue {
     /// `Invalid` when the ring itself is not in the new table; the queue keeps the old one.
     pub fn set_memory(&mut self, memory: Arc<Memory>) -> Result<()> {
         ring!(&mut self.0, ring => ring.set_memory(memory))
+    }
+
+    /// Lets go of guest memory. The queue is of no more use afterwards; chains that are out keep the
+    /// table that they came from.
+    pub fn let_go(&mut self) {
+        ring!(&mut self.0, ring => ring.let_go());
     }
 
     /// Changes where writes are logged; holds for chains in work as well.

@@ -290,6 +290,10 @@ impl PackedQueue {
         self.keeper.give_back(chain.generation);
     }
 
+    pub(super) fn set_aside(&mut self, chain: &mut Chain) {
+        self.keeper.set_aside(chain.generation);
+    }
+
     /// The log address that front ends send is that of a split ring's used ring; the parts of a
     /// packed ring that we write are logged where they are.
     fn log_write(&self, guest: u64, len: u64) {
@@ -357,6 +361,10 @@ impl PackedQueue {
         if let (Some(tracker), 0) = (&mut self.tracker, self.keeper.outstanding()) {
             tracker.close();
         }
+    }
+
+    pub(super) fn let_go(&mut self) {
+        self.keeper.replace(Arc::default());
     }
 
     pub(super) fn set_memory(&mut self, memory: Arc<Memory>) -> Result<()> {

@@ -355,6 +355,10 @@ impl SplitQueue {
         self.keeper.give_back(chain.generation);
     }
 
+    pub(super) fn set_aside(&mut self, chain: &mut Chain) {
+        self.keeper.set_aside(chain.generation);
+    }
+
     fn log_ring(&self, offset: u64, len: u64) {
         if let (Some(log), Some(ring)) = (&self.log.log, self.log.ring) {
             log.mark(ring.saturating_add(offset), len);
@@ -423,6 +427,10 @@ impl SplitQueue {
         if let (Some(tracker), 0) = (&mut self.tracker, self.keeper.outstanding()) {
             tracker.close(self.published_used);
         }
+    }
+
+    pub(super) fn let_go(&mut self) {
+        self.keeper.replace(Arc::default());
     }
 
     pub(super) fn set_memory(&mut self, memory: Arc<Memory>) -> Result<()> {

@@ -307,6 +307,12 @@ impl ActiveQueue {
         self.queue.complete(chain, written);
     }
 
+    /// Leaves a request undone, for the next owner of the ring: the in-flight area shows it. Nothing
+    /// may use its buffers any more.
+    pub fn set_aside(&mut self, chain: &mut Chain) {
+        self.queue.set_aside(chain);
+    }
+
     /// Makes finished requests visible to the driver and notifies it if it wants that; returns
     /// whether it was notified.
     pub fn publish(&mut self) -> bool {
@@ -378,6 +384,8 @@ impl Drop for ActiveQueue {
         }
         self.queue.close();
         let handed_back = HandedBack { base: self.queue.base(), outstanding };
+        // Before anybody is told: who then takes its memory back finds no mapping of this ring's.
+        self.queue.let_go();
         self.mailbox.lock().handed_back = Some(handed_back);
         self.mailbox.changed.notify_all();
     }

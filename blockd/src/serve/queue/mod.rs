@@ -367,6 +367,7 @@ impl Worker {
             if std::mem::take(&mut slot.held) {
                 self.volume.end_hold();
             }
+            self.queue.set_aside(&mut slot.chain);
             self.volume.lane(self.lane).dropped();
         }
     }
