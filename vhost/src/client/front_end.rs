@@ -14,8 +14,9 @@ use format::{Error, Kind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::proto::{FLAG_NEED_REPLY, FLAG_REPLY};
-use crate::socket::{Received, Receiver, send};
+use crate::proto::{BACKEND_CONFIG_CHANGE, Config, F_PROTOCOL_FEATURES};
+use crate::proto::{FLAG_NEED_REPLY, FLAG_REPLY, feature, request};
+use crate::socket::{Message, Received, Receiver, concat, send};
 
 /// How long a back end may take for an answer: it may have to drain a ring first.
 const ANSWER_TIME: Duration = Duration::from_secs(30);
@@ -122,6 +123,74 @@ impl FrontEnd {
         Ok(self.receive_bytes(code)?.0)
     }
 
+    /// Begins: says who owns the device, and negotiates protocol features, of which `protocol` are
+    /// wanted; with none, the oldest dialect is spoken. Returns the virtio features that the back
+    /// end offers, and the protocol features that both have.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::ask`].
+    pub(super) fn greet(&mut self, protocol: u64) -> Result<(u64, u64)> {
+        let none = &[0u8; 0];
+        self.tell(request::SET_OWNER, none, &[])?;
+        let offered: u64 = self.ask(request::GET_FEATURES, none, &[])?.0;
+        if protocol == 0 || offered & F_PROTOCOL_FEATURES == 0 {
+            return Ok((offered & !F_PROTOCOL_FEATURES, 0));
+        }
+        let has: u64 = self.ask(request::GET_PROTOCOL_FEATURES, none, &[])?.0;
+        let protocol = has & protocol;
+        self.tell(request::SET_PROTOCOL_FEATURES, &protocol, &[])?;
+        self.set_acks(protocol & feature::REPLY_ACK != 0);
+        Ok((offered, protocol))
+    }
+
+    /// Reads configuration bytes from `offset`.
+    ///
+    /// # Errors
+    /// `Invalid` when the back end does not have them.
+    pub(super) fn config(&mut self, offset: u32, dst: &mut [u8]) -> Result<()> {
+        let size = u32::try_from(dst.len()).map_err(|_| Error::invalid("too many bytes"))?;
+        let head = Config { offset, size, flags: 0 };
+        let reply = self.ask_bytes(request::GET_CONFIG, &concat(&head, dst))?;
+        match reply.get(size_of::<Config>()..) {
+            Some(bytes) if bytes.len() == dst.len() => dst.copy_from_slice(bytes),
+            _ => return Err(Error::invalid("the back end has no such configuration")),
+        }
+        Ok(())
+    }
+
+    /// Switches the cache mode.
+    ///
+    /// # Errors
+    /// `Invalid` when the back end refuses.
+    pub(super) fn set_write_cache(&mut self, write_back: bool) -> Result<()> {
+        let head = Config { offset: 32, size: 1, flags: 0 };
+        let bytes = concat(&head, &[u8::from(write_back)]);
+        self.tell(request::SET_CONFIG, &bytes[..], &[])
+    }
+
+    /// Sends a request that has a reply, which [`FrontEnd::answer`] gives. Nothing else may be
+    /// asked or told until it is there.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::ask`].
+    pub(super) fn ask_soon<T: IntoBytes + Immutable + ?Sized>(
+        &mut self,
+        code: u32,
+        payload: &T,
+    ) -> Result<()> {
+        self.settle()?;
+        send(self.socket.as_fd(), code, 0, payload.as_bytes(), &[])
+    }
+
+    /// The reply to [`FrontEnd::ask_soon`], if it is there.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::ask`].
+    pub(super) fn answer<R: FromBytes>(&mut self, code: u32) -> Result<Option<R>> {
+        let Some(message) = self.poll(code)? else { return Ok(None) };
+        R::read_from_bytes(&message.payload).map(Some).map_err(|_| wrong_length())
+    }
+
     /// Sends bytes as they are: for tests of what a back end does with them.
     ///
     /// # Errors
@@ -133,24 +202,14 @@ impl FrontEnd {
     fn receive<R: FromBytes>(&mut self, code: u32) -> Result<(R, Option<OwnedFd>)> {
         let (bytes, file) = self.receive_bytes(code)?;
         let reply = R::read_from_bytes(&bytes);
-        reply.map(|r| (r, file)).map_err(|_| Error::invalid("a reply of the wrong length"))
+        reply.map(|r| (r, file)).map_err(|_| wrong_length())
     }
 
     fn receive_bytes(&mut self, code: u32) -> Result<(Vec<u8>, Option<OwnedFd>)> {
         let end = Instant::now() + ANSWER_TIME;
         loop {
-            match self.receiver.poll(self.socket.as_fd())? {
-                Received::Closed => {
-                    return Err(Error::new(Kind::Io, "the back end closed the connection"));
-                }
-                Received::Message(m) if m.header.request != code => {
-                    return Err(Error::invalid("a reply to another request"));
-                }
-                Received::Message(m) if m.header.flags & FLAG_REPLY == 0 => {
-                    return Err(Error::invalid("a request instead of a reply"));
-                }
-                Received::Message(m) => return Ok((m.payload, m.fds.into_iter().next())),
-                Received::Pending => {}
+            if let Some(m) = self.poll(code)? {
+                return Ok((m.payload, m.fds.into_iter().next()));
             }
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() || !readable(&self.socket, left) {
@@ -158,11 +217,66 @@ impl FrontEnd {
             }
         }
     }
+
+    /// The reply to request `code`, if it is there.
+    fn poll(&mut self, code: u32) -> Result<Option<Message>> {
+        match self.receiver.poll(self.socket.as_fd())? {
+            Received::Closed => Err(Error::new(Kind::Io, "the back end closed the connection")),
+            Received::Message(m) if m.header.request != code => {
+                Err(Error::invalid("a reply to another request"))
+            }
+            Received::Message(m) if m.header.flags & FLAG_REPLY == 0 => {
+                Err(Error::invalid("a request instead of a reply"))
+            }
+            Received::Message(m) => Ok(Some(m)),
+            Received::Pending => Ok(None),
+        }
+    }
+}
+
+fn wrong_length() -> Error {
+    Error::invalid("a reply of the wrong length")
 }
 
 impl AsFd for FrontEnd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+/// The channel on which a back end announces changes of its configuration.
+#[derive(Debug)]
+pub(super) struct Channel {
+    socket: OwnedFd,
+    receiver: Receiver,
+}
+
+impl Channel {
+    /// Gives the back end a new channel.
+    pub(super) fn open(front: &mut FrontEnd) -> Result<Channel> {
+        let (ours, theirs) = UnixStream::pair()?;
+        front.tell_soon(request::SET_BACKEND_REQ_FD, &[0u8; 0], &[theirs.as_fd()])?;
+        Ok(Channel { socket: ours.into(), receiver: Receiver::default() })
+    }
+
+    /// Its descriptor, to sleep on.
+    pub(super) fn source(&self) -> Result<OwnedFd> {
+        Ok(self.socket.try_clone()?)
+    }
+
+    /// Waits for an announcement, at most `timeout_ms`.
+    ///
+    /// # Errors
+    /// `Invalid` when something else arrives.
+    pub(super) fn config_changed(&mut self, timeout_ms: u32) -> Result<bool> {
+        if !readable(&self.socket, Duration::from_millis(timeout_ms.into())) {
+            return Ok(false);
+        }
+        match self.receiver.poll(self.socket.as_fd())? {
+            Received::Message(m) if m.header.request == BACKEND_CONFIG_CHANGE => Ok(true),
+            Received::Message(_) => Err(Error::invalid("an unknown request of the back end")),
+            Received::Pending | Received::Closed => Ok(false),
+        }
     }
 }
 

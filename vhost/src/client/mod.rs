@@ -6,15 +6,18 @@
 //! end finishes what the last one had in work.
 //!
 //! [`Client`] is the control half; the [`ClientQueue`]s it makes are independent of it and can
-//! each go to a thread.
+//! each go to a thread. [`DirectClient`] has no rings of its own: it passes a guest's on.
 
 mod arena;
+mod direct;
 mod front_end;
 mod packed;
 mod queue;
 mod split;
 
 pub use arena::{Arena, GUEST_BASE};
+pub use direct::{DirectClient, GuestRing, SharedMemory};
+use front_end::Channel;
 pub use front_end::FrontEnd;
 pub use queue::{ClientQueue, Completion, Op, SPANS_MAX, Span};
 
@@ -23,7 +26,6 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::time::Duration;
 
 use format::{Error, Kind, Result};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -34,7 +36,7 @@ use crate::event::EventFd;
 use crate::memory::GuestAddr;
 use crate::proto::{self, F_PROTOCOL_FEATURES, feature, request};
 use crate::queue::{F_LOG_ALL, F_RING_PACKED};
-use crate::socket::{Received, Receiver, concat};
+use crate::socket::concat;
 use crate::util::{low16, wide};
 use queue::SLOT_SIZE;
 
@@ -138,7 +140,7 @@ pub struct Client {
     doorbells: Vec<Doorbells>,
     inflight: Option<(proto::Inflight, OwnedFd)>,
     log: Option<Arc<DirtyLog>>,
-    channel: Option<(OwnedFd, Receiver)>,
+    channel: Option<Channel>,
 }
 
 impl Client {
@@ -223,22 +225,10 @@ impl Client {
         Ok(())
     }
 
-    /// The protocol features, first without and then with acknowledgements.
     fn negotiate(&mut self) -> Result<()> {
-        self.front.tell(request::SET_OWNER, &[0u8; 0], &[])?;
-        let offered: u64 = self.front.ask(request::GET_FEATURES, &[0u8; 0], &[])?.0;
+        let (offered, protocol) = self.front.greet(self.options.protocol)?;
         let wanted = self.options.features | F_PROTOCOL_FEATURES | (self.features & F_LOG_ALL);
-        self.features = offered & wanted;
-        if self.options.protocol == 0 {
-            self.features &= !F_PROTOCOL_FEATURES;
-        }
-        if self.features & F_PROTOCOL_FEATURES != 0 {
-            let none = &[0u8; 0];
-            let offered: u64 = self.front.ask(request::GET_PROTOCOL_FEATURES, none, &[])?.0;
-            self.protocol = offered & self.options.protocol;
-            self.front.tell(request::SET_PROTOCOL_FEATURES, &self.protocol, &[])?;
-            self.front.set_acks(self.has(feature::REPLY_ACK));
-        }
+        (self.features, self.protocol) = (offered & wanted, protocol);
         if self.has(feature::MQ) {
             let most: u64 = self.front.ask(request::GET_QUEUE_NUM, &[0u8; 0], &[])?.0;
             if most < u64::from(self.options.queues) {
@@ -258,9 +248,7 @@ impl Client {
     /// Backend channel, memory and in-flight area.
     fn set_up(&mut self) -> Result<()> {
         if self.has(feature::BACKEND_REQ) {
-            let (ours, theirs) = UnixStream::pair()?;
-            self.front.tell_soon(request::SET_BACKEND_REQ_FD, &[0u8; 0], &[theirs.as_fd()])?;
-            self.channel = Some((ours.into(), Receiver::default()));
+            self.channel = Some(Channel::open(&mut self.front)?);
         }
         let spec = self.arena.region();
         let (guest, user) = (spec.guest.0, spec.user.0);
@@ -375,7 +363,7 @@ impl Client {
     /// # Errors
     /// The host's error when no descriptor is free.
     pub fn sources(&self) -> Result<(OwnedFd, Option<OwnedFd>)> {
-        let channel = self.channel.as_ref().map(|(fd, _)| fd.try_clone()).transpose()?;
+        let channel = self.channel.as_ref().map(Channel::source).transpose()?;
         Ok((self.front.as_fd().try_clone_to_owned()?, channel))
     }
 
@@ -389,14 +377,7 @@ impl Client {
     /// # Errors
     /// `Invalid` when the back end does not have them.
     pub fn config(&mut self, offset: u32, dst: &mut [u8]) -> Result<()> {
-        let size = u32::try_from(dst.len()).map_err(|_| Error::invalid("too many bytes"))?;
-        let head = proto::Config { offset, size, flags: 0 };
-        let reply = self.front.ask_bytes(request::GET_CONFIG, &concat(&head, dst))?;
-        match reply.get(size_of::<proto::Config>()..) {
-            Some(bytes) if bytes.len() == dst.len() => dst.copy_from_slice(bytes),
-            _ => return Err(Error::invalid("the back end has no such configuration")),
-        }
-        Ok(())
+        self.front.config(offset, dst)
     }
 
     /// Size of the disk in bytes.
@@ -424,9 +405,7 @@ impl Client {
     /// # Errors
     /// `Invalid` when the back end refuses.
     pub fn set_write_cache(&mut self, write_back: bool) -> Result<()> {
-        let head = proto::Config { offset: 32, size: 1, flags: 0 };
-        let bytes = concat(&head, &[u8::from(write_back)]);
-        self.front.tell(request::SET_CONFIG, &bytes[..], &[])
+        self.front.set_write_cache(write_back)
     }
 
     /// Waits for the back end to announce that its configuration changed, at most `timeout_ms`.
@@ -434,15 +413,7 @@ impl Client {
     /// # Errors
     /// `Invalid` when it announces something else.
     pub fn config_changed(&mut self, timeout_ms: u32) -> Result<bool> {
-        let Some((channel, receiver)) = &mut self.channel else { return Ok(false) };
-        if !front_end::readable(&*channel, Duration::from_millis(timeout_ms.into())) {
-            return Ok(false);
-        }
-        match receiver.poll(channel.as_fd())? {
-            Received::Message(m) if m.header.request == proto::BACKEND_CONFIG_CHANGE => Ok(true),
-            Received::Message(_) => Err(Error::invalid("an unknown request of the back end")),
-            Received::Pending | Received::Closed => Ok(false),
-        }
+        self.channel.as_mut().map_or(Ok(false), |channel| channel.config_changed(timeout_ms))
     }
 
     /// Has the back end log what it writes, from now on.
