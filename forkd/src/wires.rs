@@ -18,6 +18,12 @@ pub trait Interrupt: Send + Sync {
     /// # Errors
     /// The host's error; the guest may then have missed the interrupt.
     fn raise(&self) -> Result<()>;
+
+    /// The same line for somebody else, who raises it by ringing.
+    ///
+    /// # Errors
+    /// The host's error when no descriptor is free.
+    fn bell(&self) -> Result<EventFd>;
 }
 
 /// How a device asks for the end of its machine.
@@ -71,6 +77,17 @@ pub trait Devices: Send + Sync {
     /// # Errors
     /// When a request does not come back in time; [`Devices::resume`] is then called.
     fn quiesce(&self) -> Result<()>;
+
+    /// Whether a device lends guest memory to another process.
+    fn lends_memory(&self) -> bool;
+
+    /// Has every device that lent guest memory to another process take it back, and go on without:
+    /// from then on nobody but this process writes there. The machine may run. Gives back the names
+    /// of the disks that changed.
+    ///
+    /// # Errors
+    /// When it cannot be had back in time; the devices are then as they were.
+    fn take_memory_back(&self) -> Result<Vec<String>>;
 
     /// The state of the devices while they are quiet, versioned.
     ///

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use forkd::devices::{DeviceConfig, DeviceSet, DiskConfig, layout};
+use forkd::devices::{DeviceConfig, DeviceSet, DiskConfig, DiskPath, layout};
 use forkd::memory::{Gpa, GuestRam};
 use forkd::wires::{Devices as _, Interrupt, PowerSwitch, Wires};
 use format::Result;
@@ -25,25 +25,51 @@ const DESC: u64 = 0x10_0000;
 const AVAIL: u64 = 0x10_4000;
 const USED: u64 = 0x10_8000;
 const HEADS: u64 = 0x11_0000;
-const DATA: u64 = 0x20_0000;
+/// Where the data of requests is in guest memory.
+pub const DATA: u64 = 0x20_0000;
 const RING: u16 = 256;
 
-/// An interrupt line that counts.
-#[derive(Debug, Default)]
-pub struct Count(AtomicU32);
+/// An interrupt line that counts, whoever raises it.
+#[derive(Debug)]
+pub struct Count {
+    bell: EventFd,
+    seen: AtomicU32,
+}
+
+impl Default for Count {
+    fn default() -> Self {
+        Count { bell: EventFd::new().expect("a descriptor"), seen: AtomicU32::new(0) }
+    }
+}
 
 impl Count {
     /// How often it was raised.
     #[must_use]
     pub fn get(&self) -> u32 {
-        self.0.load(Ordering::SeqCst)
+        let mut counter = [0; 8];
+        let rung = rustix::io::read(&self.bell, &mut counter).is_ok();
+        let new = if rung { u64::from_ne_bytes(counter) } else { 0 };
+        let new = u32::try_from(new).expect("a count");
+        self.seen.fetch_add(new, Ordering::SeqCst) + new
+    }
+
+    /// Sleeps until it is raised again, at most for so long.
+    pub fn wait(&self, time: Duration) {
+        let ms = u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
+        if self.bell.wait(ms) {
+            let _ = self.get();
+        }
     }
 }
 
 impl Interrupt for Count {
     fn raise(&self) -> Result<()> {
-        self.0.fetch_add(1, Ordering::SeqCst);
+        self.bell.signal();
         Ok(())
+    }
+
+    fn bell(&self) -> Result<EventFd> {
+        self.bell.try_clone()
     }
 }
 
@@ -147,10 +173,17 @@ impl Rig {
     }
 }
 
-/// One disk at `socket`.
+/// One disk at `socket`, through an arena.
 #[must_use]
 pub fn one_disk(socket: &std::path::Path) -> DeviceConfig {
-    let disk = DiskConfig { name: "vm".to_owned(), socket: socket.to_owned(), read_only: false };
+    one_disk_by(DiskPath::Arena, socket)
+}
+
+/// One disk at `socket`.
+#[must_use]
+pub fn one_disk_by(path: DiskPath, socket: &std::path::Path) -> DeviceConfig {
+    let (name, socket) = ("vm".to_owned(), socket.to_owned());
+    let disk = DiskConfig { name, socket, read_only: false, path };
     DeviceConfig { disks: vec![disk], ..DeviceConfig::default() }
 }
 
@@ -274,6 +307,19 @@ impl Driver {
     /// Announces requests.
     pub fn kick(&self, rig: &Rig) {
         set_register(rig, 0x50, 0);
+    }
+
+    /// Announces requests if the device wants that. Not with the event index.
+    ///
+    /// # Panics
+    /// Never, unless the ring is not in memory.
+    pub fn kick_if_wanted(&self, rig: &Rig) {
+        let mut flags = [0; 2];
+        std::sync::atomic::fence(Ordering::SeqCst);
+        rig.ram.read(Gpa(USED), &mut flags).expect("RAM");
+        if u16::from_le_bytes(flags) & 1 == 0 {
+            self.kick(rig);
+        }
     }
 
     /// The next completed request: number and status.

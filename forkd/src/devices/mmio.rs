@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use format::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
+use vhost_blk::event::EventFd;
 use vhost_blk::memory::UserAddr;
 use vhost_blk::queue::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, QueueSetup, RingAddrs};
 
@@ -60,6 +61,12 @@ impl Notifier {
     /// Requests were given back.
     pub(super) fn used(&self) {
         self.raise(INTERRUPT_USED);
+    }
+
+    /// The interrupt itself, for somebody else who gives requests back. The cause is then shown for
+    /// as long as [`VirtioDevice::completes_unseen`] says so.
+    pub(super) fn bell(&self) -> Result<EventFd> {
+        self.interrupt.bell()
     }
 
     /// The configuration space changed.
@@ -148,6 +155,11 @@ pub(super) trait VirtioDevice: Send {
     fn stop(&mut self);
     /// The driver announced requests in a queue by a register access.
     fn notify(&mut self, queue: u16);
+    /// Whether somebody else gives requests back and raises the interrupt, so that nobody here can
+    /// note the cause.
+    fn completes_unseen(&self) -> bool {
+        false
+    }
     /// The position of each ring. The device is quiet.
     fn bases(&self) -> Vec<u32>;
     /// What else is to be saved.
@@ -228,13 +240,18 @@ impl VirtioMmio {
             0x44 => self.ring().map_or(0, |r| r.ready.into()),
             // Pairs with the store in `Notifier::raise`: what the driver finds in its ring now is
             // at least what this cause was raised for.
-            0x60 => self.notifier.status.load(Ordering::Acquire),
+            0x60 => self.notifier.status.load(Ordering::Acquire) | self.unseen(),
             0x70 => self.status | self.broken(),
             0xfc => self.device.config_generation(),
             // Shared memory regions: there are none, which reads as a length of all ones.
             0xb0 | 0xb4 => u32::MAX,
             _ => 0,
         }
+    }
+
+    /// A driver that finds nothing in its ring takes the interrupt for somebody else's.
+    fn unseen(&self) -> u32 {
+        if self.device.completes_unseen() { INTERRUPT_USED } else { 0 }
     }
 
     fn broken(&self) -> u32 {

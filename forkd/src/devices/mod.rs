@@ -41,7 +41,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::memory::GuestRam;
 use crate::wires::{Devices, Identity, Interrupt, IoBus, Wires};
-use block::Disk;
+use block::{Disk, Lent};
 use console::{Console, Output};
 use layout::{
     BUTTON_GSI, GENERATION_GSI, IDENTITY_MMIO, KEYBOARD_PORT, POWER_PORT, SERIAL_GSI, SERIAL_PORT,
@@ -106,6 +106,7 @@ impl std::fmt::Debug for DeviceSet {
 /// A disk's thread, or none, and the registers of one virtio device.
 struct Maker<'a> {
     view: Arc<GuestView>,
+    ram: &'a GuestRam,
     wires: &'a dyn Wires,
     bus: Bus,
     virtio: Vec<Arc<Mutex<VirtioMmio>>>,
@@ -129,7 +130,11 @@ impl Maker<'_> {
         let at = virtio_mmio(self.virtio.len());
         let doorbell = self.wires.doorbell(crate::memory::Gpa(at.0 + QUEUE_NOTIFY), Some(0))?;
         let notifier = self.notifier()?;
-        let disk = Disk::new(config, doorbell, notifier.clone())?;
+        let lent = match config.path {
+            DiskPath::Arena => None,
+            DiskPath::Direct => Some(self.lend(config, &notifier)?),
+        };
+        let disk = Disk::new(config, doorbell, lent, notifier.clone())?;
         self.add(disk.device(), notifier)?;
         Ok(disk)
     }
@@ -141,6 +146,21 @@ impl Maker<'_> {
         let nic = Nic::new(config, doorbells, notifier.clone())?;
         self.add(nic.device(), notifier)?;
         Ok(nic)
+    }
+
+    /// What a disk needs for which blockd is to have the guest's ring.
+    fn lend(&self, config: &DiskConfig, notifier: &Notifier) -> Result<Lent> {
+        let memory = self.ram.lend().ok_or_else(|| {
+            Error::new(
+                Kind::Unsupported,
+                "the memory of a machine that was forked or restored is its own, and cannot be \
+                 shared with blockd",
+            )
+            .tried("use directly")
+            .on(format!("disk {}", config.name))
+            .hint("use it without `direct`")
+        })?;
+        Ok(Lent { memory, call: notifier.bell()? })
     }
 }
 
@@ -156,7 +176,7 @@ impl DeviceSet {
         }
         let view = Arc::new(GuestView::new(ram)?);
         let mut maker =
-            Maker { view: view.clone(), wires, bus: Bus::default(), virtio: Vec::new() };
+            Maker { view: view.clone(), ram, wires, bus: Bus::default(), virtio: Vec::new() };
         let notifier = maker.notifier()?;
         maker.add(Box::new(Rng::new(notifier.clone())), notifier)?;
         let disks = config.disks.iter().map(|d| maker.disk(d)).collect::<Result<Vec<_>>>()?;
@@ -259,6 +279,14 @@ impl Devices for DeviceSet {
         self.disks.iter().for_each(Disk::pause);
         self.nic.iter().for_each(Nic::pause);
         self.disks.iter().try_for_each(Disk::drain)
+    }
+
+    fn lends_memory(&self) -> bool {
+        self.disks.iter().any(Disk::is_direct)
+    }
+
+    fn take_memory_back(&self) -> Result<Vec<String>> {
+        block::take_memory_back(&self.disks)
     }
 
     fn save(&self) -> Result<Vec<u8>> {

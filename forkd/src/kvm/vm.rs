@@ -167,4 +167,8 @@ impl Interrupt for Line {
         self.0.signal();
         Ok(())
     }
+
+    fn bell(&self) -> Result<EventFd> {
+        self.0.try_clone()
+    }
 }

@@ -325,6 +325,22 @@ impl Machine {
         Ok(listens)
     }
 
+    /// Whether blockd has its memory.
+    #[must_use]
+    pub fn lends_memory(&self) -> bool {
+        self.devices.get().is_some_and(|devices| devices.lends_memory())
+    }
+
+    /// Has its disks go on without blockd in its memory, as every cut does first. Gives back the
+    /// names of those that changed.
+    ///
+    /// # Errors
+    /// `Invalid` when it has no content; what a disk says, and all are then as they were.
+    pub fn take_memory_back(&self) -> Result<Vec<String>> {
+        let phase = self.control.lock();
+        self.filled(*phase)?.take_memory_back()
+    }
+
     /// Takes memory, processors, devices and disks at one instant. A machine that runs goes on.
     ///
     /// # Errors
@@ -333,6 +349,9 @@ impl Machine {
         let phase = self.control.lock();
         let devices = self.filled(*phase)?;
         let runs = *phase == Phase::Running;
+        // First of all: what others write to memory is in no log, and is in this image only while
+        // it goes to the file that becomes its lowest layer.
+        devices.take_memory_back()?;
         let mut top = self.top.lock();
         let mut delta = top.prepare(&self.ram, &self.vm)?;
 

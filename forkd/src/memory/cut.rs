@@ -11,6 +11,11 @@
 //! log and from the devices' marks; what it ever wrote, from the page tables.
 //!
 //! Invariants:
+//! - [`Top::prepare`] is called when nobody else writes to the shared file any more
+//!   (`Devices::take_memory_back`): what another process wrote to a part after it was mapped
+//!   privately would be in the file and in the image, but not in front of the machine if that had
+//!   written to the page, and no log would have it. The seal that follows is the proof: the kernel
+//!   refuses it while anybody maps the file for writing.
 //! - [`Top::freeze`] is called while processors are parked and devices quiet, the rest while they
 //!   may run.
 //! - A part that was mapped privately is never mapped again while the machine runs: its private

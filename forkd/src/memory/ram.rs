@@ -8,12 +8,14 @@
 //! processor or device that ran too early would fault, not see another guest's bytes.
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use format::{Error, Result};
+use parking_lot::Mutex;
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
+use vhost_blk::client::SharedMemory;
 use vhost_blk::memory::{GuestAddr, Memory, Region, RegionSpec, UserAddr, copy_in, copy_out};
 
 use super::dirty::DirtyPages;
@@ -41,6 +43,8 @@ pub struct GuestRam {
     whole: (NonNull<u8>, usize),
     size: u64,
     dirty: DirtyPages,
+    /// The file that all of RAM is shared from, as long as it is.
+    shared: Mutex<Option<Arc<OwnedFd>>>,
     /// The page tables of this process. Opened early: a process that confines itself afterwards
     /// cannot.
     page_tables: File,
@@ -77,7 +81,8 @@ impl GuestRam {
         // SAFETY: `lead` is smaller than a huge page, by which the reservation is larger than RAM.
         let base = unsafe { whole.add(lead) };
         let dirty = DirtyPages::new(size);
-        Ok(GuestRam { base, whole: (whole, len), size, dirty, page_tables })
+        let shared = Mutex::default();
+        Ok(GuestRam { base, whole: (whole, len), size, dirty, shared, page_tables })
     }
 
     /// Memory of `size` bytes in a shared file of its own, all zero.
@@ -86,7 +91,7 @@ impl GuestRam {
     /// As [`GuestRam::reserve`].
     pub fn new(size: u64) -> Result<GuestRam> {
         let ram = GuestRam::reserve(size)?;
-        ram.map_shared(&super::image::memory_file("guest-memory", size)?)?;
+        ram.map_shared(&Arc::new(super::image::memory_file("guest-memory", size)?))?;
         Ok(ram)
     }
 
@@ -165,6 +170,18 @@ impl GuestRam {
         Memory::new(self.banks().map(region).collect::<Result<_>>()?)
     }
 
+    /// What another process needs to map the same RAM: it writes there as we do. `None` unless all
+    /// of RAM is one shared file, as it is until the first cut.
+    #[must_use]
+    pub fn lend(&self) -> Option<SharedMemory> {
+        let file = self.shared.lock().clone()?;
+        let region = |bank: Bank| {
+            let (guest, user) = (GuestAddr(bank.start.0), UserAddr(bank.start.0));
+            RegionSpec { guest, user, size: bank.len, offset: bank.offset }
+        };
+        Some(SharedMemory { file, regions: self.banks().map(region).collect() })
+    }
+
     /// Marks what was written through a host address. Bytes outside RAM are left out.
     pub fn mark_dirty(&self, at: Gpa, len: u64) {
         if let Some(offset) = self.offset_of(at, len) {
@@ -190,8 +207,9 @@ impl GuestRam {
     }
 
     /// Maps all of `file` shared over all of RAM: the top of a first generation.
-    pub(crate) fn map_shared(&self, file: impl AsFd) -> Result<()> {
-        self.map_file(0, self.size, &file, MapFlags::SHARED)?;
+    pub(crate) fn map_shared(&self, file: &Arc<OwnedFd>) -> Result<()> {
+        self.map_file(0, self.size, file, MapFlags::SHARED)?;
+        *self.shared.lock() = Some(Arc::clone(file));
         // Huge pages are a wish: a host whose policy denies them gives ordinary ones.
         // SAFETY: the range is the mapping just made; the advice changes no content.
         let _ = unsafe {
@@ -204,6 +222,7 @@ impl GuestRam {
 
     /// Maps `len` bytes of `file` from the same offset privately over RAM.
     pub(crate) fn map_private(&self, offset: u64, len: u64, file: impl AsFd) -> Result<()> {
+        *self.shared.lock() = None;
         self.map_file(offset, len, &file, MapFlags::PRIVATE)
     }
 
@@ -303,6 +322,30 @@ mod tests {
         ram.read(Gpa(5000), &mut seen).unwrap();
         assert_eq!(&seen, b"ring");
         assert!(memory.write(GuestAddr(16 * PAGE - 1), b"ab").is_err());
+    }
+
+    #[test]
+    fn only_memory_that_is_one_shared_file_is_lent() {
+        let ram = GuestRam::reserve(LOW_END + (1 << 30)).unwrap();
+        assert!(ram.lend().is_none(), "nothing is mapped");
+        let file = Arc::new(crate::memory::image::memory_file("test", ram.size()).unwrap());
+        ram.map_shared(&file).unwrap();
+        let lent = ram.lend().unwrap();
+        let spec = |guest: u64, size: u64, offset: u64| RegionSpec {
+            guest: GuestAddr(guest),
+            user: UserAddr(guest),
+            size,
+            offset,
+        };
+        assert_eq!(lent.regions, [spec(0, LOW_END, 0), spec(HIGH_START, 1 << 30, LOW_END)]);
+        let high = Region::map(lent.regions[1], file.try_clone().unwrap()).unwrap();
+        let memory = Memory::new(vec![Arc::new(high)]).unwrap();
+        memory.write(GuestAddr(HIGH_START + 5), b"device").unwrap();
+        let mut seen = [0; 6];
+        ram.read(Gpa(HIGH_START + 5), &mut seen).unwrap();
+        assert_eq!(&seen, b"device");
+        ram.map_private(0, PAGE, &file).unwrap();
+        assert!(ram.lend().is_none(), "a part is copied on write");
     }
 
     #[test]

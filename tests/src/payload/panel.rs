@@ -226,6 +226,14 @@ impl Devices for Panel {
         Ok(())
     }
 
+    fn lends_memory(&self) -> bool {
+        false
+    }
+
+    fn take_memory_back(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
     fn save(&self) -> Result<Vec<u8>> {
         let state = self.state.lock();
         let words = state.sequences.iter().chain(state.sides.iter().flat_map(|s| &s.current));

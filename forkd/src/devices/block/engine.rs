@@ -165,6 +165,11 @@ impl Engine {
         self.paused = paused;
     }
 
+    /// Has the driver look at its ring.
+    pub(super) fn notify(&self) {
+        self.notifier.used();
+    }
+
     /// Requests that are taken and not given back, or whose driver is gone and blockd still works.
     pub(super) fn in_work(&self) -> usize {
         self.works.len() - self.idle.len()

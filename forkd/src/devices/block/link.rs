@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use format::{Context, Error, Kind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vhost_blk::blk::F_CONFIG_WCE;
 use vhost_blk::client::{Client, ClientQueue, Op, Options, Span};
 use vhost_blk::proto::feature;
 use vhost_blk::queue::F_INDIRECT_DESC;
@@ -23,7 +24,8 @@ pub(super) const DEPTH: u16 = CHUNKS;
 pub(super) const SPACE: usize = 60;
 
 /// How long to wait before the next attempt to connect: at first, and at most.
-const RETRY: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(200));
+pub(super) const RETRY: (Duration, Duration) =
+    (Duration::from_millis(5), Duration::from_millis(200));
 
 /// What to sleep on besides doorbells.
 #[derive(Debug)]
@@ -97,6 +99,12 @@ impl Link {
         Ok(space)
     }
 
+    /// Has blockd run in write-back mode, whatever an earlier guest of this disk has chosen.
+    pub(super) fn use_write_back(&mut self) -> Result<()> {
+        let switch = self.features() & F_CONFIG_WCE != 0;
+        if switch { self.client.set_write_cache(true) } else { Ok(()) }
+    }
+
     pub(super) fn is_up(&self) -> bool {
         self.down.is_none()
     }
@@ -166,8 +174,13 @@ impl Link {
 }
 
 /// Whether there is something to read from `fd`, or its other end is gone.
-fn readable(fd: &OwnedFd) -> bool {
+pub(super) fn readable(fd: &OwnedFd) -> bool {
+    is_readable_in(fd, Duration::ZERO)
+}
+
+/// As [`readable`], within some time.
+pub(super) fn is_readable_in(fd: &OwnedFd, time: Duration) -> bool {
     let mut fds = [PollFd::new(fd, PollFlags::IN)];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    matches!(poll(&mut fds, Some(&now)), Ok(n) if n > 0)
+    let Ok(time) = Timespec::try_from(time) else { return false };
+    matches!(poll(&mut fds, Some(&time)), Ok(n) if n > 0)
 }

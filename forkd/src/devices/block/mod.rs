@@ -1,13 +1,21 @@
 //! A disk: a virtio block device whose content is blockd's.
 //!
-//! We own the guest's ring and are a vhost-user front end of blockd over a private arena
-//! ([`DiskPath::Arena`]), so guest memory can be copied on write and blockd never maps it. Each
-//! disk has one thread, which sleeps until the guest, blockd or the machine wants something.
+//! Mostly we own the guest's ring and are a vhost-user front end of blockd over a private arena
+//! ([`DiskPath::Arena`]), so guest memory can be copied on write and blockd never maps it. On
+//! request, and while guest memory is one shared file, blockd has the guest's ring itself
+//! ([`DiskPath::Direct`]). Each disk has one thread, which sleeps until the guest, blockd or the
+//! machine wants something.
+//!
+//! Disks become arenas' in three steps, each for all of them before the next: rings are had back,
+//! arenas are there ([`Disk::through_arena`]), they take over ([`Disk::take_over`]). Up to the last
+//! one all can stay as they were.
 
 mod arena;
+mod direct;
 mod engine;
 mod link;
 mod shape;
+mod way;
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
@@ -21,12 +29,15 @@ use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use vhost_blk::event::EventFd;
-use vhost_blk::queue::{Queue, QueueSetup};
+use vhost_blk::queue::QueueSetup;
 
 use super::mmio::{Notifier, VirtioDevice};
+use direct::Direct;
+pub(super) use direct::Lent;
 use engine::Engine;
 use link::{Link, Sources};
 use shape::Shape;
+use way::Way;
 
 /// How long a stop waits for requests that blockd has.
 const QUIESCE: Duration = Duration::from_secs(2);
@@ -41,14 +52,20 @@ pub struct DiskConfig {
     pub socket: PathBuf,
     /// Whether the guest must not write it, whatever blockd would allow.
     pub read_only: bool,
+    /// How its data is to get to the guest.
+    #[serde(default)]
+    pub path: DiskPath,
 }
 
 /// How the data of a disk gets from blockd to the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DiskPath {
     /// Through a private arena: blockd never sees guest memory.
+    #[default]
     Arena,
+    /// blockd maps guest memory, and moves data there by itself.
+    Direct,
 }
 
 /// A disk as it is now.
@@ -70,7 +87,9 @@ pub struct DiskStatus {
 
 /// What the disk's thread, the registers and the machine share.
 struct Shared {
-    engine: Mutex<Engine>,
+    way: Mutex<Way>,
+    /// Whether blockd has the guest's ring. Changes with `way`, to false, and under its lock.
+    direct: AtomicBool,
     shape: Arc<Shape>,
     /// Rung by the guest.
     doorbell: EventFd,
@@ -87,17 +106,31 @@ pub(super) struct Disk {
 }
 
 impl Disk {
-    /// Connects to blockd and starts the thread.
+    /// Connects to blockd and starts the thread. What the guest lends is there for a disk whose
+    /// path is [`DiskPath::Direct`].
     pub(super) fn new(
         config: &DiskConfig,
         doorbell: EventFd,
+        lent: Option<Lent>,
         notifier: Arc<Notifier>,
     ) -> Result<Disk> {
-        let mut link = Link::connect(&config.socket)?;
-        let space = link.space()?;
-        let shape = Arc::new(Shape::new(link.features(), space, config.read_only));
+        let (way, shape) = match lent {
+            Some(lent) => {
+                let (read_only, kick) = (config.read_only, doorbell.try_clone()?);
+                let direct = Direct::connect(&config.socket, read_only, lent, kick, notifier)?;
+                let shape = direct.shape.clone();
+                (Way::Direct(Box::new(direct)), shape)
+            }
+            None => {
+                let mut link = Link::connect(&config.socket)?;
+                let space = link.space()?;
+                let shape = Arc::new(Shape::new(link.features(), space, config.read_only));
+                (Way::Arena(Box::new(Engine::new(link, shape.clone(), notifier))), shape)
+            }
+        };
         let shared = Arc::new(Shared {
-            engine: Mutex::new(Engine::new(link, shape.clone(), notifier)),
+            direct: AtomicBool::new(matches!(way, Way::Direct(_))),
+            way: Mutex::new(way),
             shape,
             doorbell,
             wake: EventFd::new()?,
@@ -117,32 +150,34 @@ impl Disk {
     }
 
     pub(super) fn status(&self) -> DiskStatus {
-        let engine = self.shared.engine.lock();
+        let way = self.shared.way.lock();
+        let direct = matches!(*way, Way::Direct(_));
         DiskStatus {
             name: self.name.clone(),
             size: self.shared.shape.size(),
-            path: DiskPath::Arena,
-            connected: engine.link.is_up(),
-            problem: engine.link.problem().map(Error::to_string),
-            in_work: u64::try_from(engine.in_work()).unwrap_or(0),
+            path: if direct { DiskPath::Direct } else { DiskPath::Arena },
+            connected: way.is_up(),
+            problem: way.problem().map(Error::to_string),
+            in_work: u64::try_from(way.in_work()).unwrap_or(0),
         }
     }
 
     /// Takes no more requests.
     pub(super) fn pause(&self) {
-        self.shared.engine.lock().set_paused(true);
+        self.shared.way.lock().set_paused(true);
     }
 
-    /// Waits until blockd has no request of this disk any more. [`Disk::pause`] was called.
+    /// Waits until blockd has no request of this disk any more. [`Disk::pause`] or
+    /// [`Disk::set_leaving`] was called.
     ///
     /// # Errors
     /// `Busy` when that takes longer than two seconds.
     pub(super) fn drain(&self) -> Result<()> {
         let end = Instant::now() + QUIESCE;
-        let mut engine = self.shared.engine.lock();
+        let mut way = self.shared.way.lock();
         loop {
-            engine.run();
-            if engine.in_work() == 0 {
+            way.run();
+            if way.is_quiet() {
                 return Ok(());
             }
             if Instant::now() >= end {
@@ -151,17 +186,74 @@ impl Disk {
                     Error::new(Kind::Busy, reason).tried("stop").on(format!("disk {}", self.name));
                 return Err(e.hint("see whether blockd serves the disk"));
             }
-            if !engine.link.queue.wait(5) {
-                engine.tend();
-            }
+            way.wait_a_little();
         }
     }
 
     /// Takes requests again, first those that came meanwhile.
     pub(super) fn resume(&self) {
-        self.shared.engine.lock().set_paused(false);
+        self.shared.way.lock().set_paused(false);
         self.shared.wake.signal();
     }
+
+    /// Whether blockd has the guest's ring.
+    pub(super) fn is_direct(&self) -> bool {
+        self.shared.is_direct()
+    }
+
+    /// Asks blockd for the ring, or gives it back.
+    fn set_leaving(&self, leaving: bool) {
+        if let Way::Direct(direct) = &mut *self.shared.way.lock() {
+            direct.set_leaving(leaving);
+        }
+        // What its thread sleeps on may be another connection now.
+        self.shared.wake.signal();
+    }
+
+    /// The arena that is to go on where the ring stands; none for a disk that has one.
+    ///
+    /// # Errors
+    /// When blockd does not serve it so.
+    fn through_arena(&self) -> Result<Option<Box<Engine>>> {
+        match &*self.shared.way.lock() {
+            Way::Direct(direct) => direct.through_arena().map(|engine| Some(Box::new(engine))),
+            Way::Arena(_) => Ok(None),
+        }
+    }
+
+    /// Goes on through an arena, and has blockd let go of guest memory.
+    fn take_over(&self, engine: Box<Engine>) {
+        let mut way = self.shared.way.lock();
+        if let Way::Direct(direct) = std::mem::replace(&mut *way, Way::Arena(engine)) {
+            way.set_paused(direct.take_memory_back());
+        }
+        self.shared.direct.store(false, Ordering::Release); // pairs with the load in `is_direct`
+        // The last interrupts came from blockd, without the cause that the driver asks for.
+        if let Way::Arena(engine) = &*way {
+            engine.notify();
+        }
+        self.shared.wake.signal();
+    }
+}
+
+/// Has all disks whose rings blockd has go on through arenas, or none. Gives back their names.
+///
+/// # Errors
+/// What keeps one of them from it.
+pub(super) fn take_memory_back(disks: &[Disk]) -> Result<Vec<String>> {
+    let direct: Vec<&Disk> = disks.iter().filter(|disk| disk.is_direct()).collect();
+    // All first: while one drains, the others shall not begin more.
+    direct.iter().for_each(|disk| disk.set_leaving(true));
+    let drained = direct.iter().try_for_each(|disk| disk.drain());
+    let arenas = drained.and_then(|()| {
+        let arenas = direct.iter().map(|disk| disk.through_arena());
+        arenas.collect::<Result<Vec<_>>>()
+    });
+    let arenas = arenas.inspect_err(|_| direct.iter().for_each(|disk| disk.set_leaving(false)))?;
+    for (disk, arena) in direct.iter().zip(arenas) {
+        arena.into_iter().for_each(|arena| disk.take_over(arena));
+    }
+    Ok(direct.iter().map(|disk| disk.name.clone()).collect())
 }
 
 impl Drop for Disk {
@@ -176,35 +268,47 @@ impl Drop for Disk {
 }
 
 impl Shared {
+    fn is_direct(&self) -> bool {
+        self.direct.load(Ordering::Acquire) // pairs with the store in `take_over`
+    }
+
     /// The disk's thread.
     fn serve(&self) {
         let mut tend = false;
         // Pairs with the store in `drop`.
         while !self.ending.load(Ordering::Acquire) {
-            let (sources, until, calls, idle) = {
-                let mut engine = self.engine.lock();
+            let (sources, until, bell, idle, direct) = {
+                let mut way = self.way.lock();
                 if tend {
-                    engine.tend();
+                    way.tend();
                 }
-                let more = engine.run();
-                let idle = !more && engine.arm();
-                let (sources, until) = engine.link.sleep_on();
-                (sources, until, engine.link.queue.calls(), idle)
+                let more = way.run();
+                let idle = !more && way.arm();
+                let (sources, until) = way.sleep_on();
+                (sources, until, way.bell(), idle, matches!(*way, Way::Direct(_)))
             };
             let most = if idle { until } else { Some(Instant::now()) };
-            let broken = self.sleep(sources.as_deref(), &calls, most);
+            let doorbell = (!direct).then_some(&self.doorbell);
+            let broken = self.sleep(doorbell, sources.as_deref(), &bell, most);
             tend = broken || sources.is_none();
-            self.doorbell.drain();
+            // A doorbell that is blockd's is left to it.
+            doorbell.map(EventFd::drain);
             self.wake.drain();
         }
     }
 
     /// Sleeps until something happens; whether it happened to the connection.
-    fn sleep(&self, sources: Option<&Sources>, calls: &EventFd, until: Option<Instant>) -> bool {
+    fn sleep(
+        &self,
+        doorbell: Option<&EventFd>,
+        sources: Option<&Sources>,
+        bell: &EventFd,
+        until: Option<Instant>,
+    ) -> bool {
         let mut fds: [Option<BorrowedFd<'_>>; 5] = [None; 5];
-        fds[0] = Some(self.doorbell.as_fd());
+        fds[0] = doorbell.map(AsFd::as_fd);
         fds[1] = Some(self.wake.as_fd());
-        fds[2] = Some(calls.as_fd());
+        fds[2] = Some(bell.as_fd());
         fds[3] = sources.map(|s| s.socket.as_fd());
         fds[4] = sources.and_then(|s| s.channel.as_ref()).map(AsFd::as_fd);
         let wake = self.wake.as_fd();
@@ -256,7 +360,16 @@ impl VirtioDevice for Block {
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
+        let before = self.shared.shape.is_write_back();
         self.shared.shape.write(offset, data);
+        if self.shared.shape.is_write_back() != before
+            && self.shared.is_direct()
+            && let Way::Direct(direct) = &mut *self.shared.way.lock()
+        {
+            // The driver counts on the new mode as soon as this access ends: it waits for blockd,
+            // which makes durable what was written under the old one.
+            direct.cache_mode_changed();
+        }
     }
 
     fn config_generation(&self) -> u32 {
@@ -265,16 +378,15 @@ impl VirtioDevice for Block {
 
     fn start(&mut self, features: u64, rings: Vec<QueueSetup>) -> Result<()> {
         let setup = rings.into_iter().next().ok_or_else(|| Error::invalid("no queue"))?;
-        let queue = Queue::new(setup)?;
         let implied = Shape::initial_write_back(features);
         self.shared.shape.set_write_back(self.write_back.take().unwrap_or(implied));
-        self.shared.engine.lock().start(queue, features);
+        self.shared.way.lock().start(setup)?;
         self.shared.wake.signal();
         Ok(())
     }
 
     fn stop(&mut self) {
-        self.shared.engine.lock().stop();
+        self.shared.way.lock().stop();
         self.shared.shape.set_write_back(true);
     }
 
@@ -282,8 +394,12 @@ impl VirtioDevice for Block {
         self.shared.doorbell.signal();
     }
 
+    fn completes_unseen(&self) -> bool {
+        self.shared.is_direct()
+    }
+
     fn bases(&self) -> Vec<u32> {
-        self.shared.engine.lock().base().into_iter().collect()
+        self.shared.way.lock().base().into_iter().collect()
     }
 
     fn save(&self) -> serde_json::Value {
