@@ -57,6 +57,10 @@ pub struct UseDisk {
     /// Refuse writes.
     #[serde(default)]
     pub read_only: bool,
+    /// How requests are to reach blockd. Nothing else is taken instead: a machine for which it
+    /// cannot be is not made.
+    #[serde(default)]
+    pub path: DiskPath,
 }
 
 /// How a machine is.
@@ -96,12 +100,28 @@ pub struct VmEnd {
 }
 
 /// How the requests of a machine's disk reach blockd.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DiskPath {
     /// Data is copied through memory that only forkd and blockd share; blockd never maps the
     /// machine's own.
+    #[default]
     Arena,
+    /// blockd maps the machine's memory, and serves its requests there without a copy. So it is
+    /// until the first fork or snapshot of a machine that was booted; before that is made, the disk
+    /// changes to `arena`, for good.
+    Direct,
+}
+
+impl DiskPath {
+    /// The name that people and programs see.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            DiskPath::Arena => "arena",
+            DiskPath::Direct => "direct",
+        }
+    }
 }
 
 /// A disk of a machine.
@@ -115,7 +135,7 @@ pub struct VmDisk {
     pub read_only: bool,
     /// It was made for this machine, and goes with it.
     pub own: bool,
-    /// How requests reach blockd.
+    /// How requests reach blockd now.
     pub path: DiskPath,
 }
 
@@ -403,6 +423,8 @@ pub enum EventKind {
     Paused,
     /// It goes on.
     Resumed,
+    /// Its disks changed from `direct` to `arena`, because it is to be forked or snapshotted.
+    PathChanged,
     /// A machine ended.
     Ended,
     /// A machine was removed.
@@ -430,6 +452,7 @@ impl EventKind {
             EventKind::SnapshotRemoved => "snapshot-removed",
             EventKind::Paused => "paused",
             EventKind::Resumed => "resumed",
+            EventKind::PathChanged => "path-changed",
             EventKind::Ended => "ended",
             EventKind::Removed => "removed",
             EventKind::PoolEmpty => "pool-empty",

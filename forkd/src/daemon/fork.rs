@@ -140,6 +140,7 @@ impl Daemon {
         parent.living_process()?;
         let _reserved = self.table.reserve(&request.children)?;
         let cards = cards(parent.is.net.is_some(), request.net.as_ref(), &request.children)?;
+        self.take_memory_back(&parent)?;
         let _busy = self.pool.leave_alone();
         let (shells, cold) = self.pool.take(&parent.is.class(), count)?;
         let ids = shells.iter().map(|shell| shell.id).collect();
@@ -298,7 +299,7 @@ fn children_of(
 ) -> Vec<Child> {
     let count = shells.len();
     let child = |(n, (process, (identity, card))): (usize, (Arc<Process>, (_, _)))| {
-        let mut disks = parent.is.disks.clone();
+        let mut disks = parent.disks();
         for (k, f) in frozen.iter().enumerate() {
             // blockd answers disk by disk, with the children of each in their order.
             let MadeChild { name, disk } = made[k * count + n].clone();

@@ -16,6 +16,7 @@
 //! processes, events. None but the first is held over a question to somebody else.
 
 mod blockd;
+mod direct;
 mod fork;
 mod life;
 mod metrics;

@@ -52,7 +52,9 @@ impl Daemon {
                 let running = phase == Phase::Running;
                 let state = if running { VmState::Running } else { VmState::Paused };
                 self.events.add(EventKind::Found, super::table::object(&is.name), state.name());
-                self.add(is, process, state).map(drop)
+                let machine = self.add(is, process, state)?;
+                self.ask_for_paths(&machine);
+                Ok(())
             }
             Ok((_, Phase::Shell)) | Err(_) => {
                 // One that does not answer is of no use to anybody: its disks are not let go before

@@ -16,7 +16,7 @@ use super::net::Card;
 use super::state::Description;
 use super::table::{Machine, object};
 use super::undo::Undo;
-use crate::api::types::{DiskPath, EventKind, RunVm, UseDisk, Vm, VmDisk, VmState};
+use crate::api::types::{EventKind, RunVm, UseDisk, Vm, VmDisk, VmState};
 use crate::boot::linux::check_kernel;
 use crate::devices::DiskConfig;
 use crate::identity;
@@ -62,8 +62,8 @@ impl Daemon {
     fn disks_of(&self, request: &RunVm) -> Result<Vec<VmDisk>> {
         let disk = |asked: &UseDisk| -> Result<VmDisk> {
             let found = self.blockd.show(&asked.disk)?;
-            let (disk, read_only) = (asked.disk.clone(), asked.read_only);
-            Ok(VmDisk { disk, id: found.disk.disk, read_only, own: false, path: DiskPath::Arena })
+            let UseDisk { disk, read_only, path } = asked.clone();
+            Ok(VmDisk { disk, id: found.disk.disk, read_only, own: false, path })
         };
         request.disks.iter().map(disk).collect()
     }
@@ -175,7 +175,7 @@ fn files_of(request: &RunVm) -> Result<Vec<OwnedFd>> {
 pub(super) fn hardware(machine: &Process, disks: &[VmDisk]) -> Hardware {
     let disk = |(i, disk): (usize, &VmDisk)| {
         let (name, socket) = (disk.disk.clone(), machine.folder().disk(i));
-        DiskConfig { name, socket, read_only: disk.read_only }
+        DiskConfig { name, socket, read_only: disk.read_only, path: disk.path.into() }
     };
     Hardware { disks: disks.iter().enumerate().map(disk).collect(), net: None }
 }

@@ -155,6 +155,7 @@ impl Daemon {
         let Taking { machine, id, frozen, .. } = *taking;
         let _changing = machine.changing.lock();
         machine.living_process()?;
+        self.take_memory_back(machine).inspect_err(|_| undo.disks.clear())?;
         let child = |f: &Frozen| ForkDisk {
             disk: f.disk.clone(),
             children: vec![disk_name(&machine.is.name, id, f.i)],

@@ -2,12 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use format::{Error, Kind, Result};
 use parking_lot::Mutex;
 
 use super::state::{Description, StateDir};
-use crate::api::types::{Vm, VmEnd, VmNet, VmState};
+use crate::api::types::{DiskPath, Vm, VmDisk, VmEnd, VmNet, VmState};
 use crate::process::Process;
 use crate::process::wire::{Ended, Folder};
 
@@ -20,6 +21,9 @@ pub struct Machine {
     pub is: Description,
     /// Its process; none when it had ended before this daemon started.
     pub process: Option<Arc<Process>>,
+    /// Whether its memory was had back from blockd: its disks go through arenas, whatever they did
+    /// when it was made.
+    memory_is_back: AtomicBool,
     /// Held by who changes it: forks, pauses, ends, removes it.
     pub changing: Mutex<()>,
     live: Mutex<(VmState, Option<VmEnd>)>,
@@ -48,14 +52,39 @@ impl Machine {
     #[must_use]
     pub fn living(is: Description, process: Arc<Process>, state: VmState) -> Machine {
         let live = Mutex::new((state, None));
-        Machine { is, process: Some(process), changing: Mutex::default(), live }
+        Machine::of(is, Some(process), live)
     }
 
     /// One that has ended.
     #[must_use]
     pub fn ended(is: Description, end: Ended) -> Machine {
         let live = Mutex::new((VmState::Ended, Some(end.into())));
-        Machine { is, process: None, changing: Mutex::default(), live }
+        Machine::of(is, None, live)
+    }
+
+    fn of(
+        is: Description,
+        process: Option<Arc<Process>>,
+        live: Mutex<(VmState, Option<VmEnd>)>,
+    ) -> Machine {
+        let memory_is_back = AtomicBool::new(false);
+        Machine { is, process, memory_is_back, changing: Mutex::default(), live }
+    }
+
+    /// Its disks, as they are now.
+    #[must_use]
+    pub fn disks(&self) -> Vec<VmDisk> {
+        let mut disks = self.is.disks.clone();
+        // Pairs with the store below; nothing else goes with it.
+        if self.memory_is_back.load(Ordering::Acquire) {
+            disks.iter_mut().for_each(|disk| disk.path = DiskPath::Arena);
+        }
+        disks
+    }
+
+    /// Notes that all of its disks go through arenas from now on.
+    pub fn note_memory_is_back(&self) {
+        self.memory_is_back.store(true, Ordering::Release); // pairs with the load in `disks`
     }
 
     /// How it is.
@@ -115,7 +144,7 @@ impl Machine {
             pid: process.map(|p| p.pid),
             memory_bytes: d.memory_bytes,
             vcpus: d.vcpus,
-            disks: d.disks.clone(),
+            disks: self.disks(),
             net: d.net.as_ref().map(|net| VmNet {
                 tap: net.tap.clone(),
                 link_when: net.link,

@@ -145,6 +145,8 @@ impl Vm {
                 Ask::Begin { paused } => reply(&socket, self.begin(paused)),
                 Ask::Pause => reply(&socket, self.pause()),
                 Ask::Resume => reply(&socket, self.resume()),
+                Ask::TakeMemoryBack => reply(&socket, self.take_memory_back()),
+                Ask::LendsMemory => reply(&socket, self.filled().map(Machine::lends_memory)),
                 Ask::Cut(asked) => self.cut(&socket, &asked, files.into_iter().next()),
                 Ask::Status => reply(&socket, Ok(self.state.lock().phase)),
                 Ask::Exits => reply(&socket, Ok(self.machine.get().map_or(0, Machine::exits))),
@@ -267,6 +269,11 @@ impl Vm {
         self.filled()?.resume()?;
         self.now_is(Phase::Running);
         Ok(())
+    }
+
+    fn take_memory_back(&self) -> Result<Vec<String>> {
+        let _changing = self.changing.lock();
+        self.filled()?.take_memory_back()
     }
 
     fn press_power_button(&self) -> Result<bool> {

@@ -41,6 +41,11 @@ pub enum Ask {
     Pause,
     /// Go on.
     Resume,
+    /// Take its memory back from blockd, for good: a disk that shares it goes through an arena from
+    /// then on. The answer names those that changed.
+    TakeMemoryBack,
+    /// Say whether blockd has its memory: it does not any more after a [`Ask::TakeMemoryBack`].
+    LendsMemory,
     /// Take memory, processors, devices and disks at one instant, and go on. File: a connection to
     /// blockd, if there is something to ask it.
     Cut(CutVm),

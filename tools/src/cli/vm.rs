@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use forkd::api::types::{ForkNet, LinkWhen, RunNet};
+use forkd::api::types::{DiskPath, ForkNet, LinkWhen, RunNet, UseDisk};
 
 use crate::size;
 
@@ -14,14 +14,17 @@ pub enum VmVerb {
     ///
     /// The kernel is a Linux bzImage, or an ELF file (vmlinux or another program) with a PVH entry.
     /// Disks are blockd's, in the order in which the machine sees them; `:ro` after a name refuses
-    /// writes. The verb ends when the machine runs; `vm console` shows what it prints. Names have
-    /// letters, digits and . _ -, 64 at most. The tap interface of a network card has to be there
-    /// already, and is nobody else's.
+    /// writes. With `:direct`, blockd maps the machine's memory and serves its requests there,
+    /// without a copy; the first fork or snapshot ends that: the disk goes on as others do, which
+    /// an event tells and `vm show` shows. The tap interface of a network card has to be there
+    /// already, and is nobody else's. The verb ends when the machine runs; `vm console` shows what
+    /// it prints. Names have letters, digits and . _ -, 64 at most.
     #[command(after_help = "\
 Examples:
   offshoot vm run web1 --kernel /boot/vmlinuz --initrd /boot/initrd.img --disk web1-root \\
       --cmdline 'console=ttyS0 root=/dev/vda1' --mem 512M --cpus 2
   offshoot vm run tool --kernel ./vmlinux --disk data --disk base:ro --mem 128M --console
+  offshoot vm run db1 --kernel ./vmlinux --disk db1-root --disk db1-data:direct --mem 8G
   ip tuntap add dev tap0 mode tap && ip link set tap0 up
   offshoot vm run web1 --kernel /boot/vmlinuz --disk web1-root --net tap=tap0")]
     Run(RunVm),
@@ -173,9 +176,10 @@ pub struct RunVm {
     /// The command line of the kernel; without it, one that prints on the serial console
     #[arg(long, value_name = "TEXT")]
     pub cmdline: Option<String>,
-    /// A disk; with `:ro`, for reading only. May be said several times
-    #[arg(long = "disk", value_name = "NAME[:ro]", value_parser = disk)]
-    pub disks: Vec<(String, bool)>,
+    /// A disk; with `:ro`, for reading only; with `:direct`, served by blockd in the machine's
+    /// memory. May be said several times
+    #[arg(long = "disk", value_name = "NAME[:ro][:direct]", value_parser = disk)]
+    pub disks: Vec<UseDisk>,
     /// A network card that is connected to this tap interface, or to nothing
     #[arg(long, value_name = "tap=IFNAME|none", value_parser = net_to_boot)]
     pub net: Option<RunNet>,
@@ -194,11 +198,28 @@ pub struct RunVm {
 }
 
 #[allow(clippy::unnecessary_wraps)] // Clap wants a `Result`.
-fn disk(text: &str) -> Result<(String, bool), String> {
-    Ok(match text.strip_suffix(":ro") {
-        Some(name) => (name.to_owned(), true),
-        None => (text.to_owned(), false),
-    })
+fn disk(text: &str) -> Result<UseDisk, String> {
+    let (mut name, mut read_only, mut path) = (text, false, DiskPath::Arena);
+    loop {
+        match name.rsplit_once(':') {
+            Some((rest, "ro")) if !read_only => (name, read_only) = (rest, true),
+            Some((rest, "direct")) if path == DiskPath::Arena => {
+                (name, path) = (rest, DiskPath::Direct);
+            }
+            _ => return Ok(UseDisk { disk: name.to_owned(), read_only, path }),
+        }
+    }
+}
+
+/// A disk of a machine that is restored: its memory cannot be shared.
+fn restored_disk(text: &str) -> Result<String, String> {
+    match disk(text)? {
+        UseDisk { path: DiskPath::Direct, .. } => Err("the memory of a machine that is restored \
+                                                       is its own, and cannot be shared with \
+                                                       blockd: leave out `:direct`"
+            .into()),
+        _ => Ok(text.to_owned()),
+    }
 }
 
 fn net_to_boot(text: &str) -> Result<RunNet, String> {
@@ -263,7 +284,7 @@ pub struct Restore {
     pub name: String,
     /// A sealed disk to stand on instead of one of the snapshot's, after it came to another store.
     /// Said once for each disk, in their order
-    #[arg(long = "disk", value_name = "DISK")]
+    #[arg(long = "disk", value_name = "DISK", value_parser = restored_disk)]
     pub disks: Vec<String>,
     /// Do not let it run yet
     #[arg(long)]

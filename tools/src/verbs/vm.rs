@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf, absolute};
 
 use forkd::api::types::{
-    ForkVm, ForkedVms, Health, NetStatus, RemovedVm, RunVm, UseDisk, Vm, VmDisk, VmNet, VmState,
+    DiskPath, ForkVm, ForkedVms, Health, NetStatus, RemovedVm, RunVm, Vm, VmDisk, VmNet, VmState,
     VmStats,
 };
 use format::{Error, Result};
@@ -51,14 +51,12 @@ pub fn vm(s: &Session, verb: &VmVerb) -> Outcome {
 
 fn run(s: &Session, args: &cli::RunVm) -> Outcome {
     let whole = |path: &Path| -> Result<PathBuf> { Ok(absolute(path)?) };
-    let use_disk =
-        |(disk, read_only): &(String, bool)| UseDisk { disk: disk.clone(), read_only: *read_only };
     let request = RunVm {
         name: args.name.clone(),
         kernel: whole(&args.kernel)?,
         initrd: args.initrd.as_deref().map(whole).transpose()?,
         cmdline: args.cmdline.clone(),
-        disks: args.disks.iter().map(use_disk).collect(),
+        disks: args.disks.clone(),
         net: args.net.clone(),
         memory_bytes: args.mem,
         vcpus: args.cpus,
@@ -106,7 +104,9 @@ fn state(vm: &Vm) -> String {
 }
 
 fn disk(disk: &VmDisk) -> String {
-    format!("{}{}", disk.disk, if disk.read_only { ":ro" } else { "" })
+    let read_only = if disk.read_only { ":ro" } else { "" };
+    let direct = if disk.path == DiskPath::Direct { ":direct" } else { "" };
+    format!("{}{read_only}{direct}", disk.disk)
 }
 
 fn show_vm(s: &Session, args: &VmName) -> Outcome {
