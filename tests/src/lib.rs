@@ -30,6 +30,7 @@ pub mod tls;
 pub mod trace;
 pub mod vm;
 pub mod vmdriver;
+pub mod vmload;
 pub mod watch;
 pub mod wire;
 

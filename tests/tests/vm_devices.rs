@@ -13,9 +13,8 @@ use offshoot_tests::rng::{Rng, seed};
 use offshoot_tests::served::ServedDisk;
 use offshoot_tests::store::TestStore;
 use offshoot_tests::until;
-use offshoot_tests::vmdriver::{
-    Ask, Driver, LEN_MAX, Rig, line, one_disk, read_data, register, set_register,
-};
+use offshoot_tests::vmdriver::{Ask, Driver, Rig, line, one_disk, register, set_register};
+use offshoot_tests::vmload::Load;
 
 const SIZE: u64 = 64 << 20;
 /// Every ring feature that a kernel of today accepts.
@@ -26,79 +25,6 @@ fn served() -> (ServedDisk, Daemon) {
     let daemon = disk.daemon();
     disk.attach();
     (disk, daemon)
-}
-
-/// Random reads and writes, many at once and never two at one place, next to a copy of the disk.
-struct Load {
-    rng: Rng,
-    model: Vec<u8>,
-    /// Request number, what it was, and where.
-    out: Vec<(u16, Ask, u64, usize)>,
-}
-
-impl Load {
-    fn new(seed: u64) -> Load {
-        let model = vec![0; usize::try_from(SIZE).unwrap()];
-        Load { rng: Rng::new(seed), model, out: Vec::new() }
-    }
-
-    fn begin(&mut self, rig: &Rig, driver: &mut Driver) {
-        let most = if self.rng.one_in(8) { LEN_MAX / 512 } else { 16 };
-        let len = 512 * (1 + self.rng.below(most));
-        let offset = 512 * self.rng.below((SIZE - len) / 512);
-        let apart = |(_, _, at, n): &(u16, Ask, u64, usize)| {
-            at + u64::try_from(*n).unwrap() <= offset || offset + len <= *at
-        };
-        if !self.out.iter().all(apart) {
-            return;
-        }
-        let (at, len) = (usize::try_from(offset).unwrap(), usize::try_from(len).unwrap());
-        let ask = if self.rng.one_in(2) { Ask::Write } else { Ask::Read };
-        let data: Vec<u8> = if ask == Ask::Write {
-            let mut bytes: Vec<u8> = Vec::with_capacity(len);
-            while bytes.len() < len {
-                bytes.extend(self.rng.any().to_le_bytes());
-            }
-            bytes.truncate(len);
-            self.model[at..at + len].copy_from_slice(&bytes);
-            bytes
-        } else {
-            vec![0; len]
-        };
-        let slot = driver.submit(rig, ask, offset, &data);
-        self.out.push((slot, ask, offset, len));
-    }
-
-    fn end(&mut self, rig: &Rig, slot: u16, status: u8) {
-        let i = self.out.iter().position(|o| o.0 == slot).expect("it was in work");
-        let (_, ask, offset, len) = self.out.swap_remove(i);
-        assert_eq!(status, 0, "{ask:?} at {offset}");
-        if ask == Ask::Read {
-            let at = usize::try_from(offset).unwrap();
-            let same = read_data(rig, slot, len) == self.model[at..at + len];
-            assert!(same, "what was read at {offset} is not what was written");
-        }
-    }
-
-    /// Keeps the ring full until `count` requests were begun.
-    fn run(&mut self, rig: &Rig, driver: &mut Driver, count: usize) {
-        for _ in 0..count {
-            while driver.has_room() && self.out.len() < 40 {
-                self.begin(rig, driver);
-            }
-            driver.kick(rig);
-            let (slot, status) = driver.wait(rig);
-            self.end(rig, slot, status);
-        }
-    }
-
-    fn finish(&mut self, rig: &Rig, driver: &mut Driver) {
-        while driver.in_work() > 0 {
-            let (slot, status) = driver.wait(rig);
-            self.end(rig, slot, status);
-        }
-        assert_eq!(driver.run(rig, Ask::Flush, 0, &[]).0, 0);
-    }
 }
 
 /// blockd is killed while requests are at work, twice; the guest sees them complete, each once, and
@@ -112,21 +38,17 @@ fn requests_survive_the_death_of_blockd() {
     let mut driver = Driver::new(&rig, ALL);
     let status = &rig.devices.disks()[0];
     assert_eq!((status.path, status.size, status.connected), (DiskPath::Arena, SIZE, true));
-    let mut load = Load::new(seed);
+    let mut load = Load::new(seed, SIZE);
     load.run(&rig, &mut driver, 400);
 
     let mut daemon = Some(daemon);
     for _ in 0..2 {
-        while driver.has_room() && load.out.len() < 40 {
-            load.begin(&rig, &mut driver);
-        }
+        load.fill(&rig, &mut driver, 40);
         driver.kick(&rig);
         daemon.take().expect("one runs").kill();
         until("the loss is noticed", || !rig.devices.disks()[0].connected);
         // Asked for while nobody is there.
-        while driver.has_room() && load.out.len() < 44 {
-            load.begin(&rig, &mut driver);
-        }
+        load.fill(&rig, &mut driver, 44);
         driver.kick(&rig);
         daemon = Some(disk.daemon());
         load.run(&rig, &mut driver, 200);
@@ -135,7 +57,7 @@ fn requests_survive_the_death_of_blockd() {
     assert!(line(&rig).get() > 0);
     drop(rig);
     assert!(daemon.expect("one runs").terminate().success());
-    assert!(disk.read("vm") == load.model, "the disk holds something else");
+    assert!(disk.read("vm") == load.model(), "the disk holds something else");
 }
 
 fn identity(byte: u8) -> Identity {
@@ -159,19 +81,15 @@ fn requests_go_on_where_a_saved_machine_stopped() {
     let mut rig = Rig::new(&config);
     rig.devices.identify(&identity(1)).unwrap();
     let mut driver = Driver::new(&rig, ALL);
-    let mut load = Load::new(seed);
+    let mut load = Load::new(seed, SIZE);
     for round in 2..4 {
         load.run(&rig, &mut driver, 150);
-        while driver.has_room() && load.out.len() < 40 {
-            load.begin(&rig, &mut driver);
-        }
+        load.fill(&rig, &mut driver, 40);
         driver.kick(&rig);
         rig.devices.quiesce().unwrap();
         assert_eq!(rig.devices.disks()[0].in_work, 0);
         // Asked for after the stop: it waits in the ring.
-        while driver.has_room() && load.out.len() < 46 {
-            load.begin(&rig, &mut driver);
-        }
+        load.fill(&rig, &mut driver, 46);
         let state = rig.devices.save().unwrap();
         let ram = rig.ram.clone();
         drop(rig);
@@ -194,7 +112,7 @@ fn requests_go_on_where_a_saved_machine_stopped() {
     load.finish(&rig, &mut driver);
     drop(rig);
     assert!(daemon.terminate().success());
-    assert!(disk.read("vm") == load.model, "the disk holds something else");
+    assert!(disk.read("vm") == load.model(), "the disk holds something else");
 }
 
 /// A state that is not whole, of another version or of another machine is refused by name.

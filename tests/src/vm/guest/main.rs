@@ -369,6 +369,11 @@ fn obey(guest: &mut Guest, line: &[u8]) {
         }
         // Numbers: writes that many to the log.
         Some(b'd') => told(guest.write_numbers(a)),
+        // Address, pages: reads pages of the disk into memory until something is typed.
+        Some(b'l') => {
+            print("= reading\n");
+            guest.read_into_memory(a, b);
+        }
         // The clock of now, and those of the last fork.
         Some(b'k') => guest.tell_clock(),
         // Address, pages, ticks: writes pages until something is typed, and notes how many every

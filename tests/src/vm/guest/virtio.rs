@@ -169,6 +169,13 @@ impl Device {
         load(data)
     }
 
+    /// Reads the eight sectors from `number` on into the page at `address`.
+    pub fn page(&mut self, number: u64, address: u64) {
+        self.describe_disk(0, number, address, 4096);
+        self.request();
+        self.check_disk();
+    }
+
     /// Eight random bytes.
     pub fn random(&mut self) -> u64 {
         let queue = self.queue;

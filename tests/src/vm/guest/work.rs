@@ -68,6 +68,30 @@ impl Guest {
         self.disk.as_mut().map_or(0, |disk| read_disk(disk, at, groups, blocks))
     }
 
+    /// Reads `pages` pages of the disk into memory, again and again, until something is typed. Each
+    /// page of memory is written before it is read into, and each of the disk has its number in
+    /// every word. Tells how often it read, and how many words were or are not what was read.
+    pub fn read_into_memory(&mut self, first: u64, pages: u64) {
+        let (mut read, mut wrong) = (0, 0);
+        while !typed() {
+            let page = read % pages;
+            let at = first + page * PAGE;
+            (0..PAGE / 8).for_each(|word| store(at + word * 8, u64::MAX));
+            if let Some(disk) = &mut self.disk {
+                disk.page(page * 8, at);
+            }
+            wrong += wrong_words(at, page);
+            read += 1;
+        }
+        // What was read once is there for good.
+        (0..pages.min(read)).for_each(|page| wrong += wrong_words(first + page * PAGE, page));
+        print("= read ");
+        print_number(read);
+        print(" wrong ");
+        print_number(wrong);
+        print("\n");
+    }
+
     /// Tells the clock, and what it was at the last fork.
     pub fn tell_clock(&self) {
         print("= clock");
@@ -109,6 +133,11 @@ fn read_disk(disk: &mut Device, at: u64, groups: u64, blocks: u64) -> u64 {
         requests += 1;
     }
     requests
+}
+
+/// Words of a page that are not its number.
+fn wrong_words(at: u64, number: u64) -> u64 {
+    (0..PAGE / 8).filter(|word| load(at + word * 8) != number).count() as u64
 }
 
 fn note(at: u64, written: u64) {
