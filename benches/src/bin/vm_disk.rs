@@ -102,7 +102,7 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
 
 /// Keeps `depth` reads in work for a while.
 fn read(rig: &Rig, daemon: &Daemon, depth: usize) -> Round {
-    assert!(BLOCK <= LEN_MAX);
+    const { assert!(BLOCK <= LEN_MAX) };
     let mut driver = Driver::new(rig, FEATURES);
     let (interrupt, room) = (line(rig), vec![0; usize::try_from(BLOCK).expect("a block")]);
     let mut random = Random(0x5eed);
