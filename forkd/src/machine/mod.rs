@@ -12,13 +12,13 @@
 //! Lock order: `control`, then `top`, then a processor's own.
 
 pub mod ending;
+mod start;
 mod urgent;
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use format::{Error, Kind, Result};
-use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_sregs};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use vhost_blk::event::EventFd;
@@ -36,6 +36,8 @@ use crate::memory::{Gpa, GuestRam, Layer};
 use crate::wires::{Devices, DiskCut, Identity, Interrupt, MakeDevices, PowerSwitch, Wires};
 use ending::Ending;
 pub use ending::{Exit, Reason};
+pub use start::CpuStart;
+use start::{place, start_of};
 use urgent::Urgent;
 
 /// Most processors of a machine.
@@ -48,17 +50,6 @@ pub struct SizeClass {
     pub memory_bytes: u64,
     /// Number of processors, 1 to [`VCPUS_MAX`].
     pub vcpus: u8,
-}
-
-/// Where a processor starts.
-#[derive(Debug, Clone, Copy)]
-pub struct CpuStart {
-    /// General registers.
-    pub regs: kvm_regs,
-    /// Special registers, as after a reset unless changed.
-    pub sregs: kvm_sregs,
-    /// Whether it runs at once; others wait for the first one to start them. The first always runs.
-    pub runnable: bool,
 }
 
 /// Puts a program into a machine that boots.
@@ -479,25 +470,6 @@ impl Drop for Machine {
         self.cpus.iter().for_each(|cpu| cpu.ask_to_park());
         self.cpus.iter().for_each(|cpu| cpu.quit());
     }
-}
-
-/// Where a processor of a fresh machine stands.
-fn start_of(cpu: &Cpu) -> Result<CpuStart> {
-    let fd = cpu.fd();
-    let regs = fd.get_regs().map_err(|e| failed("look at a processor of", e))?;
-    let sregs = fd.get_sregs().map_err(|e| failed("look at a processor of", e))?;
-    Ok(CpuStart { regs, sregs, runnable: cpu.index() == 0 })
-}
-
-fn place(cpu: &Cpu, start: &CpuStart) -> Result<()> {
-    let fd = cpu.fd();
-    fd.set_sregs(&start.sregs).map_err(|e| failed("place a processor of", e))?;
-    fd.set_regs(&start.regs).map_err(|e| failed("place a processor of", e))?;
-    if start.runnable {
-        let runnable = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
-        fd.set_mp_state(runnable).map_err(|e| failed("start a processor of", e))?;
-    }
-    Ok(())
 }
 
 /// A stopwatch that tells the time since it was last asked.

@@ -26,8 +26,8 @@ pub enum Ask {
     /// system and its tap interface, if it has them.
     Boot(Box<BootVm>),
     /// Have these devices, for the child that the shell is to become. Its disks are connected now,
-    /// so that nothing of that is left to do when the machine is cut. File: its tap interface, if it
-    /// has one.
+    /// so that nothing of that is left to do when the machine is cut. File: its tap interface, if
+    /// it has one.
     Equip(Hardware),
     /// Become the child of a fork, equipped before; it is paused afterwards. Files: the layers of
     /// its memory, then its state.

@@ -205,7 +205,7 @@ fn children_are_stations_of_their_own() {
         child.ask("a");
         is_up(&lab, name);
         assert!(net.is_connected(&format!("t-{name}")));
-        let told = child.ask("q");
+        let told = child.ask("z");
         let own_address: String = address.iter().map(|byte| format!("{byte:02x}")).collect();
         assert_eq!((word(&told, "link"), word(&told, "address")), ("1".into(), own_address));
         assert_eq!(child.ask("j"), "echoing");
@@ -236,9 +236,9 @@ fn a_link_comes_up_at_once_if_that_is_wanted() {
         let wire = net.wire(tap);
         let mut child = lab.console(name);
         assert_eq!(link(&lab, name), "waits-for-driver");
-        assert_eq!(word(&child.ask("l"), "link"), "0", "down first");
+        assert_eq!(word(&child.ask("v"), "link"), "0", "down first");
         is_up(&lab, name);
-        assert_eq!(word(&child.ask("q"), "link"), "1");
+        assert_eq!(word(&child.ask("z"), "link"), "1");
         child.ask("h 1 60");
         let from = sender(&wire.expect("from the child"));
         assert_eq!(from, mac(&lab, name));
@@ -259,10 +259,10 @@ fn a_pattern_names_the_interfaces_of_many() {
     let mut seen = BTreeSet::new();
     for name in &names {
         let mut child = lab.console(name);
-        child.ask("l");
+        child.ask("v");
         child.ask("a");
         is_up(&lab, name);
-        child.ask("q");
+        child.ask("z");
         let wire = net.wire(&format!("t-{name}"));
         child.ask("h 1 60");
         assert!(seen.insert(sender(&wire.expect("from the child"))), "{name}");
@@ -297,7 +297,7 @@ fn a_restored_machine_has_an_interface_of_its_own() {
     assert_eq!(link(&lab, "r"), "waits-for-identity");
     restored.ask("a");
     is_up(&lab, "r");
-    let told = restored.ask("q");
+    let told = restored.ask("z");
     assert_eq!((word(&told, "link"), word(&told, "got")), ("1".into(), "1".into()));
     assert_eq!(restored.ask("j"), "echoing");
     echoes(&net.wire("t1"), mac(&lab, "r"), 3, 3000);
@@ -331,6 +331,6 @@ fn a_machine_outlives_its_interface() {
     let share = (ran() - before) / u64::try_from(start.elapsed().as_millis()).unwrap();
     assert!(share < 300_000, "it ran for {share} ns of each ms");
     lab.done(&["vm", "fork", "p", "c", "--net", "tap=t1,link=at-once"]);
-    lab.console("c").ask("l");
+    lab.console("c").ask("v");
     is_up(&lab, "c");
 }

@@ -61,8 +61,8 @@ impl Keeper {
         self.retired.retain(|h| h.outstanding > 0);
     }
 
-    /// Counts a chain in that nobody reads or writes any more, though it is not done: it still counts
-    /// as outstanding, but needs no memory.
+    /// Counts a chain in that nobody reads or writes any more, though it is not done: it still
+    /// counts as outstanding, but needs no memory.
     pub(super) fn set_aside(&mut self, generation: u32) {
         self.give_back(generation);
         self.aside += 1;

@@ -235,8 +235,8 @@ impl Queue {
         ring!(&mut self.0, ring => ring.set_memory(memory))
     }
 
-    /// Lets go of guest memory. The queue is of no more use afterwards; chains that are out keep the
-    /// table that they came from.
+    /// Lets go of guest memory. The queue is of no more use afterwards; chains that are out keep
+    /// the table that they came from.
     pub fn let_go(&mut self) {
         ring!(&mut self.0, ring => ring.let_go());
     }

@@ -307,8 +307,8 @@ impl ActiveQueue {
         self.queue.complete(chain, written);
     }
 
-    /// Leaves a request undone, for the next owner of the ring: the in-flight area shows it. Nothing
-    /// may use its buffers any more.
+    /// Leaves a request undone, for the next owner of the ring: the in-flight area shows it.
+    /// Nothing may use its buffers any more.
     pub fn set_aside(&mut self, chain: &mut Chain) {
         self.queue.set_aside(chain);
     }

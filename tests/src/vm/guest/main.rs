@@ -316,7 +316,7 @@ fn obey_card(guest: &mut Guest, line: &[u8]) {
         // Sends back what comes, until something is typed.
         b'j' => card.echo(),
         // Takes the address from the card, as a driver that starts does.
-        b'q' => {
+        b'z' => {
             card.read_address();
             card.tell();
         }
@@ -326,6 +326,28 @@ fn obey_card(guest: &mut Guest, line: &[u8]) {
             card.tell();
         }
         _ => card.tell(),
+    }
+}
+
+/// What has to do with the disk alone.
+fn obey_disk(guest: &mut Guest, line: &[u8]) {
+    let [a, b, c] = [0, 1, 2].map(|nth| number(line, nth));
+    match line[0] {
+        // Sector, value: writes it. Sector: reads it.
+        b'p' => {
+            if let Some(disk) = &mut guest.disk {
+                disk.sector(a, Some(b));
+            }
+            told(b);
+        }
+        b'g' => told(guest.disk.as_mut().map_or(0, |disk| disk.sector(a, None))),
+        // Address, pages: reads pages of the disk into memory until something is typed.
+        b'l' => {
+            print("= reading\n");
+            guest.read_into_memory(a, b);
+        }
+        // Address, groups, blocks: reads blocks of the disk to memory until something is typed.
+        _ => told(guest.read_disk(a, b, c)),
     }
 }
 
@@ -353,14 +375,6 @@ fn obey(guest: &mut Guest, line: &[u8]) {
         Some(b's') => told(
             (0..b).fold(0, |sum: u64, i| sum.wrapping_add(load(a + i * PAGE).wrapping_mul(i + 1))),
         ),
-        // Sector, value: writes it. Sector: reads it.
-        Some(b'p') => {
-            if let Some(disk) = &mut guest.disk {
-                disk.sector(a, Some(b));
-            }
-            told(b);
-        }
-        Some(b'g') => told(guest.disk.as_mut().map_or(0, |disk| disk.sector(a, None))),
         // Microseconds: writes the log, a number in each such time, until something is typed.
         Some(b'e') => {
             print("= writing\n");
@@ -369,11 +383,6 @@ fn obey(guest: &mut Guest, line: &[u8]) {
         }
         // Numbers: writes that many to the log.
         Some(b'd') => told(guest.write_numbers(a)),
-        // Address, pages: reads pages of the disk into memory until something is typed.
-        Some(b'l') => {
-            print("= reading\n");
-            guest.read_into_memory(a, b);
-        }
         // The clock of now, and those of the last fork.
         Some(b'k') => guest.tell_clock(),
         // Address, pages, ticks: writes pages until something is typed, and notes how many every
@@ -383,13 +392,12 @@ fn obey(guest: &mut Guest, line: &[u8]) {
             told(work::write_memory(a, b, c));
         }
         Some(b'y') => told(work::pages_written(a, b)),
-        // Address, groups, blocks: reads blocks of the disk to memory until something is typed.
-        Some(b'q') => told(guest.read_disk(a, b, c)),
         // Bytes: floods the console.
         Some(b'x') => (0..a).for_each(|i| out8(SERIAL, b'a' + (i % 26) as u8)),
         // Takes the identity: says so to the host.
         Some(b'a') => net::acknowledge(),
-        Some(b'h' | b'j' | b'l' | b'q' | b'u') => obey_card(guest, line),
+        Some(b'g' | b'l' | b'p' | b'q') => obey_disk(guest, line),
+        Some(b'h' | b'j' | b'u' | b'v' | b'z') => obey_card(guest, line),
         // Listens to the power button, and obeys it, or with another number than 0 does not.
         Some(b'b') => {
             listen(6, if a == 0 { 0x42 } else { WAKE });
