@@ -45,8 +45,8 @@ fn main() {
         "Random reads of 4 KiB of a disk of 32 MiB that is all written, in a store in memory. A \
          driver in forkd's place of a guest sleeps until the interrupt, and announces requests \
          when blockd or forkd asks for it, as a kernel does. {rounds} rounds of a second each, \
-         paths in turns; medians. Processor time: of the driver and forkd's device together, and of \
-         blockd.\n"
+         paths in turns; medians. Processor time: of the driver and forkd's device together, and \
+         of blockd.\n"
     );
     println!("| depth | path | reads/s | µs a read | driver and forkd, µs | blockd, µs |");
     println!("|---|---|---|---|---|---|");

@@ -25,11 +25,11 @@ use vhost_blk::event::EventFd;
 use zerocopy::IntoBytes;
 
 use crate::devices::layout::BUTTON_GSI;
+use crate::kvm::Host;
 use crate::kvm::blob::{Reader, Writer};
 use crate::kvm::state::{self, Restored, Shape, tag};
 use crate::kvm::vcpu::Cpu;
 use crate::kvm::vm::Vm;
-use crate::kvm::{Host, failed};
 use crate::memory::collapse::Collapser;
 use crate::memory::cut::Top;
 use crate::memory::{Gpa, GuestRam, Layer};

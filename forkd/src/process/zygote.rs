@@ -9,7 +9,7 @@
 //! - It waits for a process only after it has opened a descriptor of it: until then the number is
 //!   that process's own. The daemon knows processes by these descriptors.
 //! - It lives as long as the connection on which it was started, which no shell has; and makes
-//!   [`SHELLS_MAX`] shells, because those of one zygote have the same layout of addresses.
+//!   `SHELLS_MAX` shells, because those of one zygote have the same layout of addresses.
 //!
 //! Test: `vm_life` (`a_zygote_that_is_killed_…`).
 

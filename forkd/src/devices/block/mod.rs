@@ -7,7 +7,7 @@
 //! machine wants something.
 //!
 //! Disks become arenas' in three steps, each for all of them before the next: rings are had back,
-//! arenas are there ([`Disk::through_arena`]), they take over ([`Disk::take_over`]). Up to the last
+//! arenas are there (`Disk::through_arena`), they take over (`Disk::take_over`). Up to the last
 //! one all can stay as they were.
 
 mod arena;
