@@ -382,7 +382,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_disk_of_every_child_is_asked_for() {
+    fn every_disk_of_every_child_is_asked_for_and_can_be_undone() {
         let children = vec!["a".to_owned(), "b".to_owned()];
         let request = ForkVm { children, paused: false, net: None };
         let frozen = [Frozen { i: 0, disk: "root".into() }, Frozen { i: 2, disk: "data".into() }];
@@ -398,6 +398,9 @@ mod tests {
                 ("data".to_owned(), "a-disk2 b-disk2".to_owned()),
             ]
         );
+        let made = MadeChild { name: "b-disk2".into(), disk: Uuid::from_u128(7) };
+        let is = Which::Identity(made.disk);
+        assert_eq!(to_undo(&made), UndoDisk { name: "b-disk2".into(), is });
         assert!(fork_request(&request, &[], &[]).disks.is_empty());
     }
 }
