@@ -37,17 +37,25 @@ impl Side {
         let args: Vec<&str> = paths.split_whitespace().collect();
         self.bench.feed(&args, input)
     }
+
+    /// Short names of the segments that there are, as verbs say them.
+    fn shorts(&self) -> Vec<String> {
+        let segments = self.bench.files(".seg");
+        segments.iter().filter_map(|name| name.get(..8)).map(str::to_owned).collect()
+    }
 }
 
 /// What differs from run to run: identities, digests, times, and folders.
-fn plain(text: &str, folder: &str) -> String {
+/// `shorts` are short names of segments, which can happen to be plain numbers.
+fn plain(text: &str, folder: &str, shorts: &[String]) -> String {
     let mut out = String::new();
     let mut word = String::new();
     let flush = |word: &mut String, out: &mut String| {
         let digits = word.chars().filter(char::is_ascii_hexdigit).count();
         let numeric = word.chars().all(|c| c.is_ascii_digit());
+        let long = digits >= 8 && !numeric && word.chars().any(|c| c.is_ascii_digit());
         // Eight hexadecimal digits and more, but no plain numbers.
-        match digits >= 8 && !numeric && word.chars().any(|c| c.is_ascii_digit()) {
+        match long || shorts.contains(word) {
             true => out.push('#'),
             false => out.push_str(word),
         }
@@ -182,18 +190,20 @@ fn every_verb_says_the_same_with_a_daemon_and_without() {
             None => (line, &[][..]),
         };
 
+        let before = sides.each_ref().map(Side::shorts);
         let ran = sides.each_ref().map(|side| side.run(command, input));
 
         let [local, remote] = [0, 1].map(|i| {
             let folder = sides[i].bench.path("").to_str().expect("a plain path").to_owned();
             let folder = folder.trim_end_matches('/').to_owned();
+            let shorts = [before[i].clone(), sides[i].shorts()].concat();
             let data = command.starts_with("disk read");
-            let mut out = if data { String::new() } else { plain(ran[i].text(), &folder) };
+            let mut out = if data { String::new() } else { plain(ran[i].text(), &folder, &shorts) };
             if command.starts_with("disk map i") {
                 // Threads fill an imported disk: which extent comes first in its file is chance.
                 out = out.lines().filter(|l| !l.contains("\"file_offset\"")).collect();
             }
-            (ran[i].code, out, plain(&ran[i].err, &folder))
+            (ran[i].code, out, plain(&ran[i].err, &folder, &shorts))
         });
         assert_eq!(local, remote, "{line}");
         if command.starts_with("disk read") {

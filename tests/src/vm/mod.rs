@@ -350,6 +350,24 @@ pub fn kill(pid: u32, signal: Signal) {
     }
 }
 
+/// Stops a process, and waits until none of its threads runs: the signal alone leaves them time to
+/// do what they were just asked for.
+///
+/// # Panics
+/// When it does not stop.
+pub fn stop(pid: u32) {
+    let stands = |task: &Path| {
+        let stat = fs::read_to_string(task.join("stat")).unwrap_or_default();
+        // Behind the name, which may have anything in it.
+        stat.rsplit(')').next().is_none_or(|rest| rest.trim_start().starts_with('T'))
+    };
+    kill(pid, Signal::STOP);
+    until("the process stands", || {
+        let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("it is there");
+        tasks.flatten().all(|task| stands(&task.path()))
+    });
+}
+
 /// VM processes whose folders are below `state`; those that have ended and were not waited for are
 /// not among them.
 #[must_use]

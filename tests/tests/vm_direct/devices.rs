@@ -13,7 +13,7 @@ use offshoot_tests::rng::{Rng, seed};
 use offshoot_tests::served::ServedDisk;
 use offshoot_tests::store::TestStore;
 use offshoot_tests::until;
-use offshoot_tests::vm::kill;
+use offshoot_tests::vm::{kill, stop};
 use offshoot_tests::vmdriver::{
     Ask, DATA, Driver, LEN_MAX, Rig, TestWires, line, one_disk_by, register, set_register,
 };
@@ -244,7 +244,7 @@ fn a_disk_that_cannot_change_stays_as_it_is() {
     let mut load = Load::new(told_seed(0xd6, "a_disk_that_cannot_change"), SIZE);
     load.run(&rig, &mut driver, 50);
     // blockd is there and does not answer.
-    kill(daemon.pid(), Signal::STOP);
+    stop(daemon.pid());
     load.fill(&rig, &mut driver, 40);
     driver.kick(&rig);
     let refused = rig.devices.take_memory_back().unwrap_err();

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use offshoot_tests::rng::{Rng, seed};
 use offshoot_tests::until;
-use offshoot_tests::vm::{Console, Lab, kill, word};
+use offshoot_tests::vm::{Console, Lab, kill, stop, word};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use rustix::process::Signal;
 
@@ -229,8 +229,7 @@ fn a_machine_survives_the_death_of_blockd() {
         lab.start_blockd();
         assert_eq!(paths(&lab, "p"), ["direct"]);
     }
-    std::thread::sleep(Duration::from_millis(100));
-    assert!(maps_guest_memory(&lab));
+    until("blockd has the memory again", || maps_guest_memory(&lab));
     lab.done(&["vm", "fork", "p", "c"]);
     let (ram, disk, wrong) = log_of(&lab.console("c").hear("= forked"));
     assert!(disk >= ram && disk <= ram + 1 && wrong == 0, "{ram} {disk} {wrong}");
@@ -256,7 +255,7 @@ fn a_fork_is_refused_when_the_path_cannot_change() {
     let snapshot = lab.store.path("snapshot");
     let attempts = [vec!["fork", "p", "c"], vec!["snapshot", "p", snapshot.to_str().unwrap()]];
     for attempt in &attempts {
-        kill(blockd, Signal::STOP);
+        stop(blockd);
         let said = lab.offshoot(&[&["vm"][..], attempt].concat());
         kill(blockd, Signal::CONT);
         assert!(!said.status.success(), "{said:?}");
