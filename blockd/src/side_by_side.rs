@@ -6,11 +6,14 @@ pub(crate) fn side_by_side<T: Send, R: Send>(
     work: impl Fn(T) -> R + Sync,
 ) -> Vec<R> {
     const THREADS_MAX: usize = 16;
+    /// While one waits for the host's storage, another one has the processor.
+    const THREADS_PER_PROCESSOR: usize = 2;
     if items.len() < 2 {
         // A thread costs more than many a piece of work.
         return items.into_iter().map(work).collect();
     }
-    let threads = items.len().min(THREADS_MAX);
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = items.len().min(THREADS_MAX).min(processors * THREADS_PER_PROCESSOR);
     let items = parking_lot::Mutex::new(items.into_iter().enumerate());
     let results = parking_lot::Mutex::new(Vec::new());
     std::thread::scope(|scope| {

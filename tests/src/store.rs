@@ -77,7 +77,12 @@ impl TestStore {
         Self::made(tempfile::tempdir().expect("a temporary folder"), store)
     }
 
-    fn made(dir: TempDir, store: PathBuf) -> Self {
+    /// A new one, with everything beside it in `dir`.
+    ///
+    /// # Panics
+    /// When the host does not let us.
+    #[must_use]
+    pub fn made(dir: TempDir, store: PathBuf) -> Self {
         StoreDir::init(&store, None).expect("a new store");
         TestStore { leftovers: Leftovers(store), dir }
     }

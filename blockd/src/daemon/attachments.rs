@@ -131,7 +131,8 @@ impl AttachmentsFile {
         // Before the rename: else a power cut can leave the new name with nothing in it.
         file.sync_all()?;
         fs::rename(&new, self.folder.join(FILE))?;
-        match fs::remove_file(self.folder.join(AHEAD_FILE)) {
+        // Emptied and not removed: to make it again for every fork costs more than to write it.
+        match File::options().write(true).truncate(true).open(self.folder.join(AHEAD_FILE)) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
             _ => {}
         }

@@ -59,6 +59,9 @@ pub(super) struct Cut {
     pub(super) held: Vec<HeldDisk>,
 }
 
+/// Opens children that are served from the instant on.
+pub(super) type OpenAhead<'a> = dyn Fn() -> Result<Vec<Ahead>> + Sync + 'a;
+
 /// A disk in service that is being forked.
 struct Live<'a> {
     volume: &'a Volume,
@@ -94,15 +97,11 @@ pub(super) fn cut(
     volumes: &Volumes,
     then: Then,
     steps: &dyn Steps,
-    open_ahead: &dyn Fn() -> Result<Vec<Ahead>>,
+    open_ahead: &OpenAhead<'_>,
     at_cut: &mut dyn FnMut(Cut),
 ) -> Result<Vec<Ahead>> {
-    let live = match begin(dir, fork, volumes) {
-        Ok(live) => live,
-        Err(e) => return give_up(dir, fork, e),
-    };
-    let mut ahead = match open_ahead() {
-        Ok(ahead) => ahead,
+    let (live, mut ahead) = match open(dir, fork, volumes, open_ahead) {
+        Ok(open) => open,
         Err(e) => return give_up(dir, fork, e),
     };
     let ready = freeze_others(dir, fork, volumes);
@@ -142,7 +141,30 @@ fn give_up<T>(dir: &StoreDir, fork: &ForkRow, error: Error) -> Result<T> {
     dir.settle_fork(fork, &[]).and(Err(error))
 }
 
-/// Step 1.
+/// Step 1: both kinds of drafts at the same time, which somebody waits for.
+fn open<'a>(
+    dir: &StoreDir,
+    fork: &ForkRow,
+    volumes: &'a Volumes,
+    open_ahead: &OpenAhead<'_>,
+) -> Result<(Vec<Live<'a>>, Vec<Ahead>)> {
+    let (live, ahead) = std::thread::scope(|s| {
+        let ahead = s.spawn(open_ahead);
+        let live = begin(dir, fork, volumes);
+        // A panic in there is a bug, and is one here as well.
+        (live, ahead.join().unwrap_or_else(|e| std::panic::resume_unwind(e)))
+    });
+    match (live, ahead) {
+        (Ok(live), Ok(ahead)) => Ok((live, ahead)),
+        (Err(e), ahead) => {
+            ahead.into_iter().flatten().for_each(|child| child.give_up(&e));
+            Err(e)
+        }
+        (Ok(_), Err(e)) => Err(e),
+    }
+}
+
+/// Opens the successors.
 fn begin<'a>(dir: &StoreDir, fork: &ForkRow, volumes: &'a Volumes) -> Result<Vec<Live<'a>>> {
     let begin = |forked: &Forked| {
         let Some(volume) = volumes.get(&forked.name) else { return Ok(None) };

@@ -7,36 +7,41 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use arc_swap::ArcSwapOption;
 use format::{Error, Kind, Result};
+use parking_lot::RwLock;
 
 use crate::disk::Disk;
 
 /// The disk of a volume.
+///
+/// Under a lock, though it hardly ever changes: requests do not come here, who serves them has the
+/// disk and looks at [`Current::swaps`]. A pointer that is read without a lock would have each
+/// thread of each disk enter a list for it, which all others go through.
 pub(super) struct Current {
-    disk: ArcSwapOption<Disk>,
+    disk: RwLock<Option<Arc<Disk>>>,
     /// Counts replacements.
     swaps: AtomicU64,
 }
 
 impl Current {
     pub(super) fn new(disk: Arc<Disk>) -> Arc<Self> {
-        Arc::new(Current { disk: ArcSwapOption::new(Some(disk)), swaps: AtomicU64::new(0) })
+        Arc::new(Current { disk: RwLock::new(Some(disk)), swaps: AtomicU64::new(0) })
     }
 
     /// The disk as it is now; `None` when it was taken out of service.
     pub(super) fn get(&self) -> Option<Arc<Disk>> {
-        self.disk.load_full()
+        self.disk.read().clone()
     }
 
     /// Takes the disk out of service.
     pub(super) fn take(&self) -> Option<Arc<Disk>> {
-        self.disk.swap(None)
+        self.disk.write().take()
     }
 
     /// Puts another disk in its place.
     pub(super) fn replace(&self, next: Arc<Disk>) {
-        self.disk.store(Some(next));
+        // The old one ends outside of the lock.
+        let _old = self.disk.write().replace(next);
         // Release pairs with the Acquire load in `swaps`: who sees the count gets the new disk.
         self.swaps.fetch_add(1, Ordering::Release);
     }

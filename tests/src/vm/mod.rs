@@ -74,14 +74,22 @@ impl Lab {
             crate::skip(test, "this machine has no /dev/kvm");
             return None;
         }
-        let store = TestStore::new();
+        Some(Self::over(TestStore::new(), options))
+    }
+
+    /// A lab over this store, whose folder is where forkd has its own.
+    ///
+    /// # Panics
+    /// When the daemons do not start.
+    #[must_use]
+    pub fn over(store: TestStore, options: &[&str]) -> Lab {
         fs::write(store.path("kernel"), GUEST).expect("a kernel");
         let watch = Watch::over(store.folder());
         let blockd = Some(store.daemon());
         let options = options.iter().map(|o| (*o).to_owned()).collect();
         let mut lab = Lab { forkd: None, blockd, options, _watch: watch, store };
         lab.start_forkd();
-        Some(lab)
+        lab
     }
 
     /// The folder of forkd.

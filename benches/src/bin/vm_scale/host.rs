@@ -1,11 +1,16 @@
 //! A lab with one parent, and what is asked of its daemons.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use offshoot_tests::daemon::ask;
+use offshoot_tests::kill::memory_dir;
+use offshoot_tests::store::TestStore;
 use offshoot_tests::vm::{Console, Lab};
 use serde_json::{Value, json};
+use tempfile::TempDir;
+use uuid::Uuid;
 
 pub const MIB: u64 = 1 << 20;
 /// Bytes of a page.
@@ -18,8 +23,22 @@ const OWN_MIB: u64 = 16;
 const WAIT_MAX: Duration = Duration::from_secs(60);
 /// How long to wait for huge pages.
 const HUGE_MAX: Duration = Duration::from_secs(20);
+/// Where the stores are.
+static STORES: OnceLock<PathBuf> = OnceLock::new();
+
+/// Makes the folder of all stores, which goes with the value. They stay until the end: for minutes
+/// ext4 passes over each inode that was given up when it looks for one, and a row would be slower
+/// for those before it.
+pub fn stores() -> TempDir {
+    let folder = tempfile::tempdir().expect("a folder for stores");
+    assert!(STORES.set(folder.path().to_owned()).is_ok(), "they have one folder");
+    folder
+}
 
 /// A blockd, a forkd, and a parent that waits for what is typed.
+///
+/// The store is where temporary files are. forkd's folder is in memory, as its usual one below
+/// `/run` is.
 pub struct Host {
     pub lab: Lab,
     /// The parent's console.
@@ -38,7 +57,9 @@ impl Host {
     /// A parent with that much memory, all of it written and in huge pages if the host has them,
     /// as in one that has run for some seconds; and a pool of that size, which is full.
     pub fn start(memory_mib: u64, pool: u64) -> Host {
-        let lab = Lab::with("vm_scale", &["--pool-size", &pool.to_string()]).expect("/dev/kvm");
+        let store = STORES.get().expect("a folder for stores").join(Uuid::new_v4().to_string());
+        let store = TestStore::made(memory_dir(), store);
+        let lab = Lab::over(store, &["--pool-size", &pool.to_string()]);
         lab.disk("root");
         let mut console = lab.run_with(&format!("{memory_mib}M"), "p", &["root"]);
         let pages = (memory_mib - OWN_MIB) * MIB / PAGE;

@@ -10,6 +10,8 @@
 //! until the last is let go, the cut of its disk included. *Child runs*: from the request until the
 //! child runs. *Durable*: from the request until everything is, which is when the request is
 //! answered. What a child does first is told by its own clock (`clock.rs`).
+//!
+//! Stores are on a disk; forkd's folder is in memory, as its usual one below `/run` is.
 
 mod clock;
 mod host;
@@ -47,6 +49,7 @@ fn main() {
         "## Forks of a machine with a disk through the daemons: {memory_mib} MiB, all of it \
          written, 1 processor\n"
     );
+    let _stores = host::stores();
     if wants("many") {
         many_children(memory_mib, counts);
     }
