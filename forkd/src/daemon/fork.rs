@@ -38,6 +38,7 @@ use uuid::Uuid;
 use super::Daemon;
 use super::blockd::{Blockd, export};
 use super::net::{Card, cards};
+use super::pool::Busy;
 use super::run::{hardware, lent};
 use super::state::Description;
 use super::table::{Machine, object};
@@ -141,11 +142,11 @@ impl Daemon {
         let _reserved = self.table.reserve(&request.children)?;
         let cards = cards(parent.is.net.is_some(), request.net.as_ref(), &request.children)?;
         self.take_memory_back(&parent)?;
-        let _busy = self.pool.leave_alone();
+        let busy = self.pool.leave_alone();
         let (shells, cold) = self.pool.take(&parent.is.class(), count)?;
         let ids = shells.iter().map(|shell| shell.id).collect();
         let mut undo = Undo::of(ids, !parent.is.disks.is_empty(), Vec::new());
-        let made = self.make_children(&parent, request, (shells, cards), &mut undo);
+        let made = self.make_children(&parent, request, (shells, cards, busy), &mut undo);
         match made {
             Ok((children, was_cut, ready)) => Ok(ForkedVms {
                 children: children.iter().map(|child| child.describe(&self.state)).collect(),
@@ -167,7 +168,7 @@ impl Daemon {
         self: &Arc<Self>,
         parent: &Machine,
         request: &ForkVm,
-        (shells, cards): (Vec<Arc<Process>>, Vec<Option<Card>>),
+        (shells, cards, busy): (Vec<Arc<Process>>, Vec<Option<Card>>, Busy<'_>),
         undo: &mut Undo,
     ) -> Result<Made> {
         shells.iter().for_each(|shell| self.janitor.know(Arc::clone(shell)));
@@ -194,7 +195,12 @@ impl Daemon {
                 http::Reply { status: *status, body }.read::<CutForks>()?;
             }
             side_by_side(&children, &|child| fill(child, &was_cut, &files))?;
-            self.let_run(parent, children, (&was_cut, token), request, undo)
+            let described = self.let_run(parent, &children, &was_cut, request.paused)?;
+            let ready = Instant::now();
+            drop(busy);
+            let state = if request.paused { VmState::Paused } else { VmState::Running };
+            let kept = self.keep(described, children, (token, state), undo)?;
+            Ok((kept, was_cut, ready))
         };
         make().inspect_err(|_| token.into_iter().for_each(|token| self.blockd.end_fork(token)))
     }
@@ -251,14 +257,14 @@ impl Daemon {
         }
     }
 
+    /// Describes children that stand, and has them run, or stand, as machines.
     fn let_run(
-        self: &Arc<Self>,
+        &self,
         parent: &Machine,
-        children: Vec<Child>,
-        (was_cut, token): (&WasCut, Option<Uuid>),
-        request: &ForkVm,
-        undo: &Undo,
-    ) -> Result<Made> {
+        children: &[Child],
+        was_cut: &WasCut,
+        paused: bool,
+    ) -> Result<Vec<Description>> {
         let describe = |child: &Child| Description {
             layout: Description::LAYOUT,
             name: child.identity.name.clone(),
@@ -275,18 +281,25 @@ impl Daemon {
         let described: Vec<Description> = children.iter().map(describe).collect();
         // Not durable yet: after a power cut there is no child, and the record of step 3 stands.
         described.iter().try_for_each(|is| self.state.describe(is, false))?;
-        let begin = Ask::Begin { paused: request.paused };
-        side_by_side(&children, &|child| child.process.ask::<()>(&begin))?;
-        let ready = Instant::now();
+        side_by_side(children, &|child| child.process.ask::<()>(&Ask::Begin { paused }))?;
+        Ok(described)
+    }
+
+    /// Waits until the fork of the disks is durable, and makes the children so: they are there.
+    fn keep(
+        self: &Arc<Self>,
+        described: Vec<Description>,
+        children: Vec<Child>,
+        (token, state): (Option<Uuid>, VmState),
+        undo: &Undo,
+    ) -> Result<Vec<Arc<Machine>>> {
         if let Some(token) = token {
             self.blockd.forked(token)?;
         }
         self.state.sync(&described.iter().map(|is| is.id).collect::<Vec<_>>())?;
         self.janitor.done(undo)?;
-        let state = if request.paused { VmState::Paused } else { VmState::Running };
         let added = described.into_iter().zip(children);
-        let added = added.map(|(is, child)| self.add(is, child.process, state));
-        Ok((added.collect::<Result<Vec<_>>>()?, was_cut.clone(), ready))
+        added.map(|(is, child)| self.add(is, child.process, state)).collect()
     }
 }
 

@@ -4,7 +4,8 @@
 //! many as the pool is to hold are kept of each such size. They are made again in the background,
 //! one at a time, and not while a fork is under way, whose processors that would take; unless fork
 //! follows fork, which would leave none for any of them. A fork that finds too few makes the
-//! missing ones itself: it takes longer, and is counted.
+//! missing ones itself: it takes longer, and is counted. Then more are made as soon as its children
+//! run, while it waits for the host's storage.
 //!
 //! Invariant: shells belong to this daemon. They end with it, and their folders go at its end or,
 //! after a kill, at the next start.
@@ -54,11 +55,13 @@ struct Shelves {
     forks: usize,
     /// When one ended last.
     ended: Option<Instant>,
+    /// One has found too few since the pool was full.
+    short: bool,
     hits: u64,
     misses: u64,
 }
 
-/// A fork under way: processors are left to it until this is dropped.
+/// A fork whose children do not run yet: processors are left to it until this is dropped.
 pub struct Busy<'a>(&'a Pool);
 
 impl Drop for Busy<'_> {
@@ -160,6 +163,7 @@ impl Pool {
         }
         shelves.hits += taken.len() as u64;
         shelves.misses += (count - taken.len()) as u64;
+        shelves.short |= taken.len() < count;
         drop(shelves);
         self.changed.notify_all();
         dead.iter().for_each(|shell| discard(shell));
@@ -223,6 +227,7 @@ impl Pool {
             let wanted = shelves.used.iter().rev().find(|key| ready(key) < self.size).copied();
             let Some(wanted) = wanted else {
                 waiting_since = None;
+                shelves.short = false;
                 self.changed.wait(&mut shelves);
                 continue;
             };
@@ -255,6 +260,9 @@ impl Shelves {
         let at_last = QUIET_MAX.saturating_sub(now - since);
         if self.forks > 0 {
             return forks_go_on.then_some(at_last);
+        }
+        if self.short {
+            return Some(Duration::ZERO);
         }
         let quiet = self.taken.map_or(Duration::ZERO, |at| QUIET.saturating_sub(now - at));
         Some(if forks_go_on { quiet.min(at_last) } else { quiet })
@@ -303,5 +311,9 @@ mod tests {
         shelves.forks = 1;
         assert_eq!(rest(&shelves, 100), Some(QUIET_MAX - Duration::from_millis(100)), "the next");
         assert_eq!(rest(&shelves, 500), Some(Duration::ZERO), "fork follows fork");
+        shelves.short = true;
+        assert_eq!(rest(&shelves, 100), Some(QUIET_MAX - Duration::from_millis(100)), "the next");
+        (shelves.forks, shelves.taken) = (0, Some(at(100)));
+        assert_eq!(rest(&shelves, 100), Some(Duration::ZERO), "it has found too few");
     }
 }
