@@ -26,7 +26,7 @@ const HUGE_MAX: Duration = Duration::from_secs(20);
 /// Where the stores are.
 static STORES: OnceLock<PathBuf> = OnceLock::new();
 
-/// Makes the folder of all stores, which goes with the value. They stay until the end: for minutes
+/// Makes the folder of all stores, which goes with the value. They stay until the end: for a while
 /// ext4 passes over each inode that was given up when it looks for one, and a row would be slower
 /// for those before it.
 pub fn stores() -> TempDir {
