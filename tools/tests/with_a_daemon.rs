@@ -53,8 +53,8 @@ fn plain(text: &str, folder: &str, shorts: &[String]) -> String {
     let flush = |word: &mut String, out: &mut String| {
         let digits = word.chars().filter(char::is_ascii_hexdigit).count();
         let numeric = word.chars().all(|c| c.is_ascii_digit());
-        let long = digits >= 8 && !numeric && word.chars().any(|c| c.is_ascii_digit());
         // Eight hexadecimal digits and more, but no plain numbers.
+        let long = digits >= 8 && !numeric && word.chars().any(|c| c.is_ascii_digit());
         match long || shorts.contains(word) {
             true => out.push('#'),
             false => out.push_str(word),

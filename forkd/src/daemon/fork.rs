@@ -197,6 +197,7 @@ impl Daemon {
             side_by_side(&children, &|child| fill(child, &was_cut, &files))?;
             let described = self.let_run(parent, &children, &was_cut, request.paused)?;
             let ready = Instant::now();
+            // What is left waits for storage: shells for the next fork can be made meanwhile.
             drop(busy);
             let state = if request.paused { VmState::Paused } else { VmState::Running };
             let kept = self.keep(described, children, (token, state), undo)?;

@@ -367,7 +367,7 @@ pub fn stop(pid: u32) {
     let stands = |task: &Path| {
         let stat = fs::read_to_string(task.join("stat")).unwrap_or_default();
         // Behind the name, which may have anything in it.
-        stat.rsplit(')').next().is_none_or(|rest| rest.trim_start().starts_with('T'))
+        stat.rsplit_once(')').is_some_and(|(_, rest)| rest.starts_with(" T"))
     };
     kill(pid, Signal::STOP);
     until("the process stands", || {
