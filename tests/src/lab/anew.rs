@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use crate::{retried, skip};
 
 /// Labs that a scenario may spoil, the last one included.
-const LABS: u32 = 3;
+const LABS: u32 = 5;
 
 /// Plays `scenario` in a lab that `start` makes, and in another one when the first was spoiled:
 /// machines that nobody forked triple-fault there too now and then, and the emulator has ended
