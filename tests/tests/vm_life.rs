@@ -251,6 +251,34 @@ fn machines_survive_the_daemon() {
     assert_eq!(lab.traces().exports, 0);
 }
 
+/// Story: the host killed a process just when the next daemon had connected to it. The daemon took
+/// the silence for a failure of its own and did not start, and all other machines were without one.
+#[test]
+fn a_machine_that_dies_while_it_is_found_keeps_no_daemon_from_starting() {
+    let test = "a_machine_that_dies_while_it_is_found_keeps_no_daemon_from_starting";
+    let Some(mut lab) = Lab::new(test) else { return };
+    lab.disk("data");
+    let mut console = lab.run("web1", &["data"]);
+    lab.run("dies", &[]);
+    console.number("p 5 7");
+    let dies = lab.pid("dies");
+    lab.kill_forkd();
+    // It can be connected to, and says nothing.
+    offshoot_tests::vm::stop(dies);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(300));
+            offshoot_tests::vm::kill(dies, rustix::process::Signal::KILL);
+        });
+        lab.start_forkd();
+    });
+    assert_eq!(lab.end_of("dies")["reason"], "killed");
+    assert_eq!(console.number("g 5"), 7);
+    for name in ["web1", "dies"] {
+        lab.done(&["vm", "rm", name, "--force"]);
+    }
+}
+
 fn processes_but(lab: &Lab, keep: u32) -> Vec<u32> {
     let all = offshoot_tests::vm::processes_in(&lab.state());
     all.into_iter().filter(|pid| *pid != keep).collect()

@@ -44,30 +44,36 @@ impl Daemon {
     }
 
     fn take_up(self: &Arc<Self>, is: Description) -> Result<()> {
-        let (id, folder) = (is.id, self.state.vm(is.id));
-        match Process::find(id, folder.clone()) {
-            Ok((process, phase @ (Phase::Paused | Phase::Running))) => {
-                let process = Arc::new(process);
-                self.janitor.know(Arc::clone(&process));
-                let running = phase == Phase::Running;
-                let state = if running { VmState::Running } else { VmState::Paused };
+        let (process, phase) = match Process::find(is.id, self.state.vm(is.id)) {
+            Ok((process, phase @ (Phase::Paused | Phase::Running))) => (Arc::new(process), phase),
+            // One that does not answer is of no use to anybody.
+            Ok((_, Phase::Shell)) | Err(_) => return self.take_up_ended(is),
+        };
+        self.janitor.know(Arc::clone(&process));
+        let running = phase == Phase::Running;
+        let state = if running { VmState::Running } else { VmState::Paused };
+        match self.add(is.clone(), Arc::clone(&process), state) {
+            Ok(machine) => {
                 self.events.add(EventKind::Found, super::table::object(&is.name), state.name());
-                let machine = self.add(is, process, state)?;
                 self.ask_for_paths(&machine);
                 Ok(())
             }
-            Ok((_, Phase::Shell)) | Err(_) => {
-                // One that does not answer is of no use to anybody: its disks are not let go before
-                // it is gone.
-                self.end_process(id)?;
-                let released = !is.disks.is_empty();
-                self.table.add(Arc::new(Machine::ended(is, how_it_ended(&Folder(folder)))));
-                if released {
-                    self.janitor.release(id);
-                }
-                Ok(())
-            }
+            // It was killed since it answered.
+            Err(_) if process.is_dying() => self.take_up_ended(is),
+            Err(e) => Err(e),
         }
+    }
+
+    /// Its disks are not let go before its process is gone.
+    fn take_up_ended(self: &Arc<Self>, is: Description) -> Result<()> {
+        let (id, folder) = (is.id, self.state.vm(is.id));
+        self.end_process(id)?;
+        let released = !is.disks.is_empty();
+        self.table.add(Arc::new(Machine::ended(is, how_it_ended(&Folder(folder)))));
+        if released {
+            self.janitor.release(id);
+        }
+        Ok(())
     }
 
     fn remove_nobodys(&self, nobodys: &[Uuid]) {

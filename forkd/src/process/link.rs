@@ -27,6 +27,8 @@ use super::wire::{Answer, Ask, Ended, Folder, Phase};
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long it may take for a number that nothing depends on.
 const ASIDE_MAX: Duration = Duration::from_millis(200);
+/// How long a process whose connections are closed may take to be gone, if it is going to be.
+const DYING_MAX: Duration = Duration::from_secs(1);
 /// How long a process that was killed may take to be gone.
 const END_MAX: Duration = Duration::from_secs(20);
 
@@ -106,18 +108,23 @@ impl Process {
     /// `NotFound` when there is none.
     pub fn find(id: Uuid, folder: PathBuf) -> Result<(Process, Phase)> {
         let folder = Folder(folder);
-        let socket = UnixStream::connect(folder.control())
-            .map_err(|e| Error::new(Kind::NotFound, "its process is gone").caused_by(e))?;
+        let gone = || Error::new(Kind::NotFound, "its process is gone");
+        let socket = UnixStream::connect(folder.control()).map_err(|e| gone().caused_by(e))?;
         let peer = rustix::net::sockopt::socket_peercred(&socket).map_err(io::Error::from)?;
-        let itself = pidfd_open(peer.pid, PidfdFlags::empty()).map_err(|e| {
-            Error::new(Kind::NotFound, "its process is gone").caused_by(io::Error::from(e))
-        })?;
+        let itself = pidfd_open(peer.pid, PidfdFlags::empty())
+            .map_err(|e| gone().caused_by(io::Error::from(e)))?;
         let pid = peer.pid.as_raw_nonzero().get().unsigned_abs();
         let link = Link::new(socket)?;
+        let process = Process { id, pid, folder, link: Mutex::default(), itself };
         // It answers after the descriptor was opened, so the descriptor is of the one that answers.
-        let (phase, _) = link.ask::<_, Phase>(&Ask::Status, &[])??;
-        let link = Mutex::new(Some(link));
-        Ok((Process { id, pid, folder, link, itself }, phase))
+        let (phase, _) = match link.ask::<_, Phase>(&Ask::Status, &[]) {
+            Ok(answer) => answer?,
+            // It was killed since it was connected to.
+            Err(e) if process.is_dying() => return Err(gone().caused_by(e)),
+            Err(e) => return Err(e),
+        };
+        *process.link.lock() = Some(link);
+        Ok((process, phase))
     }
 
     /// Its folder.
@@ -190,6 +197,12 @@ impl Process {
             Some(link) => link.hear(),
             None => Err(Error::new(Kind::Failed, "the connection broke before its first word")),
         }
+    }
+
+    /// Whether it ends, for one that has closed a connection. Waits a little.
+    #[must_use]
+    pub fn is_dying(&self) -> bool {
+        self.ends_within(DYING_MAX)
     }
 
     /// True while it has not ended.
