@@ -29,6 +29,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use format::{Error, Kind, Result};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use crate::blk::{F_MQ, SECTOR};
 use crate::dirty_log::{DirtyLog, LOG_PAGE};
@@ -106,6 +107,9 @@ pub struct Options {
     pub features: u64,
     /// Protocol features to accept if they are offered. 0 speaks the oldest dialect.
     pub protocol: u64,
+    /// Bytes of the configuration space to read while connecting, which costs no time then; see
+    /// [`Client::first_config`].
+    pub first_config: usize,
 }
 
 impl Default for Options {
@@ -117,6 +121,7 @@ impl Default for Options {
             data_size: 1 << 20,
             features: !(F_RING_PACKED | F_LOG_ALL),
             protocol: crate::session::PROTOCOL_FEATURES,
+            first_config: 0,
         }
     }
 }
@@ -141,6 +146,7 @@ pub struct Client {
     inflight: Option<(proto::Inflight, OwnedFd)>,
     log: Option<Arc<DirtyLog>>,
     channel: Option<Channel>,
+    first_config: Vec<u8>,
 }
 
 impl Client {
@@ -178,6 +184,7 @@ impl Client {
             inflight: None,
             log: None,
             channel: None,
+            first_config: vec![0; options.first_config],
         };
         client.negotiate()?;
         client.set_up()?;
@@ -188,7 +195,12 @@ impl Client {
         };
         let queues = pairs.map(queue).collect();
         let base = if client.is_packed() { PACKED_START } else { 0 };
-        (0..options.queues).try_for_each(|i| client.start_queue(i, base))?;
+        (0..options.queues).try_for_each(|i| client.begin_queue(i, base))?;
+        if options.first_config > 0 {
+            client.front.ask_config(0, &client.first_config)?;
+            client.front.take_config(&mut client.first_config)?;
+        }
+        client.front.settle()?;
         Ok((client, queues))
     }
 
@@ -229,14 +241,12 @@ impl Client {
         let (offered, protocol) = self.front.greet(self.options.protocol)?;
         let wanted = self.options.features | F_PROTOCOL_FEATURES | (self.features & F_LOG_ALL);
         (self.features, self.protocol) = (offered & wanted, protocol);
-        if self.has(feature::MQ) {
-            let most: u64 = self.front.ask(request::GET_QUEUE_NUM, &[0u8; 0], &[])?.0;
-            if most < u64::from(self.options.queues) {
-                return Err(Error::new(Kind::Unsupported, "the device has fewer queues"));
-            }
-        }
         if self.options.queues > 1 && (!self.has(feature::MQ) || self.features & F_MQ == 0) {
             return Err(Error::new(Kind::Unsupported, "the device has one queue only"));
+        }
+        if self.has(feature::MQ) {
+            // The answer is taken in `set_up`.
+            self.front.ask_ahead(request::GET_QUEUE_NUM, &[])?;
         }
         self.front.tell_soon(request::SET_FEATURES, &self.features, &[])
     }
@@ -258,23 +268,34 @@ impl Client {
             self.front.tell_soon(request::ADD_MEM_REG, &single, &[self.arena.file()])?;
         } else {
             let table = proto::MemTable { regions: 1, padding: 0 };
-            let bytes = concat(&table, zerocopy::IntoBytes::as_bytes(&region));
+            let bytes = concat(&table, region.as_bytes());
             self.front.tell_soon(request::SET_MEM_TABLE, &bytes[..], &[self.arena.file()])?;
         }
-        if !self.has(feature::INFLIGHT_SHMFD) {
-            return self.front.settle();
-        }
-        if self.inflight.is_none() {
+        let lacks_area = self.has(feature::INFLIGHT_SHMFD) && self.inflight.is_none();
+        if lacks_area {
             let Options { queues, queue_size, .. } = self.options;
             let wish = proto::Inflight { size: 0, offset: 0, queues, queue_size, padding: 0 };
-            let (area, file) = self.front.ask(request::GET_INFLIGHT_FD, &wish, &[])?;
+            self.front.ask_ahead(request::GET_INFLIGHT_FD, wish.as_bytes())?;
+        }
+        if self.has(feature::MQ) {
+            let (most, _) = self.front.take_answer()?;
+            let most = u64::read_from_bytes(&most)
+                .map_err(|_| Error::invalid("a number of queues of the wrong length"))?;
+            if most < u64::from(self.options.queues) {
+                return Err(Error::new(Kind::Unsupported, "the device has fewer queues"));
+            }
+        }
+        if lacks_area {
+            let (area, file) = self.front.take_answer()?;
+            let area = proto::Inflight::read_from_bytes(&area)
+                .map_err(|_| Error::invalid("an in-flight area of the wrong length"))?;
             let file = file.ok_or_else(|| Error::invalid("an in-flight area without a file"))?;
             self.inflight = Some((area, file));
         }
         if let Some((area, file)) = &self.inflight {
             self.front.tell_soon(request::SET_INFLIGHT_FD, area, &[file.as_fd()])?;
         }
-        self.front.settle()
+        Ok(())
     }
 
     fn send_addr(&mut self, i: u16) -> Result<()> {
@@ -295,6 +316,12 @@ impl Client {
     /// # Errors
     /// What the back end says.
     pub fn start_queue(&mut self, i: u16, base: u32) -> Result<()> {
+        self.begin_queue(i, base)?;
+        self.front.settle()
+    }
+
+    /// As [`Client::start_queue`], without waiting.
+    fn begin_queue(&mut self, i: u16, base: u32) -> Result<()> {
         let state = |num: u32| proto::VringState { index: i.into(), num };
         let size = u32::from(self.options.queue_size);
         self.front.tell_soon(request::SET_VRING_NUM, &state(size), &[])?;
@@ -308,7 +335,7 @@ impl Client {
         if self.features & F_PROTOCOL_FEATURES != 0 {
             self.front.tell_soon(request::SET_VRING_ENABLE, &state(1), &[])?;
         }
-        self.front.settle()
+        Ok(())
     }
 
     /// Stops queue `i` after what it has in work; returns its position.
@@ -370,6 +397,13 @@ impl Client {
     /// The control connection, for requests that this type does not have.
     pub fn front_end(&mut self) -> &mut FrontEnd {
         &mut self.front
+    }
+
+    /// The beginning of the configuration space as it was when this connected: as many bytes as
+    /// [`Options::first_config`] says.
+    #[must_use]
+    pub fn first_config(&self) -> &[u8] {
+        &self.first_config
     }
 
     /// Reads configuration bytes from `offset`.

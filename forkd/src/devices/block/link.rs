@@ -64,6 +64,7 @@ impl Link {
             let options = Options {
                 queue_size: DEPTH,
                 data_size: u64::from(CHUNKS) * u64::from(CHUNK),
+                first_config: SPACE,
                 ..Options::default()
             };
             let (client, mut queues) = Client::connect(path, options)?;
@@ -90,6 +91,11 @@ impl Link {
     /// Negotiated features: what the disk can do.
     pub(super) fn features(&self) -> u64 {
         self.client.features()
+    }
+
+    /// The configuration space as blockd had it when this connected.
+    pub(super) fn first_space(&self) -> [u8; SPACE] {
+        self.client.first_config().try_into().expect("as many bytes as were asked for")
     }
 
     /// The configuration space as blockd has it now.

@@ -122,8 +122,8 @@ impl Disk {
                 (Way::Direct(Box::new(direct)), shape)
             }
             None => {
-                let mut link = Link::connect(&config.socket)?;
-                let space = link.space()?;
+                let link = Link::connect(&config.socket)?;
+                let space = link.first_space();
                 let shape = Arc::new(Shape::new(link.features(), space, config.read_only));
                 (Way::Arena(Box::new(Engine::new(link, shape.clone(), notifier))), shape)
             }
