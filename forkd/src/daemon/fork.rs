@@ -11,11 +11,11 @@
 //! 4. the parent's process is told to cut. It stops the machine, has blockd cut the disks on a
 //!    connection that is open already, and lets the machine go on; then it answers. Nobody else has
 //!    a part in the pause: a daemon that is killed or slow does not prolong it;
-//! 5. each shell becomes a child, with its identity in place, and stands;
-//! 6. when all of them are there, each is described and begins to run. The fork of the disks need
-//!    not be durable yet: blockd lets no flush of a child end before it is. Should it fail, the
-//!    children are ended: nobody was told that they are there, and none of them was told that
-//!    anything is durable;
+//! 5. children are described, each shell becomes one, with its identity in place, and stands;
+//! 6. when all of them are there, they begin to run; an only child need not be told twice. The fork
+//!    of the disks need not be durable yet: blockd lets no flush of a child end before it is. Should
+//!    it fail, the children are ended: nobody was told that they are there, and none of them was
+//!    told that anything is durable;
 //! 7. when it is, descriptions are made durable, and what was written down in 3 goes. Only then is
 //!    somebody told.
 //!
@@ -45,7 +45,7 @@ use super::table::{Machine, object};
 use super::undo::{Undo, UndoDisk, Which};
 use crate::api::types::{EventKind, ForkVm, ForkedVms, VmDisk, VmParent, VmState};
 use crate::process::Process;
-use crate::process::wire::{Ask, BecomeChild, CutVm, Cutting, DisksAre, WasCut};
+use crate::process::wire::{Ask, BecomeChild, Begin, CutVm, Cutting, DisksAre, WasCut};
 use crate::wires::Identity;
 use crate::{http, identity};
 
@@ -194,8 +194,8 @@ impl Daemon {
                 let body = body.clone().into_bytes();
                 http::Reply { status: *status, body }.read::<CutForks>()?;
             }
-            side_by_side(&children, &|child| fill(child, &was_cut, &files))?;
-            let described = self.let_run(parent, &children, &was_cut, request.paused)?;
+            let described = self.describe_children(parent, &children, &was_cut)?;
+            let_run(&children, (&was_cut, &files), Begin { paused: request.paused })?;
             let ready = Instant::now();
             // What is left waits for storage: shells for the next fork can be made meanwhile.
             drop(busy);
@@ -258,13 +258,13 @@ impl Daemon {
         }
     }
 
-    /// Describes children that stand, and has them run, or stand, as machines.
-    fn let_run(
+    /// Describes children that are going to be. Not durable yet: after a power cut there is no
+    /// child, and the record of step 3 stands.
+    fn describe_children(
         &self,
         parent: &Machine,
         children: &[Child],
         was_cut: &WasCut,
-        paused: bool,
     ) -> Result<Vec<Description>> {
         let describe = |child: &Child| Description {
             layout: Description::LAYOUT,
@@ -280,9 +280,7 @@ impl Daemon {
             ..parent.is.clone()
         };
         let described: Vec<Description> = children.iter().map(describe).collect();
-        // Not durable yet: after a power cut there is no child, and the record of step 3 stands.
         described.iter().try_for_each(|is| self.state.describe(is, false))?;
-        side_by_side(children, &|child| child.process.ask::<()>(&Ask::Begin { paused }))?;
         Ok(described)
     }
 
@@ -324,10 +322,23 @@ fn children_of(
     shells.into_iter().zip(own).enumerate().map(child).collect()
 }
 
-/// Makes a shell that is connected to its disks a child that stands.
-fn fill(child: &Child, was_cut: &WasCut, files: &[OwnedFd]) -> Result<()> {
+/// Makes shells that are connected to their disks children that run, or stand.
+fn let_run(children: &[Child], image: (&WasCut, &[OwnedFd]), how: Begin) -> Result<()> {
+    if let [only] = children {
+        return fill(only, image, Some(how));
+    }
+    side_by_side(children, &|child| fill(child, image, None))?;
+    side_by_side(children, &|child| child.process.ask::<()>(&Ask::Begin(how)))
+}
+
+/// Makes a shell a child.
+fn fill(
+    child: &Child,
+    (was_cut, files): (&WasCut, &[OwnedFd]),
+    begin: Option<Begin>,
+) -> Result<()> {
     let become_child =
-        BecomeChild { layers: was_cut.layers.clone(), identity: child.identity.clone() };
+        BecomeChild { layers: was_cut.layers.clone(), identity: child.identity.clone(), begin };
     let ask = Ask::Become(Box::new(become_child));
     let filled = child.process.ask_with::<()>(&ask, &lent(files));
     filled.map(drop).map_err(|e| e.within("make", object(&child.identity.name)))

@@ -24,7 +24,7 @@ use crate::identity;
 use crate::memory::Layer;
 use crate::process::Process;
 use crate::process::serve::in_memory;
-use crate::process::wire::{Ask, BecomeChild};
+use crate::process::wire::{Ask, BecomeChild, Begin};
 use crate::snapshot::{Folder, Manifest};
 
 /// A disk that a machine is going to have, and how.
@@ -151,11 +151,11 @@ impl Daemon {
         let tap: Vec<BorrowedFd<'_>> = card.as_ref().and_then(Card::file).into_iter().collect();
         shell.ask_with::<()>(&Ask::Equip(hardware), &tap)?;
         let files: [BorrowedFd<'_>; 2] = [memory.file(), state.as_fd()];
-        let ask = Ask::Become(Box::new(BecomeChild { layers, identity }));
+        let ask = Ask::Become(Box::new(BecomeChild { layers, identity, begin: None }));
         let filled = shell.ask_with::<()>(&ask, &files);
         filled.context("use", || format!("snapshot {}", request.path.display()))?;
         self.state.describe(&description, true)?;
-        shell.ask::<()>(&Ask::Begin { paused: request.paused })?;
+        shell.ask::<()>(&Ask::Begin(Begin { paused: request.paused }))?;
         self.janitor.done(undo)?;
         let state = if request.paused { VmState::Paused } else { VmState::Running };
         self.add(description, Arc::clone(shell), state)

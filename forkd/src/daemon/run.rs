@@ -22,7 +22,7 @@ use crate::devices::DiskConfig;
 use crate::identity;
 use crate::machine::SizeClass;
 use crate::process::Process;
-use crate::process::wire::{Ask, BootVm, Hardware, Program};
+use crate::process::wire::{Ask, Begin, BootVm, Hardware, Program};
 
 /// Bytes of memory come in whole ones of these.
 const MIB: u64 = 1 << 20;
@@ -102,7 +102,7 @@ impl Daemon {
         let booted = shell.ask_with::<()>(&Ask::Boot(Box::new(boot)), &lent);
         booted.context("boot", || format!("kernel {}", request.kernel.display()))?;
         self.state.describe(&description, true)?;
-        shell.ask::<()>(&Ask::Begin { paused: request.paused })?;
+        shell.ask::<()>(&Ask::Begin(Begin { paused: request.paused }))?;
         self.janitor.done(undo)?;
         let state = if request.paused { VmState::Paused } else { VmState::Running };
         self.add(description, Arc::clone(shell), state)

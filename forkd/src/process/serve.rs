@@ -28,8 +28,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 
 use super::wire::{
-    Answer, Ask, BecomeChild, BootVm, CutVm, Cutting, DisksAre, Ended, Folder, Hardware, PauseUs,
-    Phase, Ready, Told, WasCut,
+    Answer, Ask, BecomeChild, Begin, BootVm, CutVm, Cutting, DisksAre, Ended, Folder, Hardware,
+    PauseUs, Phase, Ready, Told, WasCut,
 };
 use super::{confine, hardware};
 use crate::devices::DeviceSet;
@@ -142,7 +142,7 @@ impl Vm {
                 Ask::Boot(asked) => reply(&socket, self.boot(&asked, files)),
                 Ask::Equip(hardware) => reply(&socket, self.equip(&hardware, files)),
                 Ask::Become(asked) => reply(&socket, self.become_child(&asked, files)),
-                Ask::Begin { paused } => reply(&socket, self.begin(paused)),
+                Ask::Begin(how) => reply(&socket, self.begin(how)),
                 Ask::Pause => reply(&socket, self.pause()),
                 Ask::Resume => reply(&socket, self.resume()),
                 Ask::TakeMemoryBack => reply(&socket, self.take_memory_back()),
@@ -199,7 +199,8 @@ impl Vm {
         let image = Image { layers, state: read_all(state)?, pause: Pause::default() };
         let bare = || Error::invalid("it has no devices yet");
         let mut make = |_: &Arc<GuestRam>, _: &dyn Wires| Err(bare());
-        self.fill(|machine| machine.become_with(&image, &asked.identity, &mut make).map(drop))
+        self.fill(|machine| machine.become_with(&image, &asked.identity, &mut make).map(drop))?;
+        asked.begin.map_or(Ok(()), |how| self.begin(how))
     }
 
     /// Keeps the devices of its machine, to be asked about them.
@@ -245,7 +246,7 @@ impl Vm {
         self.machine.get().ok_or_else(|| Error::invalid("it has no content yet"))
     }
 
-    fn begin(&self, paused: bool) -> Result<()> {
+    fn begin(&self, Begin { paused }: Begin) -> Result<()> {
         let _changing = self.changing.lock();
         let machine = self.filled()?;
         // Before it runs: what a guest has done is never dropped because a daemon ended.

@@ -29,14 +29,11 @@ pub enum Ask {
     /// so that nothing of that is left to do when the machine is cut. File: its tap interface, if
     /// it has one.
     Equip(Hardware),
-    /// Become the child of a fork, equipped before; it is paused afterwards. Files: the layers of
-    /// its memory, then its state.
+    /// Become the child of a fork, equipped before; it is paused afterwards, unless it is to begin.
+    /// Files: the layers of its memory, then its state.
     Become(Box<BecomeChild>),
     /// Stay when the daemon goes, and begin to run unless it is to stay paused.
-    Begin {
-        /// Do not run yet.
-        paused: bool,
-    },
+    Begin(Begin),
     /// Stop between two instructions.
     Pause,
     /// Go on.
@@ -107,6 +104,16 @@ pub struct BecomeChild {
     pub layers: Vec<Vec<Span>>,
     /// Who it is from now on.
     pub identity: Identity,
+    /// What to do behind that, as [`Ask::Begin`] has it, if it needs to wait for nobody else.
+    #[serde(default)]
+    pub begin: Option<Begin>,
+}
+
+/// How to begin.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Begin {
+    /// Do not run yet.
+    pub paused: bool,
 }
 
 /// A machine to cut.
