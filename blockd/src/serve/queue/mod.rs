@@ -1,9 +1,8 @@
 //! The worker of one virtqueue: a thread with a ring of its own.
 //!
 //! Over and over it looks at what completed, takes what the guest offers, starts of it what takes
-//! one stroke of work, hands that to the kernel in one call, shows the guest what is done, and when
-//! there was nothing of all this polls for a while that adapts itself, then sleeps until a doorbell
-//! rings.
+//! one stroke of work, hands that to the kernel, shows the guest what is done, and when there was
+//! nothing of all this polls for a while that adapts itself, then sleeps until a doorbell rings.
 //!
 //! Invariants:
 //! - Reads and overwrites neither allocate nor lock nor log (`tests/tests/hot_path.rs`), once the
@@ -53,6 +52,10 @@ const STROKE: u64 = 64 << 10;
 const STROKE_MAX: u64 = 256 << 10;
 /// What a request takes beside copying, in bytes that could be copied meanwhile.
 const STROKE_REQUEST: u64 = 4 << 10;
+/// Transfers past the page cache that are handed to the kernel at once. A device may tell of what
+/// it got together only when all of it is done: few at a time keep it busy while the guest answers
+/// to the first of them. With all at once, guest, worker and device took turns.
+const HANDFUL: u32 = 4;
 /// How soon a request is tried again that came to a closed gate.
 const GATE_WAIT: Duration = Duration::from_micros(200);
 

@@ -12,7 +12,7 @@ use format::{Error, Result};
 use vhost_blk::blk::{Request, Status};
 
 use super::slot::{Phase, Slot};
-use super::{FileTraits, GATE_WAIT, STROKE, STROKE_MAX, STROKE_REQUEST, Worker};
+use super::{FileTraits, GATE_WAIT, HANDFUL, STROKE, STROKE_MAX, STROKE_REQUEST, Worker};
 use crate::disk::plan::{Planned, WINDOW};
 use crate::serve::hold;
 use crate::serve::slow::{Errand, Outcome, Work};
@@ -176,7 +176,7 @@ impl Worker {
 
     /// Whether what is started now is all that the stroke has for the ring.
     fn is_alone(&self) -> bool {
-        (self.ready.is_empty() || self.stroke == 0) && self.ring.is_submitted()
+        (self.ready.is_empty() || self.stroke == 0) && self.ring.unsubmitted() == 0
     }
 
     /// Reads what the page cache has at once; hands the rest to the ring.
@@ -226,7 +226,13 @@ impl Worker {
         let at = slot.parts[part];
         let which = (number, u32::try_from(part).expect("a window has few transfers"));
         let handed = self.ring.transfer(write, at.row, at.offset, slot.buffers(part), which);
-        handed.inspect_err(|_| slot.moving -= 1)
+        handed.inspect_err(|_| slot.moving -= 1)?;
+        let is_cached = self.files[usize::from(at.row)].is_some_and(|file| file.is_cached());
+        if !is_cached && self.ring.unsubmitted() >= HANDFUL {
+            // A ring that fails here fails at the end of the round as well, which ends the queue.
+            let _ = self.ring.submit();
+        }
+        Ok(())
     }
 
     /// A transfer or sync of the ring completed.

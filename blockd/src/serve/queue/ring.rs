@@ -134,9 +134,9 @@ impl DataRing {
         self.push(&entry.user_data(BELL | bell as u64))
     }
 
-    /// Whether the kernel has everything that was made.
-    pub(super) fn is_submitted(&self) -> bool {
-        self.unsubmitted == 0
+    /// How much of what was made the kernel does not have yet.
+    pub(super) fn unsubmitted(&self) -> u32 {
+        self.unsubmitted
     }
 
     /// Hands what was made to the kernel, without waiting.
