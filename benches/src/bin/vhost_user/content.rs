@@ -74,8 +74,11 @@ fn files(places: &[&Path]) -> Vec<PathBuf> {
 /// Puts files, and the files of folders, into the page cache in the same way, whichever way they
 /// were written, and whatever direct I/O has left of them there: as single pages, which is what
 /// [`Advice::Random`] makes of them. What the host reads ahead is there in pieces of up to 2 MiB,
-/// as far as it finds memory for them just then, and ext4 takes four times as long to write 4 KiB
-/// into such a piece.
+/// and ext4 takes some 20 times as long to write 4 KiB into one of those.
+///
+/// To be called when servers have opened them. Ours forgets what is cached of a disk whose last
+/// server was killed, as each of ours here is; and where it has read a little, the host's mark for
+/// more of it turns a reader's advice into nothing.
 pub fn warm(places: &[&Path]) {
     for path in files(places) {
         let file = File::open(path).expect("a file");

@@ -130,10 +130,9 @@ fn floor(args: &Args, pair: &Pair, report: &mut Report) {
 }
 
 /// How files are in the page cache, which decides what overwrites cost.
-const CACHED: &str = "Both files were read into the page cache as single pages. Where they were \
-                      read ahead instead, in pieces whose size is the host's choice and need not \
-                      be the same for both, a run of 2026-11-30 (commit cb66d0e) had 0.19 and 0.24 \
-                      for the two rows of 4k overwrites, and 0.56 with a flush.";
+const CACHED: &str = "Both files are in the page cache as single pages. Where a file lies there in \
+                      pieces of 2 MiB, as sequential readers have the host read it ahead, a 4k \
+                      overwrite takes some 20 times as long, whoever serves it (docs/decisions.md).";
 
 fn own_against_raw(args: &Args, pair: &Pair, report: &mut Report) {
     let wanted: Vec<(Job, Aim)> = jobs().into_iter().filter(|(j, _)| args.wants(j.name)).collect();
@@ -141,10 +140,10 @@ fn own_against_raw(args: &Args, pair: &Pair, report: &mut Report) {
         return;
     }
     for (buffered, how) in [(true, "page cache"), (false, "direct I/O")] {
-        content::warm(&pair.places());
         let ours = pair.ours("disk", buffered, None);
         let peer = pair.peer(buffered, None);
         let places = pair.places();
+        content::warm(&places);
         let cached = if buffered { &places[..] } else { &[] };
         let about = if buffered { CACHED } else { "" };
         head(&format!("A disk without a parent against a raw file, {how}"), about, "qsd raw");
@@ -189,13 +188,13 @@ fn one_by_one(args: &Args, pair: &Pair, report: &mut Report) {
                  server that polls keeps the client from it. They show what a request takes \
                  beside: the client, the kernel's copy, and both servers.";
     head("One request at a time", about, "qsd raw");
-    content::warm(&pair.places());
     for (name, (cpu, client_cpu), client_polls, aim) in ways {
         if !args.wants(name) {
             continue;
         }
         let ours = pair.ours("disk", true, cpu);
         let peer = pair.peer(true, cpu);
+        content::warm(&pair.places());
         let job = Job { name, client_cpu, client_polls, ..job };
         let rounds = args.compare(&job, &ours, &peer, &pair.places());
         report.row("", name, &rounds, aim);
