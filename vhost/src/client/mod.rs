@@ -195,7 +195,13 @@ impl Client {
         };
         let queues = pairs.map(queue).collect();
         let base = if client.is_packed() { PACKED_START } else { 0 };
-        (0..options.queues).try_for_each(|i| client.begin_queue(i, base))?;
+        for i in 0..options.queues {
+            if i > 0 {
+                // A socket does not hold what there is to say of many queues.
+                client.front.settle()?;
+            }
+            client.begin_queue(i, base)?;
+        }
         if options.first_config > 0 {
             client.front.ask_config(0, &client.first_config)?;
             client.front.take_config(&mut client.first_config)?;
