@@ -12,10 +12,10 @@
 //!    connection that is open already, and lets the machine go on; then it answers. Nobody else has
 //!    a part in the pause: a daemon that is killed or slow does not prolong it;
 //! 5. children are described, each shell becomes one, with its identity in place, and stands;
-//! 6. when all of them are there, they begin to run; an only child need not be told twice. The fork
-//!    of the disks need not be durable yet: blockd lets no flush of a child end before it is. Should
-//!    it fail, the children are ended: nobody was told that they are there, and none of them was
-//!    told that anything is durable;
+//! 6. when all of them are there, they begin to run; an only child need not be told twice. The
+//!    fork of the disks need not be durable yet: blockd lets no flush of a child end before it is.
+//!    Should it fail, the children are ended: nobody was told that they are there, and none of them
+//!    was told that anything is durable;
 //! 7. when it is, descriptions are made durable, and what was written down in 3 goes. Only then is
 //!    somebody told.
 //!

@@ -74,7 +74,7 @@ fn files(places: &[&Path]) -> Vec<PathBuf> {
 /// Puts files, and the files of folders, into the page cache in the same way, whichever way they
 /// were written, and whatever direct I/O has left of them there: as single pages, which is what
 /// [`Advice::Random`] makes of them. What the host reads ahead is there in pieces of up to 2 MiB,
-/// and ext4 takes some 20 times as long to write 4 KiB into one of those.
+/// and ext4 takes some ten times as long to write 4 KiB into one of those.
 ///
 /// To be called when servers have opened them. Ours forgets what is cached of a disk whose last
 /// server was killed, as each of ours here is; and where it has read a little, the host's mark for

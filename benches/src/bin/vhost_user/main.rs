@@ -132,7 +132,8 @@ fn floor(args: &Args, pair: &Pair, report: &mut Report) {
 /// How files are in the page cache, which decides what overwrites cost.
 const CACHED: &str = "Both files are in the page cache as single pages. Where a file lies there in \
                       pieces of 2 MiB, as sequential readers have the host read it ahead, a 4k \
-                      overwrite takes some 20 times as long, whoever serves it (docs/decisions.md).";
+                      overwrite takes some ten times as long, whoever serves it \
+                      (docs/decisions.md).";
 
 fn own_against_raw(args: &Args, pair: &Pair, report: &mut Report) {
     let wanted: Vec<(Job, Aim)> = jobs().into_iter().filter(|(j, _)| args.wants(j.name)).collect();
