@@ -113,11 +113,13 @@ impl FrontEnd {
         while let Some(owed) = self.owed.pop_front() {
             match owed {
                 Owed::Answer(code) => return Ok(Some(code)),
-                Owed::Ack(code) if self.receive::<u64>(code)?.0 != 0 => {
-                    let e = Error::invalid("the back end refused");
-                    return Err(e.on(format!("request {code}")));
+                Owed::Ack(code) => {
+                    let (bytes, _) = self.receive_bytes(code)?;
+                    if u64::read_from_bytes(&bytes).map_err(|_| wrong_length())? != 0 {
+                        let e = Error::invalid("the back end refused");
+                        return Err(e.on(format!("request {code}")));
+                    }
                 }
-                Owed::Ack(_) => {}
             }
         }
         Ok(None)
@@ -128,17 +130,28 @@ impl FrontEnd {
     ///
     /// # Errors
     /// `Io` when the back end is gone.
-    pub(super) fn ask_ahead(&mut self, code: u32, payload: &[u8]) -> Result<()> {
-        send(self.socket.as_fd(), code, 0, payload, &[])?;
+    pub(super) fn ask_ahead<T: IntoBytes + Immutable + ?Sized>(
+        &mut self,
+        code: u32,
+        payload: &T,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<()> {
+        send(self.socket.as_fd(), code, 0, payload.as_bytes(), fds)?;
         self.owed.push_back(Owed::Answer(code));
         Ok(())
     }
 
-    /// Bytes and descriptor of the reply to the oldest [`FrontEnd::ask_ahead`].
+    /// The reply to the oldest [`FrontEnd::ask_ahead`], and the descriptor with it.
     ///
     /// # Errors
-    /// `Invalid` when the back end said no to something before that, `Io` when it is gone.
-    pub(super) fn take_answer(&mut self) -> Result<(Vec<u8>, Option<OwnedFd>)> {
+    /// As [`FrontEnd::ask`]; `Invalid` also when the back end said no to something before that.
+    pub(super) fn take_answer<R: FromBytes>(&mut self) -> Result<(R, Option<OwnedFd>)> {
+        let (bytes, file) = self.take_bytes()?;
+        let reply = R::read_from_bytes(&bytes);
+        reply.map(|r| (r, file)).map_err(|_| wrong_length())
+    }
+
+    fn take_bytes(&mut self) -> Result<(Vec<u8>, Option<OwnedFd>)> {
         match self.next_answer()? {
             Some(code) => self.receive_bytes(code),
             None => Err(Error::new(Kind::Failed, "nothing was asked of the back end")),
@@ -155,9 +168,8 @@ impl FrontEnd {
         payload: &T,
         fds: &[BorrowedFd<'_>],
     ) -> Result<(R, Option<OwnedFd>)> {
-        send(self.socket.as_fd(), code, 0, payload.as_bytes(), fds)?;
-        self.settle()?;
-        self.receive(code)
+        self.ask_ahead(code, payload, fds)?;
+        self.take_answer()
     }
 
     /// As [`FrontEnd::ask`], with the reply's bytes as they are.
@@ -165,9 +177,8 @@ impl FrontEnd {
     /// # Errors
     /// As [`FrontEnd::ask`].
     pub fn ask_bytes(&mut self, code: u32, payload: &[u8]) -> Result<Vec<u8>> {
-        send(self.socket.as_fd(), code, 0, payload, &[])?;
-        self.settle()?;
-        Ok(self.receive_bytes(code)?.0)
+        self.ask_ahead(code, payload, &[])?;
+        Ok(self.take_bytes()?.0)
     }
 
     /// Begins: says who owns the device, and negotiates protocol features, of which `protocol` are
@@ -195,7 +206,6 @@ impl FrontEnd {
     /// # Errors
     /// `Invalid` when the back end does not have them.
     pub(super) fn config(&mut self, offset: u32, dst: &mut [u8]) -> Result<()> {
-        self.settle()?;
         self.ask_config(offset, dst)?;
         self.take_config(dst)
     }
@@ -207,7 +217,7 @@ impl FrontEnd {
     pub(super) fn ask_config(&mut self, offset: u32, dst: &[u8]) -> Result<()> {
         let size = u32::try_from(dst.len()).map_err(|_| Error::invalid("too many bytes"))?;
         let head = Config { offset, size, flags: 0 };
-        self.ask_ahead(request::GET_CONFIG, &concat(&head, dst))
+        self.ask_ahead(request::GET_CONFIG, &concat(&head, dst)[..], &[])
     }
 
     /// The answer to [`FrontEnd::ask_config`].
@@ -215,7 +225,7 @@ impl FrontEnd {
     /// # Errors
     /// `Invalid` when the back end does not have them.
     pub(super) fn take_config(&mut self, dst: &mut [u8]) -> Result<()> {
-        let (reply, _) = self.take_answer()?;
+        let (reply, _) = self.take_bytes()?;
         match reply.get(size_of::<Config>()..) {
             Some(bytes) if bytes.len() == dst.len() => dst.copy_from_slice(bytes),
             _ => return Err(Error::invalid("the back end has no such configuration")),
@@ -262,12 +272,6 @@ impl FrontEnd {
     /// `Io` when the back end is gone.
     pub fn send_raw(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
         crate::socket::send_bytes(self.socket.as_fd(), bytes, fds)
-    }
-
-    fn receive<R: FromBytes>(&mut self, code: u32) -> Result<(R, Option<OwnedFd>)> {
-        let (bytes, file) = self.receive_bytes(code)?;
-        let reply = R::read_from_bytes(&bytes);
-        reply.map(|r| (r, file)).map_err(|_| wrong_length())
     }
 
     fn receive_bytes(&mut self, code: u32) -> Result<(Vec<u8>, Option<OwnedFd>)> {

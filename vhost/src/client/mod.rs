@@ -29,7 +29,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use format::{Error, Kind, Result};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use zerocopy::{FromBytes as _, IntoBytes as _};
+use zerocopy::IntoBytes as _;
 
 use crate::blk::{F_MQ, SECTOR};
 use crate::dirty_log::{DirtyLog, LOG_PAGE};
@@ -252,7 +252,7 @@ impl Client {
         }
         if self.has(feature::MQ) {
             // The answer is taken in `set_up`.
-            self.front.ask_ahead(request::GET_QUEUE_NUM, &[])?;
+            self.front.ask_ahead(request::GET_QUEUE_NUM, &[0u8; 0], &[])?;
         }
         self.front.tell_soon(request::SET_FEATURES, &self.features, &[])
     }
@@ -281,20 +281,16 @@ impl Client {
         if lacks_area {
             let Options { queues, queue_size, .. } = self.options;
             let wish = proto::Inflight { size: 0, offset: 0, queues, queue_size, padding: 0 };
-            self.front.ask_ahead(request::GET_INFLIGHT_FD, wish.as_bytes())?;
+            self.front.ask_ahead(request::GET_INFLIGHT_FD, &wish, &[])?;
         }
         if self.has(feature::MQ) {
-            let (most, _) = self.front.take_answer()?;
-            let most = u64::read_from_bytes(&most)
-                .map_err(|_| Error::invalid("a number of queues of the wrong length"))?;
+            let most: u64 = self.front.take_answer()?.0;
             if most < u64::from(self.options.queues) {
                 return Err(Error::new(Kind::Unsupported, "the device has fewer queues"));
             }
         }
         if lacks_area {
             let (area, file) = self.front.take_answer()?;
-            let area = proto::Inflight::read_from_bytes(&area)
-                .map_err(|_| Error::invalid("an in-flight area of the wrong length"))?;
             let file = file.ok_or_else(|| Error::invalid("an in-flight area without a file"))?;
             self.inflight = Some((area, file));
         }

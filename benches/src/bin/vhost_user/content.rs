@@ -76,9 +76,9 @@ fn files(places: &[&Path]) -> Vec<PathBuf> {
 /// [`Advice::Random`] makes of them. What the host reads ahead is there in pieces of up to 2 MiB,
 /// and ext4 takes some ten times as long to write 4 KiB into one of those.
 ///
-/// To be called when servers have opened them. Ours forgets what is cached of a disk whose last
-/// server was killed, as each of ours here is; and where it has read a little, the host's mark for
-/// more of it turns a reader's advice into nothing.
+/// For a disk whose last server was killed, to be called when the next one has opened it: ours
+/// forgets then what is cached of it, and where it has read a little, the host's mark for more of
+/// it turns a reader's advice into nothing.
 pub fn warm(places: &[&Path]) {
     for path in files(places) {
         let file = File::open(path).expect("a file");
