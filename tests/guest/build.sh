@@ -23,7 +23,7 @@ cache="${CARGO_TARGET_DIR:-$here/../../target}/guest"
 
 tools=(sh mke2fs e2fsck blkdiscard fsfreeze fstrim sha256sum)
 optional_tools=(mkfs.xfs xfs_repair ip)
-modules=(virtio_pci virtio_mmio virtio_blk virtio_console virtio_rng xfs)
+modules=(virtio_pci virtio_mmio virtio_blk virtio_console virtio_rng loop xfs)
 # For the nested lab. Some distributions keep them in another package, or in the kernel.
 optional_modules=(kvm_amd button evdev tun virtio_net)
 

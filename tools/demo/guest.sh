@@ -66,9 +66,14 @@ attach_disks() {
 choose_emulator() {
     accel=(-accel 'tcg,thread=multi' -cpu qemu64)
     by="emulated processors"
+    # The guest's init says why an emulated guest needs a loop device.
+    root="root=/dev/vda root_via=loop"
+    root_mounted=/dev/loop0
     if grep -qwE 'svm|vmx' /proc/cpuinfo && [[ -r /dev/kvm && -w /dev/kvm ]]; then
         accel=(-accel kvm -cpu host)
         by="KVM"
+        root="root=/dev/vda"
+        root_mounted=/dev/vda
     fi
     local version
     version=$(qemu-system-x86_64 --version | sed -nE 's/.*version ([0-9]+\.[0-9]+).*/\1/p')
@@ -96,13 +101,13 @@ boot_guest() { # GUEST PROCESSORS MEMORY DISK:QUEUES...
         -object "memory-backend-memfd,id=memory,size=$memory,share=on" \
         -serial "file:$work/$name.console" -serial "pipe:$work/$name" "${disks[@]}" \
         -kernel "$image/vmlinuz" -initrd "$image/initramfs.cpio" \
-        -append "console=ttyS0 quiet panic=-1 mitigations=off root=/dev/vda" \
+        -append "console=ttyS0 quiet panic=-1 mitigations=off $root" \
         </dev/null >"$work/$name.qemu.log" 2>&1 &
     guests[$name]=$!
     until [[ $line == ready ]]; do
         read -r -t "$guest_limit" -u "$from" line
     done
-    in_guest "$name" 'grep "^/dev/vda / ext4 rw" /proc/mounts'
+    in_guest "$name" "grep '^$root_mounted / ext4 rw' /proc/mounts"
 }
 
 in_guest() { # GUEST COMMAND: runs a line of shell there, and shows what it says

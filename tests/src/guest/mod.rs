@@ -73,7 +73,8 @@ pub struct GuestOptions {
     pub cpus: u32,
     /// Whether it needs fio. Costs a second and 200 MiB of memory.
     pub fio: bool,
-    /// Whether it boots the system on its first disk.
+    /// Whether it boots the system on its first disk; emulated, through a loop device on that disk
+    /// (`tests/guest/init` says why).
     pub root_on_disk: bool,
     /// How its processors are made.
     pub accel: Accel,
@@ -113,7 +114,11 @@ impl GuestOptions {
         };
         let joined = dir.join("initramfs");
         let initramfs = if self.second_archive.is_some() { &joined } else { initramfs };
-        let root = if self.root_on_disk { " root=/dev/vda" } else { "" };
+        let root = match (self.root_on_disk, self.accel) {
+            (false, _) => "",
+            (true, Accel::Kvm) => " root=/dev/vda",
+            (true, Accel::Tcg) => " root=/dev/vda root_via=loop",
+        };
         let dir = dir.display();
         let accel = self.nested.map_or_else(|| self.accel.arguments(), Nested::arguments);
         let mut words: Vec<String> = accel.map(str::to_owned).to_vec();

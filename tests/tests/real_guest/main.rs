@@ -9,8 +9,6 @@ mod forked;
 mod served;
 
 use std::fs;
-use std::panic::AssertUnwindSafe;
-use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -18,7 +16,7 @@ use backend::{Backend, Setup};
 use offshoot_tests::guest::{Accel, Guest, GuestDisk, GuestOptions, Image, RUN};
 use offshoot_tests::mount::Mount;
 use offshoot_tests::rng::{Rng, seed, soak};
-use offshoot_tests::{retried, skip};
+use offshoot_tests::skip;
 use served::{NAME, Served};
 
 /// The feature bit of packed rings.
@@ -189,71 +187,31 @@ fn guest_sees_a_resize_at_once() {
     assert_eq!(served.mistakes(), 0);
 }
 
-/// Story: about one run in eight on an emulated processor ended with the guest's init killed, in
-/// the middle of an instruction, and some with another program of the disk killed like that.
-/// QEMU keeps translations of guest code by their place in memory, and drops them when the
-/// processor or a device of its own writes there; when another process does, like any vhost-user
-/// device that reads a program from a disk, an old translation may run. With the processor's own
-/// virtualisation there are no translations. So, emulated, that very end is tried again, but only
-/// when every program on the disk is still what it was.
+/// Story: one run in six on an emulated processor ended with a program of the disk killed in the
+/// middle of an instruction, because the emulator ran an old translation of it. Trying again hid
+/// that on some machines and not on others; a guest that copies its programs itself
+/// (`tests/guest/init`) never meets it.
 #[test]
 fn system_boots_from_the_disk_and_again_after_a_change() {
     let test = "system_boots_from_the_disk_and_again_after_a_change";
     let Some(image) = image(test) else { return };
-    let original = tempfile::NamedTempFile::new().unwrap();
-    image.make_disk(original.path()).unwrap();
-    for _ in 0..5 {
-        let backend = Backend::with(Setup::plain(512), |file| {
-            fs::copy(original.path(), file).unwrap();
-        });
-        let run = AssertUnwindSafe(|| boot_from_disk(image, &backend));
-        let Err(failure) = std::panic::catch_unwind(run) else { return };
-        let said = failure.downcast_ref::<String>().map_or("", String::as_str);
-        if Accel::best() == Accel::Kvm || !was_cut_short(said) {
-            std::panic::resume_unwind(failure);
-        }
-        assert_same_programs(original.path(), &backend.file());
-        retried(test, said.lines().next().unwrap_or(""));
-    }
-    panic!("no run of five came to its end");
-}
-
-fn boot_from_disk(image: &Image, backend: &Backend) {
+    let backend = Backend::with(Setup::plain(512), |file| image.make_disk(file).unwrap());
     let with_disk = GuestOptions::with(vec![backend.disk()]);
     let options = GuestOptions { root_on_disk: true, ..with_disk };
     let mut guest = Guest::boot(image, &options);
-    assert!(guest.run("cat /proc/mounts").contains("/dev/vda / ext4 rw"));
+    let mounts = guest.run("cat /proc/mounts");
+    let root = match options.accel {
+        Accel::Kvm => "/dev/vda",
+        Accel::Tcg => {
+            let below = guest.run("cat /sys/block/loop0/loop/backing_file");
+            assert_eq!(below.trim(), "/dev/vda");
+            "/dev/loop0"
+        }
+    };
+    assert!(mounts.contains(&format!("{root} / ext4 rw")), "{mounts}");
     guest.run("echo kept > /root-was-here; sync");
     guest.reset();
     assert_eq!(guest.run("cat /root-was-here"), "kept\n");
-}
-
-/// Whether a guest ended because one of its programs was killed in the middle of an instruction.
-fn was_cut_short(said: &str) -> bool {
-    // What a shell makes of SIGILL, SIGTRAP, SIGBUS and SIGSEGV.
-    let killed = ["132", "133", "135", "139"].map(|code| format!("failed with {code}:"));
-    said.contains("Attempted to kill init") || killed.iter().any(|code| said.contains(code))
-}
-
-/// # Panics
-/// When a program or library on the disk is not what it was.
-fn assert_same_programs(original: &Path, used: &Path) {
-    let debugfs = offshoot_tests::tool("debugfs").expect("it comes with mke2fs");
-    let trees = tempfile::tempdir().unwrap();
-    let run = |command: &mut Command| {
-        let output = command.output().unwrap();
-        assert!(output.status.success(), "{command:?}: {output:?}");
-    };
-    for (name, disk) in [("original", original), ("used", used)] {
-        let tree = trees.path().join(name);
-        fs::create_dir(&tree).unwrap();
-        // Without the journal, which the guest may have left full: programs are in none.
-        let dump = format!("rdump /bin /sbin /usr /lib {}", tree.display());
-        run(Command::new(&debugfs).arg("-c").args(["-R", &dump]).arg(disk));
-    }
-    assert!(trees.path().join("original/bin/busybox").is_file(), "the programs were read");
-    let [original, used] = ["original", "used"].map(|name| trees.path().join(name));
-    run(Command::new("diff").args(["-r", "--no-dereference"]).args([original, used]));
 }
 
 #[test]
