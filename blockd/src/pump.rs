@@ -12,6 +12,7 @@ use format::Result;
 use format::units::index;
 
 use crate::content::{Content, RunKind, whole_status};
+use crate::side_by_side::PROCESSORS;
 use crate::store::buf::AlignedBuf;
 
 /// Bytes of one piece of data, at most.
@@ -62,7 +63,7 @@ impl Watch for Unwatched {
 /// them wait for the device.
 #[must_use]
 pub fn lanes() -> usize {
-    (2 * thread::available_parallelism().map_or(2, usize::from)).clamp(4, 8)
+    (2 * *PROCESSORS).clamp(4, 8)
 }
 
 struct Queue<N> {

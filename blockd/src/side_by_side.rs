@@ -1,6 +1,13 @@
 //! Work on several things at once.
 
-/// Does something with each item on threads of its own, a few at a time; the results are in order.
+use std::sync::LazyLock;
+
+/// Processors of this host. Looked up once: the system answers by way of several files.
+pub(crate) static PROCESSORS: LazyLock<usize> =
+    LazyLock::new(|| std::thread::available_parallelism().map_or(2, usize::from));
+
+/// Does something with each item, a few at a time, on this thread and on others; the results are in
+/// order.
 pub(crate) fn side_by_side<T: Send, R: Send>(
     items: Vec<T>,
     work: impl Fn(T) -> R + Sync,
@@ -12,20 +19,19 @@ pub(crate) fn side_by_side<T: Send, R: Send>(
         // A thread costs more than many a piece of work.
         return items.into_iter().map(work).collect();
     }
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = items.len().min(THREADS_MAX).min(processors * THREADS_PER_PROCESSOR);
+    let threads = items.len().min(THREADS_MAX).min(*PROCESSORS * THREADS_PER_PROCESSOR);
     let items = parking_lot::Mutex::new(items.into_iter().enumerate());
     let results = parking_lot::Mutex::new(Vec::new());
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                loop {
-                    let Some((i, item)) = items.lock().next() else { return };
-                    let result = work(item);
-                    results.lock().push((i, result));
-                }
-            });
+    let lane = || {
+        loop {
+            let Some((i, item)) = items.lock().next() else { return };
+            let result = work(item);
+            results.lock().push((i, result));
         }
+    };
+    std::thread::scope(|scope| {
+        (1..threads).for_each(|_| _ = scope.spawn(lane));
+        lane();
     });
     let mut results = results.into_inner();
     results.sort_unstable_by_key(|(i, _)| *i);

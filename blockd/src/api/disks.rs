@@ -104,7 +104,7 @@ pub async fn fork(
 ) -> Answer {
     let shared = Arc::clone(&daemon);
     if request.mode == ForkMode::Live && request.answer != ForkAnswer::Durable {
-        let cut = blocking(&daemon, move |_| shared.fork_soon(request)).await?;
+        let cut = daemon.fork_soon(request).await?;
         return Ok((StatusCode::ACCEPTED, Json(cut)).into_response());
     }
     if request.mode == ForkMode::Live {
@@ -125,7 +125,7 @@ pub async fn fork(
     params(("token" = Uuid, Path, description = "What the fork was answered with")),
     responses((status = 200, body = CutForks), (status = "default", body = FailureBody)))]
 pub async fn cut(State(daemon): Shared, Named(token): Named<Uuid>) -> Answer<Json<CutForks>> {
-    Ok(Json(blocking(&daemon, move |d| d.cut_now(token)).await?))
+    Ok(Json(daemon.cut_now(token).await?))
 }
 
 /// Give up a fork that is ready, and whose instant has not come
@@ -133,7 +133,7 @@ pub async fn cut(State(daemon): Shared, Named(token): Named<Uuid>) -> Answer<Jso
     params(("token" = Uuid, Path, description = "What the fork was answered with")),
     responses((status = 204), (status = "default", body = FailureBody)))]
 pub async fn give_up_fork(State(daemon): Shared, Named(token): Named<Uuid>) -> Answer<StatusCode> {
-    blocking(&daemon, move |d| d.give_up_fork(token)).await?;
+    daemon.give_up_fork(token)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -142,7 +142,7 @@ pub async fn give_up_fork(State(daemon): Shared, Named(token): Named<Uuid>) -> A
     params(("token" = Uuid, Path, description = "What the fork was answered with")),
     responses((status = 200, body = ForkedDisks), (status = "default", body = FailureBody)))]
 pub async fn forked(State(daemon): Shared, Named(token): Named<Uuid>) -> Answer<Json<ForkedDisks>> {
-    Ok(Json(blocking(&daemon, move |d| d.forked(token)).await?))
+    Ok(Json(daemon.forked(token).await?))
 }
 
 /// Let disks go on that are held at the instant of a fork

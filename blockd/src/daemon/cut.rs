@@ -60,7 +60,7 @@ pub(super) struct Cut {
 }
 
 /// Opens children that are served from the instant on.
-pub(super) type OpenAhead<'a> = dyn Fn() -> Result<Vec<Ahead>> + Sync + 'a;
+pub(super) type OpenAhead<'a> = dyn Fn() -> Result<Vec<Ahead>> + 'a;
 
 /// A disk in service that is being forked.
 struct Live<'a> {
@@ -148,11 +148,11 @@ fn open<'a>(
     volumes: &'a Volumes,
     open_ahead: &OpenAhead<'_>,
 ) -> Result<(Vec<Live<'a>>, Vec<Ahead>)> {
-    let (live, ahead) = std::thread::scope(|s| {
-        let ahead = s.spawn(open_ahead);
-        let live = begin(dir, fork, volumes);
-        // A panic in there is a bug, and is one here as well.
-        (live, ahead.join().unwrap_or_else(|e| std::panic::resume_unwind(e)))
+    let mut live = Ok(Vec::new());
+    // What takes longer is done here: the end of a thread takes its time, too.
+    let ahead = std::thread::scope(|s| {
+        s.spawn(|| live = begin(dir, fork, volumes));
+        open_ahead()
     });
     match (live, ahead) {
         (Ok(live), Ok(ahead)) => Ok((live, ahead)),

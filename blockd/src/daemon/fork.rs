@@ -112,18 +112,20 @@ impl Daemon {
     ///
     /// # Errors
     /// As [`Daemon::fork`], for what fails before.
-    pub fn fork_soon(self: &Arc<Self>, request: ForkDisks) -> Result<CutForks> {
+    pub async fn fork_soon(self: &Arc<Self>, request: ForkDisks) -> Result<CutForks> {
         let ready = request.answer == ForkAnswer::Ready;
         let (token, going) = (Uuid::new_v4(), Going::new(ready));
         self.keep_going(token, &going);
         let (daemon, shared) = (Arc::clone(self), Arc::clone(&going));
         let work = move || shared.end(daemon.fork_as(&request, Some(token), &*shared));
-        std::thread::Builder::new().name("fork".into()).spawn(work)?;
+        // It goes on when this is answered, also when who asked goes away.
+        drop(tokio::task::spawn_blocking(work));
         if ready {
-            going.wait_ready()?;
+            going.wait_ready().await?;
             return Ok(going.describe(token, None));
         }
-        going.wait_cut().map(|pause| going.describe(token, Some(pause)))
+        let pause = going.wait_cut().await?;
+        Ok(going.describe(token, Some(pause)))
     }
 
     pub(super) fn tell_of_fork(&self, request: &ForkDisks) {

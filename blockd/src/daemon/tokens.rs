@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use format::{Error, Kind, Result};
 use parking_lot::{Condvar, Mutex};
+use tokio::sync::Notify;
 use uuid::Uuid;
 
 use super::Daemon;
@@ -60,9 +61,15 @@ enum Stage {
 }
 
 /// A fork that is answered before it is durable.
+///
+/// Who asks about it is no thread: a machine stands until it is told of its cut, and would wait for
+/// a thread to be woken and scheduled besides.
 pub(super) struct Going {
     stage: Mutex<Stage>,
-    changed: Condvar,
+    /// For those who ask.
+    changed: Notify,
+    /// For the fork itself, which waits for the word.
+    said: Condvar,
     children: OnceLock<Vec<MadeChild>>,
     /// Wait for the word.
     waits: bool,
@@ -71,8 +78,13 @@ pub(super) struct Going {
 impl Going {
     /// One that cuts as soon as it is ready, or waits for the word.
     pub(super) fn new(waits: bool) -> Arc<Self> {
-        let (stage, changed) = (Mutex::new(Stage::Begun), Condvar::new());
-        Arc::new(Going { stage, changed, children: OnceLock::new(), waits })
+        Arc::new(Going {
+            stage: Mutex::new(Stage::Begun),
+            changed: Notify::new(),
+            said: Condvar::new(),
+            children: OnceLock::new(),
+            waits,
+        })
     }
 
     /// How it is: ready, or past its instant.
@@ -84,7 +96,7 @@ impl Going {
 
     fn set(&self, stage: Stage) {
         *self.stage.lock() = stage;
-        self.changed.notify_all();
+        self.changed.notify_waiters();
     }
 
     /// It has ended.
@@ -92,40 +104,50 @@ impl Going {
         self.set(Stage::Ended(Instant::now(), outcome.map_err(|e| Failure::from(&e))));
     }
 
+    /// What `wanted` says; the failure of a fork that ended before.
+    fn look<T>(&self, wanted: fn(&Stage) -> Option<T>) -> Option<Result<T>> {
+        let stage = self.stage.lock();
+        let ended = || match &*stage {
+            Stage::Ended(_, Err(failure)) => Some(Err(Error::from(failure.clone()))),
+            Stage::Ended(_, Ok(_)) => Some(Err(Error::invalid("its instant is past"))),
+            _ => None,
+        };
+        wanted(&stage).map(Ok).or_else(ended)
+    }
+
     /// Waits until `wanted` says something; the failure of a fork that ended before.
-    fn wait<T>(&self, wanted: &dyn Fn(&Stage) -> Option<T>) -> Result<T> {
-        let mut stage = self.stage.lock();
+    async fn wait<T>(&self, wanted: fn(&Stage) -> Option<T>) -> Result<T> {
         loop {
-            if let Some(found) = wanted(&stage) {
-                return Ok(found);
+            // Before the look: a change behind it is not missed.
+            let changed = self.changed.notified();
+            if let Some(found) = self.look(wanted) {
+                return found;
             }
-            if let Stage::Ended(_, outcome) = &*stage {
-                let past = || Error::invalid("its instant is past");
-                return Err(outcome.as_ref().err().cloned().map_or_else(past, Error::from));
-            }
-            self.changed.wait(&mut stage);
+            changed.await;
         }
     }
 
     /// Waits until it is ready.
-    pub(super) fn wait_ready(&self) -> Result<()> {
-        self.wait(&|stage| (!matches!(stage, Stage::Begun | Stage::Ended(..))).then_some(()))
+    pub(super) async fn wait_ready(&self) -> Result<()> {
+        self.wait(|stage| (!matches!(stage, Stage::Begun | Stage::Ended(..))).then_some(())).await
     }
 
     /// Waits until its instant is past.
-    pub(super) fn wait_cut(&self) -> Result<Duration> {
-        self.wait(&|stage| match stage {
+    pub(super) async fn wait_cut(&self) -> Result<Duration> {
+        self.wait(|stage| match stage {
             Stage::Cut(pause) => Some(*pause),
             Stage::Ended(_, Ok(forked)) => forked.pause_us.map(Duration::from_micros),
             _ => None,
         })
+        .await
     }
 
-    fn wait_ended(&self) -> Result<ForkedDisks> {
-        self.wait(&|stage| match stage {
+    async fn wait_ended(&self) -> Result<ForkedDisks> {
+        self.wait(|stage| match stage {
             Stage::Ended(_, Ok(forked)) => Some(forked.clone()),
             _ => None,
         })
+        .await
     }
 
     fn is_old(&self) -> bool {
@@ -149,7 +171,7 @@ impl Steps for Going {
         let until = Instant::now() + READY_MAX;
         let mut stage = self.stage.lock();
         while matches!(*stage, Stage::Ready) {
-            if self.changed.wait_until(&mut stage, until).timed_out() {
+            if self.said.wait_until(&mut stage, until).timed_out() {
                 let reason = format!("nobody said when, for {} s", READY_MAX.as_secs());
                 return Err(Error::new(Kind::Cancelled, reason));
             }
@@ -203,7 +225,7 @@ impl Daemon {
     /// # Errors
     /// `NotFound`; `Invalid` when it is past; `Cancelled` when nobody came for too long; as
     /// [`Daemon::fork`].
-    pub fn cut_now(&self, token: Uuid) -> Result<CutForks> {
+    pub async fn cut_now(&self, token: Uuid) -> Result<CutForks> {
         let going = self.going(token, "cut")?;
         {
             let mut stage = going.stage.lock();
@@ -212,9 +234,10 @@ impl Daemon {
                 Stage::Ended(..) => {}
                 _ => return Err(Error::invalid("it is past, or not ready").tried("cut")),
             }
-            going.changed.notify_all();
         }
-        going.wait_cut().map(|pause| going.describe(token, Some(pause)))
+        going.said.notify_all();
+        let pause = going.wait_cut().await?;
+        Ok(going.describe(token, Some(pause)))
     }
 
     /// Gives up a fork that is ready: its instant has not come.
@@ -228,7 +251,7 @@ impl Daemon {
             return Err(Error::invalid("its instant is past").tried("give up"));
         }
         *stage = Stage::Begun;
-        going.changed.notify_all();
+        going.said.notify_all();
         Ok(())
     }
 
@@ -236,8 +259,8 @@ impl Daemon {
     ///
     /// # Errors
     /// `NotFound` when there is no such token, or it is long past; as [`Daemon::fork`].
-    pub fn forked(&self, token: Uuid) -> Result<ForkedDisks> {
-        self.going(token, "wait for")?.wait_ended()
+    pub async fn forked(&self, token: Uuid) -> Result<ForkedDisks> {
+        self.going(token, "wait for")?.wait_ended().await
     }
 
     /// Whether disks are held under a token.
