@@ -301,6 +301,29 @@ fn a_successor_serves_what_was_served_in_the_same_way() {
     assert!(!bench.api().exists());
 }
 
+/// A fork that stands by keeps no daemon from handing over, and is none any more then.
+#[test]
+fn a_fork_that_stands_by_ends_with_an_upgrade() {
+    let bench = bench();
+    let mut first = bench.daemon();
+    bench.attach();
+    let socket = bench.path("child.sock");
+    let export = json!({ "kind": "vhost-user", "socket": socket });
+    let serve = json!({ "child": "child", "export": export });
+    let disk = json!({ "disk": "vm", "children": ["child"], "serve": [serve] });
+    first.json("POST", "/v1/forks", &json!({ "disks": [disk], "return": "standby" }));
+    assert!(socket.exists());
+
+    upgrade(&bench);
+
+    assert!(first.wait().success());
+    assert!(!socket.exists());
+    let exports = get(&bench, "/v1/exports");
+    assert_eq!(exports.as_array().unwrap().len(), 1, "{exports}");
+    bench.done(&["disk", "fork", "vm", "child"]);
+    bench.done(&["daemon", "stop"]);
+}
+
 /// Requests that wait for space wait on at the successor, and the guest sees no error.
 ///
 /// Story: the log of a new daemon lies in the store's folder. On a full file system the first line

@@ -78,6 +78,24 @@ fn of(children: &[&str], serve: &[Value]) -> Value {
     json!({ "disks": [disk], "return": "ready" })
 }
 
+/// A fork that stands by, of one child that is served.
+fn standby(child: &str, socket: &Path) -> Value {
+    let mut asked = of(&[child], &[serve(child, socket)]);
+    asked["return"] = "standby".into();
+    asked
+}
+
+/// Drafts in the store, and notes of them.
+fn drafts(bench: &ServedDisk) -> usize {
+    let names = std::fs::read_dir(bench.store()).unwrap().flatten().map(|e| e.file_name());
+    names.filter(|n| [".new", ".fork"].iter().any(|end| n.to_string_lossy().ends_with(end))).count()
+}
+
+/// Waits until nothing is left of a fork that has ended before its instant.
+fn await_nothing_left(bench: &ServedDisk, socket: &Path) {
+    until("nothing is left of it", || !socket.exists() && drafts(bench) == 0);
+}
+
 fn path_of(cut: &Value, what: &str) -> String {
     format!("/v1/forks/{}{what}", cut["token"].as_str().unwrap())
 }
@@ -219,4 +237,162 @@ fn a_fork_that_does_not_come_leaves_no_socket() {
     assert!(daemon.terminate().success());
     let remembered = std::fs::read_to_string(bench.store().join("attachments.json")).unwrap();
     assert!(!remembered.contains("a.sock"), "{remembered}");
+}
+
+/// A fork stands by until somebody says when, and with that what its children are called: that is
+/// their name for good.
+#[test]
+fn children_that_stood_by_have_the_names_that_came_with_the_word() {
+    let (bench, daemon, mut parent) = bench();
+    parent.write(0, 1);
+    let socket = bench.path("a.sock");
+    let ready = daemon.json("POST", "/v1/forks", &standby("later", &socket));
+    let mut child = Driver::to(&socket);
+    // It is in nobody's way who does not want its disk.
+    bench.done(&["disk", "create", "other", "--size", "64M"]);
+    parent.write(0, 2);
+
+    let cut = daemon.json("POST", &path_of(&ready, "/cut"), &json!({ "children": ["web"] }));
+    parent.write(0, 3);
+
+    let is = json!({ "name": "web", "disk": ready["children"][0]["disk"] });
+    assert_eq!(cut["children"], json!([is]));
+    assert_eq!(child.read(0), 2);
+    child.write(1, 7);
+    child.flush();
+    let forked = daemon.json("GET", &path_of(&ready, ""), &Value::Null);
+    assert_eq!(
+        (&forked["children"][0]["name"], &forked["children"][0]["disk"]),
+        (&is["name"], &is["disk"])
+    );
+    let _ = bench.refused(&["disk", "show", "later"], 3);
+    bench.done(&["disk", "fork", "web", "of-web"]);
+    daemon.kill();
+    let daemon = bench.daemon();
+    child.client.reconnect(&socket).unwrap();
+    assert_eq!((child.read(0), child.read(1)), (2, 7));
+    drop((parent, child));
+    assert!(daemon.terminate().success());
+    // What the catalogue says, its segments say as well.
+    bench.done(&["store", "rebuild"]);
+    for disk in ["web", "of-web"] {
+        bench.done(&["disk", "check", disk]);
+        assert_eq!(bench.read(disk)[4096], 7);
+    }
+}
+
+/// Names that cannot be had end the fork before its instant.
+#[test]
+fn names_that_cannot_be_had_are_refused() {
+    let (bench, daemon, mut parent) = bench();
+    let socket = bench.path("a.sock");
+    bench.done(&["disk", "create", "taken", "--size", "64M"]);
+    let cases = [
+        (json!(["taken"]), 409),
+        (json!(["vm"]), 409),
+        (json!(["a/b"]), 400),
+        (json!(["a", "b"]), 400),
+    ];
+    for (names, status) in cases {
+        let ready = daemon.json("POST", "/v1/forks", &standby("later", &socket));
+        let asked = json!({ "children": names }).to_string();
+        let answer = daemon.ask("POST", &path_of(&ready, "/cut"), asked.as_bytes());
+        assert_eq!(answer.status, status, "{names}");
+        await_nothing_left(&bench, &socket);
+    }
+    parent.write(0, 1);
+    parent.flush();
+    let mut unserved = standby("later", &socket);
+    unserved["disks"][0]["children"] = json!(["later", "plain"]);
+    let answer = daemon.ask("POST", "/v1/forks", unserved.to_string().as_bytes());
+    assert_eq!(
+        answer.status, 400,
+        "a child that is not served would have to be opened at the instant"
+    );
+    drop(parent);
+    assert!(daemon.terminate().success());
+    assert_eq!(bench.read("vm")[0], 1);
+}
+
+/// A fork that stands by keeps nobody waiting: who wants its disk, or changes what is served, gets
+/// that at once. Whoever says when afterwards is told that it is too late.
+#[test]
+fn a_fork_that_stands_by_gives_way() {
+    let (bench, daemon, mut parent) = bench();
+    let socket = bench.path("a.sock");
+    let other = bench.path("other.sock");
+    let other = other.to_str().unwrap();
+    bench.done(&["disk", "create", "other", "--size", "64M"]);
+    let wants: [&[&str]; 7] = [
+        &["disk", "show", "vm"],
+        &["disk", "read", "vm", "--length", "4096"],
+        &["disk", "resize", "vm", "+1M"],
+        &["disk", "attach", "other", "--socket", other],
+        &["disk", "detach", "other"],
+        &["disk", "fork", "vm", "one"],
+        &["disk", "create", "later", "--size", "64M"],
+    ];
+    for wanted in wants {
+        let ready = daemon.json("POST", "/v1/forks", &standby("later", &socket));
+        let began = Instant::now();
+        bench.done(wanted);
+        assert!(began.elapsed() < Duration::from_secs(1), "{wanted:?} took {:?}", began.elapsed());
+
+        let answer = daemon.ask("POST", &path_of(&ready, "/cut"), b"");
+
+        assert_eq!(answer.status, 409, "{wanted:?}");
+        await_nothing_left(&bench, &socket);
+        parent.write(0, 1);
+        parent.flush();
+        if wanted.contains(&"later") {
+            bench.done(&["disk", "rm", "later"]);
+        }
+    }
+    // Neither does it keep the daemon from ending.
+    daemon.json("POST", "/v1/forks", &standby("later", &socket));
+    drop(parent);
+    let began = Instant::now();
+    assert!(daemon.terminate().success());
+    assert!(began.elapsed() < Duration::from_secs(5), "it took {:?}", began.elapsed());
+}
+
+/// A daemon is killed while a fork stands by, or at any time after it was cut: the next one has no
+/// child, or one with all that its driver was told of, under one of its names.
+#[test]
+fn a_fork_that_stood_by_outlives_the_daemon_or_was_none() {
+    for wait_us in [None, Some(0), Some(500), Some(2000), Some(5000), Some(20_000), Some(100_000)] {
+        let (bench, daemon, mut parent) = bench();
+        parent.write(0, 1);
+        let socket = bench.path("a.sock");
+        let ready = daemon.json("POST", "/v1/forks", &standby("later", &socket));
+        let mut child = Driver::to(&socket);
+        if let Some(wait_us) = wait_us {
+            daemon.json("POST", &path_of(&ready, "/cut"), &json!({ "children": ["web"] }));
+            child.write(0, 9);
+            std::thread::sleep(Duration::from_micros(wait_us));
+        }
+        daemon.kill();
+
+        let daemon = bench.daemon();
+
+        parent.client.reconnect(&bench.socket()).unwrap();
+        assert_eq!(parent.read(0), 1);
+        let disks = daemon.json("GET", "/v1/disks", &Value::Null);
+        let disks = disks.as_array().unwrap().iter().map(|d| d["name"].as_str().unwrap());
+        let children: Vec<&str> = disks.filter(|name| *name != "vm").collect();
+        if wait_us.is_none() {
+            // The socket is listed as one that failed, as that of any disk that is gone.
+            assert!(children.is_empty() && drafts(&bench) == 0, "{children:?}");
+            continue;
+        }
+        assert!(children == ["web"] || children == ["later"], "{children:?} after {wait_us:?}");
+        child.client.reconnect(&socket).unwrap();
+        assert_eq!(child.read(0), 9);
+        child.flush();
+        let name = children[0].to_owned();
+        drop((parent, child));
+        assert!(daemon.terminate().success());
+        bench.done(&["disk", "check", &name]);
+        assert_eq!(bench.read(&name)[0], 9);
+    }
 }

@@ -14,9 +14,10 @@ use uuid::Uuid;
 use super::jobs::{Waiting, run};
 use super::reply::{Answer, Asked, Named, Params, blocking};
 use super::types::{
-    ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, CutForks, Df, Digested, Disk,
-    DiskDetails, FailureBody, ForkAnswer, ForkDisks, ForkMode, ForkedDisks, Job, JobKind, JobOrCut,
-    LostTail, ReleasedFork, RemovedDisk, RenameDisk, RepairDisk, Repaired, ResizeDisk, Scrubbed,
+    ByteRange, CheckDisk, Checked, Compare, Compared, CreateDisk, CutFork, CutForks, Df, Digested,
+    Disk, DiskDetails, FailureBody, ForkAnswer, ForkDisks, ForkMode, ForkedDisks, Job, JobKind,
+    JobOrCut, LostTail, ReleasedFork, RemovedDisk, RenameDisk, RepairDisk, Repaired, ResizeDisk,
+    Scrubbed,
 };
 use crate::daemon::{Daemon, Noted, Running};
 use crate::verbs;
@@ -121,11 +122,15 @@ pub async fn fork(
 }
 
 /// Say that the instant of a fork that is ready is now
-#[utoipa::path(post, path = "/v1/forks/{token}/cut", tag = "disks",
+#[utoipa::path(post, path = "/v1/forks/{token}/cut", tag = "disks", request_body = CutFork,
     params(("token" = Uuid, Path, description = "What the fork was answered with")),
     responses((status = 200, body = CutForks), (status = "default", body = FailureBody)))]
-pub async fn cut(State(daemon): Shared, Named(token): Named<Uuid>) -> Answer<Json<CutForks>> {
-    Ok(Json(daemon.cut_now(token).await?))
+pub async fn cut(
+    State(daemon): Shared,
+    Named(token): Named<Uuid>,
+    Asked(request): Asked<CutFork>,
+) -> Answer<Json<CutForks>> {
+    Ok(Json(daemon.cut_now(token, request).await?))
 }
 
 /// Give up a fork that is ready, and whose instant has not come

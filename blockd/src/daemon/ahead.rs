@@ -15,22 +15,25 @@
 //!
 //! Test: `fork_under_load` (`a_child_is_served_from_the_instant_on`), `crash_points::cut`.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use format::superblock::check_name;
 use format::{Context as _, Error, Kind, Result};
 
 use super::Daemon;
 use super::attachments::Attachment;
-use super::cut::Volumes;
+use super::cut::{Children, Volumes};
 use super::doors::{Door, Teller};
 use super::holds::Hold;
 use super::served::{LANES_MIN, Served};
 use crate::api::types::{EventKind, ExportKind, ForkDisk, ForkDisks, ServeChild, SocketName};
-use crate::catalogue::{ForkRow, Forked};
+use crate::catalogue::{Child, ForkRow, Forked};
 use crate::disk::HeldDisk;
 use crate::serve::{Volume, VolumeOptions};
 use crate::side_by_side::side_by_side;
+use crate::store::Access;
 use crate::storedir::{Crossing, StoreDir};
 
 /// A child that is served from the instant on.
@@ -66,6 +69,48 @@ impl Ahead {
     pub(super) fn give_up(self, why: &Error) {
         self.crossing.next().give_up(Error::new(why.kind(), why.to_string()));
         self.door.close();
+    }
+}
+
+/// Children that a fork is asked to serve.
+pub(super) struct AskedFor<'a> {
+    pub(super) daemon: &'a Daemon,
+    pub(super) dir: &'a Arc<StoreDir>,
+    pub(super) request: &'a ForkDisks,
+    pub(super) fork: &'a ForkRow,
+    pub(super) volumes: &'a Volumes,
+    /// Of their names.
+    pub(super) holds: RefCell<BTreeMap<String, Hold>>,
+}
+
+impl Children for AskedFor<'_> {
+    fn open(&self) -> Result<Vec<Ahead>> {
+        self.daemon.open_ahead(self.dir, self.request, self.fork, self.volumes)
+    }
+
+    /// A machine may stand until this is done: what is not free at once is refused.
+    fn rename(&self, fork: &ForkRow, names: Vec<String>, ahead: &[Ahead]) -> Result<ForkRow> {
+        let mut renamed = fork.clone();
+        let children: Vec<&mut Child> =
+            renamed.disks.iter_mut().flat_map(|forked| &mut forked.children).collect();
+        if names.len() != children.len() || ahead.len() != children.len() {
+            let reason = "all children of a fork get other names, if they are served, or none";
+            return Err(Error::invalid(reason).tried("rename"));
+        }
+        let mut holds = BTreeMap::new();
+        for (child, name) in children.into_iter().zip(names) {
+            check_name(&name)?;
+            let hold = self.daemon.holds.take_now(&name, Access::Write)?;
+            self.dir.check_name_free(&name)?;
+            let served = ahead.iter().find(|served| served.attachment.disk == child.disk);
+            let served = served.ok_or_else(|| Error::invalid("it is not served"))?;
+            served.volume.rename_once(&name);
+            holds.insert(name.clone(), hold);
+            child.name = name;
+        }
+        self.dir.foresee_renamed(&renamed);
+        self.holds.replace(holds);
+        Ok(renamed)
     }
 }
 
@@ -120,7 +165,7 @@ impl Daemon {
     ///
     /// # Errors
     /// As [`StoreDir::begin_crossing`], or what the host reports. None is open then.
-    pub(super) fn open_ahead(
+    fn open_ahead(
         &self,
         dir: &Arc<StoreDir>,
         request: &ForkDisks,

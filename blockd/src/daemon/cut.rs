@@ -59,8 +59,20 @@ pub(super) struct Cut {
     pub(super) held: Vec<HeldDisk>,
 }
 
-/// Opens children that are served from the instant on.
-pub(super) type OpenAhead<'a> = dyn Fn() -> Result<Vec<Ahead>> + 'a;
+/// Children that are served from the instant on.
+pub(super) trait Children {
+    /// Opens them.
+    ///
+    /// # Errors
+    /// When one cannot be opened; none is then.
+    fn open(&self) -> Result<Vec<Ahead>>;
+
+    /// Gives all children of a fork other names, in its order.
+    ///
+    /// # Errors
+    /// When they cannot have them. There is to be no instant then.
+    fn rename(&self, fork: &ForkRow, names: Vec<String>, ahead: &[Ahead]) -> Result<ForkRow>;
+}
 
 /// A disk in service that is being forked.
 struct Live<'a> {
@@ -69,20 +81,33 @@ struct Live<'a> {
     crossing: Crossing,
 }
 
+/// There are none.
+impl Children for () {
+    fn open(&self) -> Result<Vec<Ahead>> {
+        Ok(Vec::new())
+    }
+
+    fn rename(&self, _: &ForkRow, _: Vec<String>, _: &[Ahead]) -> Result<ForkRow> {
+        Err(Error::invalid("it has no children that could be renamed"))
+    }
+}
+
 /// Who follows a fork of disks in service.
 pub(super) trait Steps {
     /// It is known what will be made.
     fn begun(&self, _fork: &ForkRow) {}
 
-    /// All is ready for the instant, which is when this returns.
+    /// All is ready for the instant, which is when this returns; with names for the children, if
+    /// they are to have others.
     ///
     /// # Errors
     /// When there is to be none.
-    fn ready(&self) -> Result<()> {
-        Ok(())
+    fn ready(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
     }
 
-    /// The instant is past: so long disks let nobody in.
+    /// The instant is past: so long disks let nobody in. What is to be durable waits for this to
+    /// return.
     fn at_cut(&self, _pause: Duration) {}
 }
 
@@ -90,38 +115,56 @@ pub(super) trait Steps {
 impl Steps for () {}
 
 /// Forks disks that [`StoreDir::begin_fork`] has begun to fork: they are all frozen and have their
-/// children afterwards, or none has. `open_ahead` opens children that are served from the instant
-/// on, which are given back; `at_cut` is called at the instant if any disk is in service.
+/// children afterwards, or none has. `children` are those that are served from the instant on,
+/// which are given back with the fork as it became; `at_cut` is called at the instant if any disk
+/// is in service.
 pub(super) fn cut(
     (dir, fork): (&StoreDir, &ForkRow),
     volumes: &Volumes,
     then: Then,
     steps: &dyn Steps,
-    open_ahead: &OpenAhead<'_>,
+    children: &dyn Children,
     at_cut: &mut dyn FnMut(Cut),
-) -> Result<Vec<Ahead>> {
-    let (live, mut ahead) = match open(dir, fork, volumes, open_ahead) {
+) -> Result<(ForkRow, Vec<Ahead>)> {
+    let (live, mut ahead) = match open(dir, fork, volumes, children) {
         Ok(open) => open,
         Err(e) => return give_up(dir, fork, e),
     };
-    let ready = freeze_others(dir, fork, volumes);
-    let ready = ready.and_then(|()| if live.is_empty() { Ok(()) } else { steps.ready() });
-    match ready.and_then(|()| at_one_instant(&live, then)) {
-        Ok(cut) if !live.is_empty() => {
+    let ready = || -> Result<ForkRow> {
+        freeze_others(dir, fork, volumes)?;
+        match if live.is_empty() { Vec::new() } else { steps.ready()? } {
+            names if names.is_empty() => Ok(fork.clone()),
+            names => children.rename(fork, names, &ahead),
+        }
+    };
+    let cut = ready().and_then(|fork| Ok((fork, at_one_instant(&live, then)?)));
+    let fork = match cut {
+        Ok((fork, cut)) if !live.is_empty() => {
             let pause = cut.pause;
             at_cut(cut);
             ahead.iter_mut().for_each(Ahead::begin);
             steps.at_cut(pause);
+            fork
         }
-        Ok(_) => {}
+        Ok((fork, _)) => fork,
         Err(e) => {
             ahead.into_iter().for_each(|child| child.give_up(&e));
             return give_up(dir, fork, e);
         }
-    }
+    };
+    go_on(dir, fork, live, ahead)
+}
+
+/// Step 4, and what becomes of disks that have gone on when it fails.
+fn go_on(
+    dir: &StoreDir,
+    fork: ForkRow,
+    live: Vec<Live<'_>>,
+    ahead: Vec<Ahead>,
+) -> Result<(ForkRow, Vec<Ahead>)> {
     let crossings: Vec<Crossing> = live.into_iter().map(|disk| disk.crossing).collect();
-    match settle(dir, fork, &crossings, &ahead) {
-        Ok(true) => Ok(ahead),
+    match settle(dir, &fork, &crossings, &ahead) {
+        Ok(true) => Ok((fork, ahead)),
         Ok(false) => {
             let e = not_all_frozen();
             ahead.into_iter().for_each(|child| child.give_up(&e));
@@ -146,13 +189,13 @@ fn open<'a>(
     dir: &StoreDir,
     fork: &ForkRow,
     volumes: &'a Volumes,
-    open_ahead: &OpenAhead<'_>,
+    children: &dyn Children,
 ) -> Result<(Vec<Live<'a>>, Vec<Ahead>)> {
     let mut live = Ok(Vec::new());
     // What takes longer is done here: the end of a thread takes its time, too.
     let ahead = std::thread::scope(|s| {
         s.spawn(|| live = begin(dir, fork, volumes));
-        open_ahead()
+        children.open()
     });
     match (live, ahead) {
         (Ok(live), Ok(ahead)) => Ok((live, ahead)),

@@ -9,7 +9,7 @@
 //!
 //! Tests: `fork_under_load`.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -17,11 +17,14 @@ use format::{Context as _, Error, Kind, Result};
 use uuid::Uuid;
 
 use super::Daemon;
+use super::ahead::AskedFor;
 use super::cut::{Cut, Steps, Then, Volumes, cut};
 use super::holds::Hold;
 use super::served::in_service;
-use super::tokens::{Going, lasting};
-use crate::api::types::{CutForks, EventKind, ForkAnswer, ForkDisks, ForkedDisks, JobKind};
+use super::tokens::{Going, Waits, lasting};
+use crate::api::types::{
+    CutForks, EventKind, ForkAnswer, ForkDisk, ForkDisks, ForkedDisks, JobKind,
+};
 use crate::store::Access;
 use crate::verbs;
 
@@ -45,6 +48,7 @@ impl Daemon {
     ) -> Result<ForkedDisks> {
         let forked = self.fork_now(request, token, steps);
         let forked = forked.context("fork", || verbs::named(request))?;
+        let request = &with_names(request, &forked);
         self.tell_of_fork(request);
         self.sum_frozen();
         if token.is_none_or(|token| !self.is_held(token)) {
@@ -82,8 +86,11 @@ impl Daemon {
             serve.map(|serve| &serve.child).any(|child| child == hold.name())
         };
         let (of_ahead, names): (Vec<Hold>, Vec<Hold>) = names.into_iter().partition(is_ahead);
-        let of_ahead: BTreeMap<String, Hold> =
-            of_ahead.into_iter().map(|hold| (hold.name().to_owned(), hold)).collect();
+        let any_ahead = !of_ahead.is_empty();
+        let of_ahead = of_ahead.into_iter().map(|hold| (hold.name().to_owned(), hold)).collect();
+        let holds = RefCell::new(of_ahead);
+        let children =
+            AskedFor { daemon: self, dir: &dir, request, fork: &row, volumes: &volumes, holds };
         let (names, mut pause) = (Arc::new(names), None);
         let mut told = |Cut { pause: lasted, held }| {
             pause = Some(lasted);
@@ -92,17 +99,13 @@ impl Daemon {
             }
         };
         let then = if hold.is_some() { Then::Hold } else { Then::GoOn };
-        let open_ahead = || self.open_ahead(&dir, request, &row, &volumes);
-        let ahead = cut((&dir, &row), &volumes, then, steps, &open_ahead, &mut told);
-        match ahead {
-            Ok(ahead) => self.serve_children(ahead, of_ahead),
-            Err(e) => {
-                if !of_ahead.is_empty() {
-                    self.remember();
-                }
-                return Err(e);
+        let cut = cut((&dir, &row), &volumes, then, steps, &children, &mut told);
+        let (row, ahead) = cut.inspect_err(|_| {
+            if any_ahead {
+                self.remember();
             }
-        }
+        })?;
+        self.serve_children(ahead, children.holds.take());
         let forked = verbs::forked(&dir, &dir.children(&row)?, (began.elapsed(), pause))?;
         Ok(ForkedDisks { token, ..forked })
     }
@@ -113,11 +116,21 @@ impl Daemon {
     /// # Errors
     /// As [`Daemon::fork`], for what fails before.
     pub async fn fork_soon(self: &Arc<Self>, request: ForkDisks) -> Result<CutForks> {
-        let ready = request.answer == ForkAnswer::Ready;
-        let (token, going) = (Uuid::new_v4(), Going::new(ready));
+        let all_served = |of: &ForkDisk| of.serve.len() == of.children.len();
+        if request.answer == ForkAnswer::Standby && !request.disks.iter().all(all_served) {
+            let reason = "a fork stands by only if all of its children are to be served";
+            return Err(Error::invalid(reason)).context("fork", || verbs::named(&request));
+        }
+        let waits = match request.answer {
+            ForkAnswer::Ready => Waits::Shortly,
+            ForkAnswer::Standby => Waits::StandsBy(Arc::clone(self.holds.standing())),
+            ForkAnswer::Durable | ForkAnswer::Cut => Waits::No,
+        };
+        let ready = !matches!(waits, Waits::No);
+        let (token, going) = (Uuid::new_v4(), Going::new(waits));
         self.keep_going(token, &going);
         let (daemon, shared) = (Arc::clone(self), Arc::clone(&going));
-        let work = move || shared.end(daemon.fork_as(&request, Some(token), &*shared));
+        let work = move || shared.end(daemon.fork_as(&request, Some(token), &shared));
         // It goes on when this is answered, also when who asked goes away.
         drop(tokio::task::spawn_blocking(work));
         if ready {
@@ -197,4 +210,14 @@ impl Daemon {
             tracing::warn!(%error, "no thread for the sums of frozen segments");
         }
     }
+}
+
+/// The request, with the names that its children have got.
+fn with_names(request: &ForkDisks, forked: &ForkedDisks) -> ForkDisks {
+    let mut named = request.clone();
+    let names = forked.children.iter().map(|child| &child.name);
+    for (name, is) in named.disks.iter_mut().flat_map(|of| &mut of.children).zip(names) {
+        name.clone_from(is);
+    }
+    named
 }

@@ -4,6 +4,7 @@
 //! - A disk has any number of readers or one writer. Whoever opens, changes or makes a disk holds
 //!   its name; a name that no disk has yet can be held, too.
 //! - While the table is closed nobody gets a hold; those who have one keep it.
+//! - Whoever waits ends a fork that stands by (`standing.rs`), which may have what is waited for.
 //! - Whoever waits gives up after [`PATIENCE`]: nobody waits for ever, in whatever order names are
 //!   taken.
 
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 use format::{Error, Kind, Result};
 use parking_lot::{Condvar, Mutex};
 
+use super::standing::Standing;
 use crate::store::Access;
 
 /// How long a request waits for another one to let go of a disk.
@@ -50,6 +52,7 @@ impl Table {
 pub struct Holds {
     table: Mutex<Table>,
     freed: Condvar,
+    standing: Arc<Standing>,
 }
 
 /// Nobody gets a hold until this is dropped.
@@ -70,35 +73,60 @@ impl Hold {
     }
 }
 
+fn others_have(name: &str) -> Error {
+    Error::new(Kind::Busy, "another request has it open")
+        .on(format!("disk {name}"))
+        .hint("wait for it; `offshoot job ls` lists what is running")
+}
+
 impl Holds {
+    /// Who stands by, and ends when somebody waits for a name.
+    pub(super) fn standing(&self) -> &Arc<Standing> {
+        &self.standing
+    }
+
     /// Holds a name, alone for writing.
     ///
     /// # Errors
     /// `Busy` when others hold it and do not let go for [`PATIENCE`].
     pub fn take(self: &Arc<Self>, name: &str, access: Access) -> Result<Hold> {
+        if let Some(hold) = self.try_take(&mut self.table.lock(), name, access) {
+            return Ok(hold);
+        }
+        let _waiting = self.standing.wait();
         let deadline = Instant::now() + PATIENCE;
         let mut table = self.table.lock();
         loop {
-            let next = match (table.names.get(name), access) {
-                _ if table.closed => None,
-                (None, Access::Read) => Some(Held::Readers(1)),
-                (Some(Held::Readers(n)), Access::Read) => Some(Held::Readers(n + 1)),
-                (None, Access::Write) => Some(Held::Writer),
-                _ => None,
-            };
-            if let Some(next) = next {
-                table.names.insert(name.to_owned(), next);
-                return Ok(Hold { holds: Arc::clone(self), name: name.to_owned() });
+            if let Some(hold) = self.try_take(&mut table, name, access) {
+                return Ok(hold);
             }
             *table.wanted.entry(name.to_owned()).or_default() += 1;
             let late = self.freed.wait_until(&mut table, deadline).timed_out();
             table.no_longer_wants(name);
             if late {
-                return Err(Error::new(Kind::Busy, "another request has it open")
-                    .on(format!("disk {name}"))
-                    .hint("wait for it; `offshoot job ls` lists what is running"));
+                return Err(others_have(name));
             }
         }
+    }
+
+    /// As [`Holds::take`], for who does not wait.
+    ///
+    /// # Errors
+    /// `Busy` when others hold it.
+    pub(super) fn take_now(self: &Arc<Self>, name: &str, access: Access) -> Result<Hold> {
+        self.try_take(&mut self.table.lock(), name, access).ok_or_else(|| others_have(name))
+    }
+
+    fn try_take(self: &Arc<Self>, table: &mut Table, name: &str, access: Access) -> Option<Hold> {
+        let next = match (table.names.get(name), access) {
+            _ if table.closed => None,
+            (None, Access::Read) => Some(Held::Readers(1)),
+            (Some(Held::Readers(n)), Access::Read) => Some(Held::Readers(n + 1)),
+            (None, Access::Write) => Some(Held::Writer),
+            _ => None,
+        };
+        table.names.insert(name.to_owned(), next?);
+        Some(Hold { holds: Arc::clone(self), name: name.to_owned() })
     }
 
     /// Holds a name for reading, after everybody who waits for it: for work in the background that
@@ -120,6 +148,7 @@ impl Holds {
     /// # Errors
     /// `Busy` when others do not let go for [`PATIENCE`].
     pub fn close(self: &Arc<Self>, names: &HashSet<String>) -> Result<Closed> {
+        let _waiting = self.standing.wait();
         let deadline = Instant::now() + PATIENCE;
         let mut table = self.table.lock();
         if std::mem::replace(&mut table.closed, true) {

@@ -32,6 +32,7 @@ mod pace;
 pub mod sandbox;
 mod served;
 mod sessions;
+mod standing;
 mod state;
 mod tokens;
 
@@ -101,17 +102,18 @@ impl Daemon {
     pub fn open(path: &Path, cache: CacheMode) -> Result<Self> {
         let dir = Self::open_dir(path, cache)?;
         let events = Arc::new(Events::default());
+        let holds: Arc<Holds> = Arc::default();
         let daemon = Daemon {
             identity: dir.identity().clone(),
             dir: RwLock::new(Some(Arc::new(dir))),
             cache,
             path: path.to_owned(),
             started: clock::now(),
-            holds: Arc::default(),
             jobs: Jobs::new(Arc::clone(&events)),
             events,
             sessions: Sessions::default(),
-            service: Service::of(path),
+            service: Service::of(path, holds.standing()),
+            holds,
             sandbox: Vec::new(),
             arguments: Vec::new(),
             control: OnceLock::new(),

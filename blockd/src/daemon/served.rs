@@ -20,6 +20,7 @@ use super::Daemon;
 use super::attachments::{Attachment, AttachmentsFile};
 use super::doors::{Door, Teller, described};
 use super::holds::Hold;
+use super::standing::{Changing, Standing};
 use crate::api::types::{
     AttachDisk, DetachDisk, DiskStats, EventKind, Export, ExportKind, ExportSpec, ExportState,
 };
@@ -66,16 +67,16 @@ pub(super) struct Table {
 pub struct Service {
     table: Mutex<Table>,
     /// Held by the one who attaches or detaches; before `table`.
-    pub(super) changing: Mutex<()>,
+    pub(super) changing: Changing,
     pub(super) file: AttachmentsFile,
 }
 
 impl Service {
     /// Nothing is in service yet.
-    pub fn of(store: &Path) -> Self {
+    pub(super) fn of(store: &Path, standing: &Arc<Standing>) -> Self {
         Service {
             table: Mutex::default(),
-            changing: Mutex::default(),
+            changing: Changing::new(Arc::clone(standing)),
             file: AttachmentsFile::of(store),
         }
     }

@@ -22,7 +22,10 @@ use uuid::Uuid;
 use super::Daemon;
 use super::cut::Steps;
 use super::holds::Hold;
-use crate::api::types::{CutForks, EventKind, Failure, ForkedDisks, MadeChild, ReleasedFork};
+use super::standing::{Standing, gave_way};
+use crate::api::types::{
+    CutFork, CutForks, EventKind, Failure, ForkedDisks, MadeChild, ReleasedFork,
+};
 use crate::catalogue::ForkRow;
 use crate::disk::HeldDisk;
 
@@ -45,6 +48,10 @@ const OUTCOME_KEPT: Duration = Duration::from_secs(600);
 
 /// How long a fork that is ready waits for the word to cut.
 const READY_MAX: Duration = Duration::from_secs(10);
+/// How long after its instant a fork begins to be made durable that nobody waits for.
+const UNWANTED_MAX: Duration = Duration::from_millis(3);
+/// How long one stands by that gives way to others.
+const STANDBY_MAX: Duration = Duration::from_secs(600);
 
 /// How far a fork is.
 enum Stage {
@@ -52,10 +59,13 @@ enum Stage {
     Begun,
     /// Nothing is left to do before the instant.
     Ready,
-    /// The instant is to be now.
-    Go,
-    /// The instant is past, for which disks in service let nobody in for so long.
-    Cut(Duration),
+    /// The instant is to be now, and the children are to have these names, if any are given.
+    Go(Vec<String>),
+    /// It is to end before its instant.
+    GivenUp(fn() -> Error),
+    /// The instant is past, for which disks in service let nobody in for so long; somebody waits
+    /// for it to be durable, or not yet.
+    Cut { pause: Duration, wanted: bool },
     /// It is durable, or failed.
     Ended(Instant, Result<ForkedDisks, Failure>),
 }
@@ -71,13 +81,22 @@ pub(super) struct Going {
     /// For the fork itself, which waits for the word.
     said: Condvar,
     children: OnceLock<Vec<MadeChild>>,
-    /// Wait for the word.
-    waits: bool,
+    waits: Waits,
+}
+
+/// Whether a fork that is ready waits for the word to cut.
+pub(super) enum Waits {
+    /// It does not.
+    No,
+    /// For one that is about to come; others wait meanwhile.
+    Shortly,
+    /// For one that may come; it gives way to others.
+    StandsBy(Arc<Standing>),
 }
 
 impl Going {
     /// One that cuts as soon as it is ready, or waits for the word.
-    pub(super) fn new(waits: bool) -> Arc<Self> {
+    pub(super) fn new(waits: Waits) -> Arc<Self> {
         Arc::new(Going {
             stage: Mutex::new(Stage::Begun),
             changed: Notify::new(),
@@ -85,6 +104,23 @@ impl Going {
             children: OnceLock::new(),
             waits,
         })
+    }
+
+    /// Has a fork end that is ready, for somebody who wants what it holds. One that has had the
+    /// word is about to end by itself.
+    pub(super) fn give_way(&self) {
+        self.give_up(gave_way);
+    }
+
+    /// Whether it is given up: its instant has not come.
+    fn give_up(&self, why: fn() -> Error) -> bool {
+        let mut stage = self.stage.lock();
+        let ready = matches!(*stage, Stage::Ready);
+        if ready {
+            *stage = Stage::GivenUp(why);
+            self.said.notify_all();
+        }
+        ready
     }
 
     /// How it is: ready, or past its instant.
@@ -129,13 +165,16 @@ impl Going {
 
     /// Waits until it is ready.
     pub(super) async fn wait_ready(&self) -> Result<()> {
-        self.wait(|stage| (!matches!(stage, Stage::Begun | Stage::Ended(..))).then_some(())).await
+        self.wait(|stage| {
+            matches!(stage, Stage::Ready | Stage::Go(_) | Stage::Cut { .. }).then_some(())
+        })
+        .await
     }
 
     /// Waits until its instant is past.
     pub(super) async fn wait_cut(&self) -> Result<Duration> {
         self.wait(|stage| match stage {
-            Stage::Cut(pause) => Some(*pause),
+            Stage::Cut { pause, .. } => Some(*pause),
             Stage::Ended(_, Ok(forked)) => forked.pause_us.map(Duration::from_micros),
             _ => None,
         })
@@ -143,6 +182,10 @@ impl Going {
     }
 
     async fn wait_ended(&self) -> Result<ForkedDisks> {
+        if let Stage::Cut { wanted, .. } = &mut *self.stage.lock() {
+            *wanted = true;
+            self.said.notify_all();
+        }
         self.wait(|stage| match stage {
             Stage::Ended(_, Ok(forked)) => Some(forked.clone()),
             _ => None,
@@ -155,35 +198,53 @@ impl Going {
     }
 }
 
-impl Steps for Going {
+/// The children of a fork, in the order in which they were asked for.
+fn made(fork: &ForkRow) -> Vec<MadeChild> {
+    let children = fork.disks.iter().flat_map(|forked| &forked.children);
+    children.map(|c| MadeChild { name: c.name.clone(), disk: c.disk }).collect()
+}
+
+impl Steps for Arc<Going> {
     fn begun(&self, fork: &ForkRow) {
-        let children = fork.disks.iter().flat_map(|forked| &forked.children);
-        let made = children.map(|c| MadeChild { name: c.name.clone(), disk: c.disk });
         // Told once.
-        let _ = self.children.set(made.collect());
+        let _ = self.children.set(made(fork));
     }
 
-    fn ready(&self) -> Result<()> {
+    fn ready(&self) -> Result<Vec<String>> {
         self.set(Stage::Ready);
-        if !self.waits {
-            return Ok(());
-        }
-        let until = Instant::now() + READY_MAX;
+        let (_stands, lasts) = match &self.waits {
+            Waits::No => return Ok(Vec::new()),
+            Waits::Shortly => (None, READY_MAX),
+            Waits::StandsBy(standing) => (Some(standing.stand_by(self)?), STANDBY_MAX),
+        };
+        let until = Instant::now() + lasts;
         let mut stage = self.stage.lock();
-        while matches!(*stage, Stage::Ready) {
+        loop {
+            match &mut *stage {
+                Stage::Go(names) => return Ok(std::mem::take(names)),
+                Stage::GivenUp(why) => return Err(why()),
+                _ => {}
+            }
             if self.said.wait_until(&mut stage, until).timed_out() {
-                let reason = format!("nobody said when, for {} s", READY_MAX.as_secs());
+                let reason = format!("nobody said when, for {} s", lasts.as_secs());
                 return Err(Error::new(Kind::Cancelled, reason));
             }
         }
-        match *stage {
-            Stage::Go => Ok(()),
-            _ => Err(Error::new(Kind::Cancelled, "it was given up before its instant")),
-        }
     }
 
+    /// Whoever had a fork stand by wants a machine to go on soon that is filled with what was cut,
+    /// and needs the processors for that now; making the fork durable takes them, too. So that
+    /// begins when it is waited for. Other forks are the sooner done the sooner it begins.
     fn at_cut(&self, pause: Duration) {
-        self.set(Stage::Cut(pause));
+        let wanted = !matches!(self.waits, Waits::StandsBy(_));
+        self.set(Stage::Cut { pause, wanted });
+        let until = Instant::now() + UNWANTED_MAX;
+        let mut stage = self.stage.lock();
+        while matches!(*stage, Stage::Cut { wanted: false, .. }) {
+            if self.said.wait_until(&mut stage, until).timed_out() {
+                return;
+            }
+        }
     }
 }
 
@@ -223,21 +284,26 @@ impl Daemon {
     /// The instant of a fork that is ready is now.
     ///
     /// # Errors
-    /// `NotFound`; `Invalid` when it is past; `Cancelled` when nobody came for too long; as
-    /// [`Daemon::fork`].
-    pub async fn cut_now(&self, token: Uuid) -> Result<CutForks> {
+    /// `NotFound`; `Invalid` when it is past; `Cancelled` when nobody came for too long, or when it
+    /// has given way; as [`Daemon::fork`]; `Exists` or `Invalid` for a name.
+    pub async fn cut_now(&self, token: Uuid, request: CutFork) -> Result<CutForks> {
         let going = self.going(token, "cut")?;
+        let named = (!request.children.is_empty()).then(|| request.children.clone());
         {
             let mut stage = going.stage.lock();
             match &*stage {
-                Stage::Ready => *stage = Stage::Go,
-                Stage::Ended(..) => {}
+                Stage::Ready => *stage = Stage::Go(request.children),
+                Stage::Ended(..) | Stage::GivenUp(_) => {}
                 _ => return Err(Error::invalid("it is past, or not ready").tried("cut")),
             }
         }
         going.said.notify_all();
         let pause = going.wait_cut().await?;
-        Ok(going.describe(token, Some(pause)))
+        let mut cut = going.describe(token, Some(pause));
+        for (child, name) in cut.children.iter_mut().zip(named.into_iter().flatten()) {
+            child.name = name;
+        }
+        Ok(cut)
     }
 
     /// Gives up a fork that is ready: its instant has not come.
@@ -245,14 +311,11 @@ impl Daemon {
     /// # Errors
     /// `NotFound`; `Invalid` when its instant is past.
     pub fn give_up_fork(&self, token: Uuid) -> Result<()> {
-        let going = self.going(token, "give up")?;
-        let mut stage = going.stage.lock();
-        if !matches!(*stage, Stage::Ready) {
-            return Err(Error::invalid("its instant is past").tried("give up"));
+        let given_up = || Error::new(Kind::Cancelled, "it was given up before its instant");
+        match self.going(token, "give up")?.give_up(given_up) {
+            true => Ok(()),
+            false => Err(Error::invalid("its instant is past").tried("give up")),
         }
-        *stage = Stage::Begun;
-        going.said.notify_all();
-        Ok(())
     }
 
     /// Waits until a fork that was answered before is durable.

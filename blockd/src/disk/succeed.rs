@@ -79,12 +79,12 @@ impl Disk {
         self.size.store(old.size(), Ordering::Release);
     }
 
-    /// Stands on `old`, which is frozen, from now on: durably. Flushes still wait: see
-    /// [`Disk::settled`].
+    /// Stands on `old`, which is frozen, from now on: durably, and under another name if one is
+    /// given. Flushes still wait: see [`Disk::settled`].
     ///
     /// # Errors
     /// What the host reports; the disk has failed then.
-    pub(crate) fn settle_on(&self, old: &Disk) -> Result<()> {
+    pub(crate) fn settle_on(&self, old: &Disk, label: Option<&str>) -> Result<()> {
         let frozen = old.checkpoint.lock();
         let mut state = self.checkpoint.lock();
         let present = state.superblock.clone();
@@ -92,6 +92,7 @@ impl Disk {
             generation: present.generation.next(),
             root: frozen.superblock.root,
             virtual_size: frozen.superblock.virtual_size,
+            name: label.map_or_else(|| present.name.clone(), str::to_owned),
             ..present
         };
         self.flip(&mut state, sb)?;

@@ -6,7 +6,7 @@
 //! - A lane belongs to a queue worker or to a thread of a front door; lanes may be shared, at the
 //!   price of sharing counters.
 
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
 
 use format::{Error, Kind, Result};
@@ -103,6 +103,8 @@ impl Default for VolumeOptions {
 /// An open disk in service.
 pub struct Volume {
     name: String,
+    /// The name that it got instead.
+    renamed: OnceLock<String>,
     // Before the disk: its threads end first.
     slow: SlowLane,
     disk: Arc<Current>,
@@ -186,6 +188,7 @@ impl Volume {
         let disk = Current::new(disk);
         Ok(Arc::new(Volume {
             name: name.to_owned(),
+            renamed: OnceLock::new(),
             slow: SlowLane::start(&disk, name)?,
             disk,
             throttle: Throttle::new(options.limits),
@@ -203,7 +206,13 @@ impl Volume {
     /// Name of the disk.
     #[must_use]
     pub fn name(&self) -> &str {
-        &self.name
+        self.renamed.get().unwrap_or(&self.name)
+    }
+
+    /// Gives it another name. That can be done once; threads keep what they are called.
+    pub(crate) fn rename_once(&self, name: &str) {
+        // A second name would be a bug, and change nothing.
+        let _ = self.renamed.set(name.to_owned());
     }
 
     /// The disk as it is now.
@@ -286,7 +295,7 @@ impl Volume {
     }
 
     fn into_disk(self: Arc<Self>) -> Result<Disk> {
-        let name = self.name.clone();
+        let name = self.name().to_owned();
         let busy =
             || Error::new(Kind::Busy, "it is in use").tried("close").on(format!("disk {name}"));
         let volume = Arc::into_inner(self).ok_or_else(busy)?;
@@ -339,7 +348,7 @@ impl Volume {
                 Some(skipped) => self.tell_skipped(skipped),
             }
         }
-        observer.event(&self.name, event);
+        observer.event(self.name(), event);
     }
 
     fn tell_skipped(&self, count: u64) {
@@ -372,12 +381,12 @@ impl Volume {
         self.held_told.follow(&self.hold, within, again, &mut |news| match news {
             HeldNews::Began(info, skipped) => {
                 self.tell_skipped(skipped);
-                let (disk, error) = (&self.name, &info.reason);
+                let (disk, error) = (self.name(), &info.reason);
                 tracing::warn!(%disk, %error, "requests are held until the host has space");
                 self.tell(VolumeEvent::Held(info.reason));
             }
             HeldNews::Ended => {
-                tracing::info!(disk = %self.name, "held requests go on");
+                tracing::info!(disk = %self.name(), "held requests go on");
                 self.tell(VolumeEvent::Resumed);
             }
         });
@@ -387,7 +396,7 @@ impl Volume {
     pub(super) fn note_failure(&self, error: &Error) {
         use std::sync::atomic::Ordering::Relaxed; // told once, orders nothing
         if error.kind() == Kind::Failed && !self.failure_told.swap(true, Relaxed) {
-            tracing::error!(disk = %self.name, %error, "the disk failed");
+            tracing::error!(disk = %self.name(), %error, "the disk failed");
             self.tell(VolumeEvent::Failed(error.to_string()));
         }
     }

@@ -15,7 +15,8 @@
 //!
 //! A power cut before 3 leaves any part of drafts and note. Nothing was frozen, and no flush has
 //! completed on the far side of the instant: all of it goes. A note that comes back when its fork
-//! is settled is told by its disks, which are in other segments by then.
+//! is confirmed is told by the catalogue, which has that fork, and when it is settled by its disks,
+//! which are in other segments by then.
 //!
 //! Tests: `crash_points::cut`, `crash_points::fork`.
 
@@ -66,6 +67,12 @@ impl StoreDir {
         }
         self.catalogue.foresee(&fork);
         Ok(fork)
+    }
+
+    /// Children of a fork that was begun have other names. Its note keeps those of before: a process
+    /// that is killed before the fork is confirmed leaves children with these.
+    pub(crate) fn foresee_renamed(&self, fork: &ForkRow) {
+        self.catalogue.foresee(fork);
     }
 
     fn write_note(&self, fork: &ForkRow) -> Result<()> {
@@ -138,8 +145,12 @@ impl StoreDir {
         Ok(decode(&bytes))
     }
 
-    /// Whether no disk of the fork has gone on for good.
+    /// Whether no disk of the fork has gone on for good, and the catalogue does not know better: a
+    /// note that comes back when its fork is confirmed may have other names than its children got.
     fn is_to_come(&self, fork: &ForkRow) -> bool {
+        if self.catalogue.forks().iter().any(|known| known.fork == fork.fork) {
+            return false;
+        }
         let is_there = |forked: &Forked| {
             self.catalogue.get(&forked.name).is_some_and(|row| row.segment == forked.segment)
         };

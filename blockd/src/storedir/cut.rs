@@ -60,9 +60,9 @@ impl Crossing {
         if dir.is_frozen(self.old.segment())? { Ok(()) } else { self.old.freeze(self.successor) }
     }
 
-    /// Puts the new one on the frozen map.
-    pub(super) fn settle(&self) -> Result<()> {
-        self.next.settle_on(&self.old)
+    /// Puts the new one on the frozen map, under another name if one is given.
+    pub(super) fn settle(&self, label: Option<&str>) -> Result<()> {
+        self.next.settle_on(&self.old, label)
     }
 
     /// Whether it leads into this segment.

@@ -247,9 +247,11 @@ impl StoreDir {
             let Some(sb) = frozen else { continue };
             let children = forked.children.iter().filter(|_| whole).map(|child| child.segment);
             let new: Vec<Uuid> = [forked.successor].into_iter().chain(children).collect();
+            // A child may have got another name since its draft was written.
+            let label = |new| forked.children.iter().find(|c| c.segment == new).map(|c| &*c.name);
             let finish = |new| match crossings.iter().find(|crossing| crossing.is_into(new)) {
-                Some(crossing) => crossing.settle().and_then(|()| self.name_finally(new)),
-                None => self.complete(sb, new),
+                Some(crossing) => crossing.settle(label(new)).and_then(|()| self.name_finally(new)),
+                None => self.complete(sb, new, label(new)),
             };
             side_by_side(new.clone(), finish).into_iter().collect::<Result<()>>()?;
             made.extend(new);
@@ -288,8 +290,14 @@ impl StoreDir {
         }
     }
 
-    /// Gives a new segment the frozen map, and its final name.
-    pub(super) fn complete(&self, frozen: &Superblock, new: Uuid) -> Result<()> {
+    /// Gives a new segment the frozen map, the name of its disk if that has another one by now, and
+    /// its final name.
+    pub(super) fn complete(
+        &self,
+        frozen: &Superblock,
+        new: Uuid,
+        label: Option<&str>,
+    ) -> Result<()> {
         let (draft, name) = (new_name(new), file_name(new));
         let file = match self.store.open(&draft, Access::Write) {
             // It has its name already.
@@ -307,6 +315,7 @@ impl StoreDir {
             generation: draft_sb.generation.next(),
             root: frozen.root,
             virtual_size: frozen.virtual_size,
+            name: label.map_or_else(|| draft_sb.name.clone(), str::to_owned),
             ..draft_sb
         };
         segment::flip(file.as_ref(), &sb)?;

@@ -384,7 +384,7 @@ impl StoreDir {
         for heir in &row.heirs {
             if let Some(root) = heir.root {
                 let sealed = self.pin_root(root)?;
-                self.complete(&sealed, heir.segment)?;
+                self.complete(&sealed, heir.segment, None)?;
                 let rows = self.disks().into_iter().filter(|r| r.segment == root);
                 changes.extend(rows.map(|r| Change::Put(DiskRow { sealed: true, ..r })));
             } else {

@@ -98,7 +98,7 @@ impl StoreDir {
                 continue;
             }
             if self.store.names()?.contains(&new_name(sb.successor)) {
-                self.complete(&sb, sb.successor)?;
+                self.complete(&sb, sb.successor, None)?;
             }
             // Marked: a crash may have come while its sums were made.
             frozen.push(FrozenRow { segment: id, disk: sb.disk, summing: true });

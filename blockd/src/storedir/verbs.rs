@@ -112,7 +112,7 @@ impl StoreDir {
         Ok((row, sealed))
     }
 
-    pub(super) fn check_name_free(&self, name: &str) -> Result<()> {
+    pub(crate) fn check_name_free(&self, name: &str) -> Result<()> {
         match self.catalogue.get(name) {
             None => Ok(()),
             Some(_) => Err(Error::new(Kind::Exists, "a disk of this name exists already")

@@ -3,7 +3,8 @@
 //! Power cuts: children are all there, with exactly what the parents held at the instant, or none
 //! is; a parent has what it flushed, on whichever side of the instant. Kills: every completed write
 //! is there, and if a guest was told of one after the instant, so are the children. One of the
-//! children is served from the instant on, and is written to like its parent.
+//! children is served from the instant on, and is written to like its parent. Children get other
+//! names at the instant, which they have for good once the fork is confirmed.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::Path;
@@ -27,6 +28,9 @@ use uuid::Uuid;
 
 use super::fork::change;
 use super::storedir::{World, look, new_disk, options, write};
+
+/// How the names begin that children have before the instant.
+const BEFORE: &str = "was-";
 
 /// Files of a folder of tails.
 type Tails = BTreeMap<String, Vec<u8>>;
@@ -144,10 +148,10 @@ impl Run {
         run.write("log", 6, BLOCK, 3);
         let of =
             |disk: &str, child: &str| ForkOf { disk: disk.into(), children: vec![child.into()] };
-        let wanted = [of("data", "data-1"), of("log", "log-1")];
+        let wanted = [of("data", "was-data-1"), of("log", "was-log-1")];
         let mut fork: Option<ForkRow> = None;
         run.step("begin", |run| fork = Some(run.dir.begin_fork(&wanted).unwrap()));
-        let fork = fork.unwrap();
+        let mut fork = fork.unwrap();
         let mut crossings: Vec<Crossing> = Vec::new();
         for forked in &fork.disks {
             run.step("prepare", |run| {
@@ -171,6 +175,9 @@ impl Run {
             child.cross();
             run.disks.insert("data-1", Arc::clone(child.next()));
         });
+        for child in fork.disks.iter_mut().flat_map(|forked| &mut forked.children) {
+            child.name = child.name.replace(BEFORE, "");
+        }
         run.flushed.insert("data-1", vec![run.instant]);
         run.told = run.write("data-1", 20, EXTENT + 2, BLOCK);
         // Over what was written before the instant, beside it, and in a leaf of its own.
@@ -276,8 +283,21 @@ impl Run {
         Ok(())
     }
 
+    /// What is there, by the names that children got.
+    fn by_name(&self, point: usize, world: &World) -> Result<World, Violation> {
+        let before = world.keys().filter(|name| name.starts_with(BEFORE)).count();
+        let confirmed = self.around(point).0 >= self.confirmed;
+        if before > 0 && (confirmed || before < 2) {
+            let names: Vec<&String> = world.keys().collect();
+            return Err(Violation::new(Wrong::Value, format!("names of before: {names:?}")));
+        }
+        let now = |name: &String| name.strip_prefix(BEFORE).unwrap_or(name).to_owned();
+        Ok(world.iter().map(|(name, disk)| (now(name), disk.clone())).collect())
+    }
+
     fn check_power_cut(&self, point: usize, world: &World) -> Result<(), Violation> {
         let (ended, begun) = self.around(point);
+        let world = &self.by_name(point, world)?;
         let flushed = |name: &str| {
             let last = self.flushed[name].iter().rfind(|i| **i <= ended);
             last.copied().unwrap_or(self.instant)
@@ -291,6 +311,7 @@ impl Run {
 
     fn check_kill(&self, point: usize, world: &World) -> Result<(), Violation> {
         let (ended, begun) = self.around(point);
+        let world = &self.by_name(point, world)?;
         self.check(world, (&|_| ended, begun))?;
         if ended >= self.told && !world.contains_key("data-1") {
             return Err(Violation::new(
@@ -410,7 +431,7 @@ fn power_cuts_while_a_killed_fork_is_settled() {
         // What was promised by then is promised still; nothing was flushed since.
         let promised = |world: &World| {
             let (_, begun) = run.around(point);
-            run.check(world, (&|_| 0, begun))
+            run.check(&run.by_name(point, world)?, (&|_| 0, begun))
         };
         let (log, mut seen) = (store.log(), HashSet::new());
         let mut walk = CrashWalk::new(&base, &log);

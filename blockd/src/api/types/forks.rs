@@ -61,6 +61,19 @@ pub enum ForkAnswer {
     /// When all is ready for the instant, which `POST /v1/forks/{token}/cut` then says, within ten
     /// seconds; for disks in service.
     Ready,
+    /// The same, but it stands by for ten minutes, and gives way: it ends when another request
+    /// wants one of its disks, or changes what is served. All of its children are to be served.
+    Standby,
+}
+
+/// The instant of a fork that is ready is to be now.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CutFork {
+    /// Other names for the children, in the order in which they were told; none to keep theirs.
+    /// All of the children must be served.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub children: Vec<String>,
 }
 
 /// A disk to fork.

@@ -25,7 +25,7 @@ pub use exports::{AttachDisk, DetachDisk, DiskStats, Export, ExportKind, ExportS
 pub use failure::{Failure, FailureBody};
 pub use flatten::{FlattenDisk, FlattenWhen, Flattened, SetFlattenPolicy};
 pub use forks::{
-    CutForks, ForkAnswer, ForkDisk, ForkDisks, ForkMode, ForkedDisks, JobOrCut, MadeChild,
+    CutFork, CutForks, ForkAnswer, ForkDisk, ForkDisks, ForkMode, ForkedDisks, JobOrCut, MadeChild,
     ReleasedFork, ServeChild,
 };
 pub use modes::SetMode;
