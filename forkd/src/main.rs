@@ -55,6 +55,11 @@ struct Args {
     #[arg(long, value_name = "N", default_value = "4")]
     pool_size: u16,
 
+    /// Have children stand by for a machine that was forked, connected to their disks before it is
+    /// forked again into as many: these then run in half the time
+    #[arg(long, value_name = "MODE", default_value = "on")]
+    standby: Standby,
+
     /// Give up what the daemon and the processes of machines do not need: files and dangerous
     /// system calls
     #[arg(long, value_name = "MODE", default_value = "on")]
@@ -74,6 +79,15 @@ enum Part {
         /// Room for what these processes call themselves
         room: String,
     },
+}
+
+/// Whether children stand by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Standby {
+    /// When it is quiet, of shells that are ready.
+    On,
+    /// Never.
+    Off,
 }
 
 /// Whether a process confines itself.
@@ -107,6 +121,7 @@ fn run(args: &Args) -> Result<()> {
         state: absolute(&args.state)?,
         blockd: absolute(&args.blockd)?,
         pool_size: args.pool_size.into(),
+        standby: args.standby == Standby::On,
         sandbox: args.sandbox == Sandbox::On,
     };
     let mut confined_by = Vec::new();

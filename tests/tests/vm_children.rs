@@ -150,6 +150,27 @@ fn disks_for_reading_only_are_shared() {
     assert!(lab.traces().disks.contains("base"));
 }
 
+/// Story: children of a machine with a disk of its own and one that is shared had the shared one
+/// served to them when blockd was ready for the fork of the other one, which kept blockd from
+/// serving anything else: ten seconds later the fork was given up.
+#[test]
+fn disks_that_are_shared_go_with_disks_that_are_forked() {
+    let Some(lab) = Lab::new("disks_that_are_shared_go_with_disks_that_are_forked") else { return };
+    lab.disk("base");
+    lab.done(&["disk", "seal", "base"]);
+    lab.disk("data");
+    let mut parent = lab.run("p", &["data", "base:ro"]);
+    assert_eq!(parent.number("p 5 4242"), 4242);
+
+    lab.done(&["vm", "fork", "p", "a", "b"]);
+
+    for name in ["a", "b"] {
+        assert_eq!(lab.console(name).number("g 5"), 4242);
+        let disks = &lab.show(name)["disks"];
+        assert_eq!((&disks[0]["own"], &disks[1]["disk"]), (&true.into(), &"base".into()));
+    }
+}
+
 /// What cannot be forked is refused by name, and changes nothing: above all no disk goes that only
 /// has the name of a child's.
 #[test]

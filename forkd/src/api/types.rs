@@ -215,6 +215,9 @@ pub struct ForkedVms {
     pub took_us: u64,
     /// Children for which no shell was ready.
     pub cold: u64,
+    /// Whether the children stood by: they were connected to their disks before.
+    #[serde(default)]
+    pub stood_by: bool,
 }
 
 /// A snapshot to take.
@@ -394,6 +397,9 @@ pub struct Health {
     pub pool: Vec<PoolClass>,
     /// Machines that are wanted ready of each kind.
     pub pool_size: u64,
+    /// The machine for whose next fork children stand by, if any do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub standby: Option<String>,
     /// Things that are to be removed and could not be yet.
     pub unfinished: u64,
     /// What confines the daemon: `landlock`, `seccomp`, both or nothing.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blockd::api::types::{
-    AttachDisk, CreateDisk, CutForks, DetachDisk, Disk, DiskDetails, Export, ExportKind,
+    AttachDisk, CreateDisk, CutFork, CutForks, DetachDisk, Disk, DiskDetails, Export, ExportKind,
     ExportSpec, ForkAnswer, ForkDisks, ForkedDisks, LostTail, RemovedDisk, SocketName,
 };
 use format::{Context as _, Result};
@@ -56,11 +56,15 @@ impl Blockd {
         path: &str,
         body: &impl Serialize,
     ) -> Result<T> {
+        self.exchange(method, path, body)?.read()
+    }
+
+    /// Whatever it answers.
+    fn exchange(&self, method: &str, path: &str, body: &impl Serialize) -> Result<http::Reply> {
         let stream = self.connect()?;
-        let reply = http::request(method, path, body)
+        http::request(method, path, body)
             .and_then(|request| http::exchange(&stream, &request))
-            .context("ask", || self.object())?;
-        reply.read()
+            .context("ask", || self.object())
     }
 
     /// Has it serve a disk at a socket.
@@ -101,12 +105,23 @@ impl Blockd {
         self.ask("POST", "/v1/forks", &asked)
     }
 
-    /// The request that cuts a fork that is ready.
+    /// Has it get ready for a fork, which stands by and gives way to others.
+    ///
+    /// # Errors
+    /// What it says; nothing is made then.
+    pub fn fork_stands_by(&self, request: &ForkDisks) -> Result<CutForks> {
+        let asked = ForkDisks { answer: ForkAnswer::Standby, ..request.clone() };
+        self.ask("POST", "/v1/forks", &asked)
+    }
+
+    /// The request that cuts a fork that is ready, and gives its children these names if there are
+    /// any.
     ///
     /// # Errors
     /// None that is met here.
-    pub fn cut_request(token: Uuid) -> Result<Vec<u8>> {
-        http::request("POST", &format!("/v1/forks/{token}/cut"), &())
+    pub fn cut_request(token: Uuid, names: &[String]) -> Result<Vec<u8>> {
+        let cut = CutFork { children: names.to_vec() };
+        http::request("POST", &format!("/v1/forks/{token}/cut"), &cut)
     }
 
     /// Waits until a fork is durable.
@@ -117,12 +132,23 @@ impl Blockd {
         self.ask("GET", &format!("/v1/forks/{token}"), &())
     }
 
+    /// Waits until a fork has ended, or is not known any more.
+    ///
+    /// # Errors
+    /// When it does not answer: it may not have ended.
+    pub fn wait_for_fork(&self, token: Uuid) -> Result<()> {
+        self.exchange("GET", &format!("/v1/forks/{token}"), &()).map(drop)
+    }
+
     /// Has it forget a fork that is ready and was not cut, and waits for what became of one that
     /// was: nobody has the names of its disks afterwards.
-    pub fn end_fork(&self, token: Uuid) {
-        // Refused when it was cut, and pointless when blockd is gone.
-        let _ = self.ask::<()>("DELETE", &format!("/v1/forks/{token}"), &());
-        let _ = self.forked(token);
+    ///
+    /// # Errors
+    /// As [`Blockd::wait_for_fork`].
+    pub fn end_fork(&self, token: Uuid) -> Result<()> {
+        // Refused when it was cut.
+        self.exchange("DELETE", &format!("/v1/forks/{token}"), &())?;
+        self.wait_for_fork(token)
     }
 
     /// Everything about a disk.

@@ -3,21 +3,23 @@
 //! The order, and what each step defends against:
 //! 1. names are reserved, tap interfaces opened, shells taken, identities made: what can be refused
 //!    is refused before anything changes. Without new random numbers there is no fork;
-//! 2. blockd gets ready for the fork of the disks, and says which disks there are going to be, and
-//!    at which sockets. It forgets all of this if nobody says when, so a daemon that is killed here
-//!    leaves nothing;
+//! 2. blockd serves to the children what they share, gets ready for the fork of the other disks,
+//!    and says which disks there are going to be, and at which sockets. It forgets the fork if
+//!    nobody says when, so a daemon that is killed here leaves sockets at most, which the next one
+//!    finds;
 //! 3. what is going to be made is written down durably (`undo.rs`) — before the cut, behind which a
 //!    disk may become durable. Meanwhile the shells connect to the disks of their children;
 //! 4. the parent's process is told to cut. It stops the machine, has blockd cut the disks on a
 //!    connection that is open already, and lets the machine go on; then it answers. Nobody else has
 //!    a part in the pause: a daemon that is killed or slow does not prolong it;
-//! 5. children are described, each shell becomes one, with its identity in place, and stands;
+//! 5. each shell becomes a child, with its identity in place, and stands;
 //! 6. when all of them are there, they begin to run; an only child need not be told twice. The
 //!    fork of the disks need not be durable yet: blockd lets no flush of a child end before it is.
 //!    Should it fail, the children are ended: nobody was told that they are there, and none of them
 //!    was told that anything is durable;
-//! 7. when it is, descriptions are made durable, and what was written down in 3 goes. Only then is
-//!    somebody told.
+//! 7. children are described; when the fork is durable, descriptions are made so, and what was
+//!    written down in 3 goes. Only then is somebody told. Until then a daemon that finds children
+//!    removes them by that record, described or not.
 //!
 //! Whatever fails on the way, the parent goes on, and what was made of children is removed. A
 //! daemon that is killed leaves shells that end with it, children that the next one removes, and
@@ -27,22 +29,21 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blockd::api::types::{
-    CutForks, FlattenWhen, ForkDisk, ForkDisks, ForkMode, MadeChild, ServeChild,
-};
+use blockd::api::types::{CutForks, MadeChild};
 use blockd::clock;
-use format::{Error, Kind, Result};
+use format::{Error, Result};
 use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::Daemon;
-use super::blockd::{Blockd, export};
+use super::blockd::Blockd;
+use super::fork_disks::{Frozen, check_count, disks_of, fork_request, frozen_of, rename, to_undo};
 use super::net::{Card, cards};
 use super::pool::Busy;
 use super::run::{hardware, lent};
 use super::state::Description;
 use super::table::{Machine, object};
-use super::undo::{Undo, UndoDisk, Which};
+use super::undo::{Undo, UndoDisk};
 use crate::api::types::{EventKind, ForkVm, ForkedVms, VmDisk, VmParent, VmState};
 use crate::process::Process;
 use crate::process::wire::{Ask, BecomeChild, Begin, CutVm, Cutting, DisksAre, WasCut};
@@ -91,16 +92,18 @@ impl Forks {
     }
 }
 
-/// A disk that is going to be forked.
-pub(super) struct Frozen {
-    /// Its number in the machine.
-    pub(super) i: usize,
-    /// Its name.
-    pub(super) disk: String,
-}
-
 /// What came of making children: the machines, the cut, and when all of them ran.
 type Made = (Vec<Arc<Machine>>, WasCut, Instant);
+
+/// Shells for children, and a fork of the disks that is ready, if there are any.
+struct Ready {
+    shells: Vec<Arc<Process>>,
+    token: Option<Uuid>,
+    disks: Vec<MadeChild>,
+    /// The shells are connected to these disks, which have other names yet, and it is noted what is
+    /// to be undone.
+    stood_by: bool,
+}
 
 /// A child that is being made.
 struct Child {
@@ -142,20 +145,63 @@ impl Daemon {
         let _reserved = self.table.reserve(&request.children)?;
         let cards = cards(parent.is.net.is_some(), request.net.as_ref(), &request.children)?;
         self.take_memory_back(&parent)?;
+        let forked = match self.fork_standing(&parent, request, began)? {
+            Some(forked) => forked,
+            None => self.fork_from_pool(&parent, request, (cards, began))?,
+        };
+        self.want_standby(&parent, count);
+        Ok(forked)
+    }
+
+    /// Forks into children that stand by, if there are any; `None` when there are none, or they
+    /// were ended meanwhile, and nothing has happened.
+    fn fork_standing(
+        self: &Arc<Self>,
+        parent: &Machine,
+        request: &ForkVm,
+        began: Instant,
+    ) -> Result<Option<ForkedVms>> {
+        if request.net.is_some() {
+            return Ok(None);
+        }
+        let count = request.children.len();
+        let Some(set) = self.standby.take(parent, count) else { return Ok(None) };
         let busy = self.pool.leave_alone();
-        let (shells, cold) = self.pool.take(&parent.is.class(), count)?;
+        self.pool.used(count);
+        let (mut undo, token) = (set.undo, Some(set.token));
+        let ready = Ready { shells: set.shells, token, disks: set.disks, stood_by: true };
+        let cards = (0..count).map(|_| None).collect();
+        match self.make_children(parent, request, (ready, cards, busy), &mut undo) {
+            Ok(made) => Ok(Some(self.forked(made, (began, 0, true)))),
+            // What kept it from being cut is met again, and told of, if it is still there.
+            Err(_) if undo.disks.is_empty() => {
+                self.janitor.hand_over(undo);
+                Ok(None)
+            }
+            Err(e) => {
+                let _ = self.give_up(undo);
+                Err(e)
+            }
+        }
+    }
+
+    /// Forks into children that are made from the beginning.
+    fn fork_from_pool(
+        self: &Arc<Self>,
+        parent: &Machine,
+        request: &ForkVm,
+        (cards, began): (Vec<Option<Card>>, Instant),
+    ) -> Result<ForkedVms> {
+        let busy = self.pool.leave_alone();
+        let (shells, cold) = self.pool.take(&parent.is.class(), request.children.len())?;
         let ids = shells.iter().map(|shell| shell.id).collect();
         let mut undo = Undo::of(ids, !parent.is.disks.is_empty(), Vec::new());
-        let made = self.make_children(&parent, request, (shells, cards, busy), &mut undo);
+        let made = self.get_ready(parent, request, shells).and_then(|ready| {
+            undo.fork = ready.token;
+            self.make_children(parent, request, (ready, cards, busy), &mut undo)
+        });
         match made {
-            Ok((children, was_cut, ready)) => Ok(ForkedVms {
-                children: children.iter().map(|child| child.describe(&self.state)).collect(),
-                pause_us: was_cut.pause.whole,
-                disks_us: was_cut.pause.disks,
-                ready_us: us(ready - began),
-                took_us: us(began.elapsed()),
-                cold: cold as u64,
-            }),
+            Ok(made) => Ok(self.forked(made, (began, cold, false))),
             Err(e) => {
                 // What cannot be removed now is told of by health, and removed later.
                 let _ = self.give_up(undo);
@@ -164,46 +210,76 @@ impl Daemon {
         }
     }
 
+    fn forked(
+        &self,
+        (children, was_cut, ready): Made,
+        (began, cold, stood_by): (Instant, usize, bool),
+    ) -> ForkedVms {
+        ForkedVms {
+            children: children.iter().map(|child| child.describe(&self.state)).collect(),
+            pause_us: was_cut.pause.whole,
+            disks_us: was_cut.pause.disks,
+            ready_us: us(ready - began),
+            took_us: us(began.elapsed()),
+            cold: cold as u64,
+            stood_by,
+        }
+    }
+
+    /// Has blockd serve disks that are shared, and get ready if there are disks to fork. In this
+    /// order: while it is ready it begins to serve nothing else.
+    fn get_ready(
+        &self,
+        parent: &Machine,
+        request: &ForkVm,
+        shells: Vec<Arc<Process>>,
+    ) -> Result<Ready> {
+        shells.iter().for_each(|shell| self.janitor.know(Arc::clone(shell)));
+        for (i, disk) in parent.is.disks.iter().enumerate().filter(|(_, disk)| disk.read_only) {
+            shells.iter().try_for_each(|shell| self.attach_disk(shell, i, disk))?;
+        }
+        let frozen = frozen_of(parent);
+        if frozen.is_empty() {
+            return Ok(Ready { shells, token: None, disks: Vec::new(), stood_by: false });
+        }
+        let asked = fork_request(&request.children, &frozen, &shells);
+        let ready = self.blockd.fork_ready(&asked)?;
+        Ok(Ready { shells, token: Some(ready.token), disks: ready.children, stood_by: false })
+    }
+
     fn make_children(
         self: &Arc<Self>,
         parent: &Machine,
         request: &ForkVm,
-        (shells, cards, busy): (Vec<Arc<Process>>, Vec<Option<Card>>, Busy<'_>),
+        (ready, cards, busy): (Ready, Vec<Option<Card>>, Busy<'_>),
         undo: &mut Undo,
     ) -> Result<Made> {
-        shells.iter().for_each(|shell| self.janitor.know(Arc::clone(shell)));
+        let Ready { shells, token, mut disks, stood_by } = ready;
         let fresh = |(name, shell): (&String, &Arc<Process>)| identity::fresh(name, shell.id);
-        let identities: Result<Vec<_>> = request.children.iter().zip(&shells).map(fresh).collect();
-        let identities = identities?;
+        let identities = request.children.iter().zip(&shells).map(fresh);
+        let identities = identities.collect::<Result<Vec<_>>>()?;
         let frozen = frozen_of(parent);
-        let disks = fork_request(request, &frozen, &shells);
-        let ready = (!frozen.is_empty()).then(|| self.blockd.fork_ready(&disks)).transpose()?;
-        let token = ready.as_ref().map(|ready| ready.token);
-        let disks = ready.map_or_else(Vec::new, |ready| ready.children);
-        let make = || {
-            if disks.len() != frozen.len() * shells.len() {
-                let reason = "blockd answers with other disks than asked";
-                return Err(Error::new(Kind::Unsupported, reason));
-            }
-            undo.disks = disks.iter().map(to_undo).collect();
-            let own = identities.into_iter().zip(cards);
-            let children = children_of(parent, (&frozen, &disks), shells, own);
+        check_count(&disks, &frozen, &shells)?;
+        undo.disks = disks.iter().map(to_undo).collect();
+        let names = if stood_by { rename(&mut disks, &request.children, &frozen) } else { vec![] };
+        let own = identities.into_iter().zip(cards);
+        let children = children_of(parent, (&frozen, &disks), shells, own);
+        if !stood_by {
             self.note_and_equip(&children, undo)?;
-            let (was_cut, files) = self.cut(parent, token, &mut undo.disks)?;
-            if let Some((status, body)) = &was_cut.disks {
-                let body = body.clone().into_bytes();
-                http::Reply { status: *status, body }.read::<CutForks>()?;
-            }
-            let described = self.describe_children(parent, &children, &was_cut)?;
-            let_run(&children, (&was_cut, &files), Begin { paused: request.paused })?;
-            let ready = Instant::now();
-            // What is left waits for storage: shells for the next fork can be made meanwhile.
-            drop(busy);
-            let state = if request.paused { VmState::Paused } else { VmState::Running };
-            let kept = self.keep(described, children, (token, state), undo)?;
-            Ok((kept, was_cut, ready))
-        };
-        make().inspect_err(|_| token.into_iter().for_each(|token| self.blockd.end_fork(token)))
+        }
+        let (was_cut, files) = self.cut(parent, token, &names, &mut undo.disks)?;
+        if let Some((status, body)) = &was_cut.disks {
+            let body = body.clone().into_bytes();
+            http::Reply { status: *status, body }.read::<CutForks>()?;
+        }
+        let_run(&children, (&was_cut, &files), Begin { paused: request.paused })?;
+        let ready = Instant::now();
+        // What is left waits for storage: shells for the next fork can be made meanwhile.
+        drop(busy);
+        let described = self.describe_children(parent, &children, &was_cut)?;
+        let state = if request.paused { VmState::Paused } else { VmState::Running };
+        let kept = self.keep(described, children, (token, state), undo)?;
+        Ok((kept, was_cut, ready))
     }
 
     /// Notes what is to be undone, and has the children that are to be connected to their disks.
@@ -217,34 +293,30 @@ impl Daemon {
         noted.and(equipped)
     }
 
-    /// Connects a child that is to be to its disks. Those that are its parent's as well are to be
-    /// served to it first.
+    /// Connects a child that is to be to its disks.
     fn equip(&self, child: &Child) -> Result<()> {
-        let shared = child.disks.iter().enumerate().filter(|(_, disk)| disk.read_only);
-        let equip = || {
-            for (i, disk) in shared {
-                self.attach_disk(&child.process, i, disk)?;
-            }
-            let mut hardware = hardware(&child.process, &child.disks);
-            hardware.net = child.card.as_ref().map(|card| card.is.clone());
-            let tap: Vec<_> = child.card.as_ref().and_then(Card::file).into_iter().collect();
-            child.process.ask_with::<()>(&Ask::Equip(hardware), &tap).map(drop)
-        };
-        equip().map_err(|e: Error| e.within("make", object(&child.identity.name)))
+        let mut hardware = hardware(&child.process, &child.disks);
+        hardware.net = child.card.as_ref().map(|card| card.is.clone());
+        let tap: Vec<_> = child.card.as_ref().and_then(Card::file).into_iter().collect();
+        let equipped = child.process.ask_with::<()>(&Ask::Equip(hardware), &tap);
+        equipped.map(drop).map_err(|e| e.within("make", object(&child.identity.name)))
     }
 
-    /// Has a machine cut, and its disks if there is a token for them.
+    /// Has a machine cut, and its disks if there is a token for them; their children get these
+    /// names if there are any.
     pub(super) fn cut(
         &self,
         parent: &Machine,
         token: Option<Uuid>,
+        names: &[String],
         undo: &mut Vec<UndoDisk>,
     ) -> Result<(WasCut, Vec<OwnedFd>)> {
         let connection = token.map(|_| self.blockd.connect()).transpose();
         let connection = connection.inspect_err(|_| undo.clear())?;
         let lent: Vec<BorrowedFd> = connection.iter().map(|c| c.as_fd()).collect();
         let text = |bytes| String::from_utf8(bytes).map_err(|_| Error::invalid("it is no text"));
-        let request = token.map(|token| Blockd::cut_request(token).and_then(text)).transpose()?;
+        let request = token.map(|token| Blockd::cut_request(token, names).and_then(text));
+        let request = request.transpose()?;
         let ask = Ask::Cut(CutVm { request });
         match parent.living_process()?.ask_with::<Cutting>(&ask, &lent)? {
             (Cutting::Cut(was_cut), files) => Ok((was_cut, files)),
@@ -311,12 +383,7 @@ fn children_of(
 ) -> Vec<Child> {
     let count = shells.len();
     let child = |(n, (process, (identity, card))): (usize, (Arc<Process>, (_, _)))| {
-        let mut disks = parent.disks();
-        for (k, f) in frozen.iter().enumerate() {
-            // blockd answers disk by disk, with the children of each in their order.
-            let MadeChild { name, disk } = made[k * count + n].clone();
-            disks[f.i] = VmDisk { disk: name, id: disk, own: true, ..disks[f.i].clone() };
-        }
+        let disks = disks_of(parent, (frozen, made), (n, count));
         Child { process, identity, disks, card }
     };
     shells.into_iter().zip(own).enumerate().map(child).collect()
@@ -344,42 +411,6 @@ fn fill(
     filled.map(drop).map_err(|e| e.within("make", object(&child.identity.name)))
 }
 
-/// The name of the disk that a child gets for disk number `i` of its parent.
-fn disk_name(child: &str, i: usize) -> String {
-    format!("{child}-disk{i}")
-}
-
-fn to_undo(made: &MadeChild) -> UndoDisk {
-    UndoDisk { name: made.name.clone(), is: Which::Identity(made.disk) }
-}
-
-/// The disks of a machine that are going to be forked: those that are its own.
-pub(super) fn frozen_of(parent: &Machine) -> Vec<Frozen> {
-    let disks = parent.is.disks.iter().enumerate().filter(|(_, disk)| !disk.read_only);
-    disks.map(|(i, disk)| Frozen { i, disk: disk.disk.clone() }).collect()
-}
-
-/// What blockd is to fork, and where it is to serve the children.
-fn fork_request(request: &ForkVm, frozen: &[Frozen], shells: &[Arc<Process>]) -> ForkDisks {
-    let disk = |f: &Frozen| {
-        let children: Vec<String> =
-            request.children.iter().map(|child| disk_name(child, f.i)).collect();
-        let serve = |(child, shell): (&String, &Arc<Process>)| ServeChild {
-            child: child.clone(),
-            export: export(&shell.folder().disk(f.i), false),
-            limits: None,
-        };
-        let serve = children.iter().zip(shells).map(serve).collect();
-        ForkDisk { disk: f.disk.clone(), children, serve }
-    };
-    ForkDisks {
-        disks: frozen.iter().map(disk).collect(),
-        mode: ForkMode::Live,
-        flatten: FlattenWhen::Auto,
-        ..ForkDisks::default()
-    }
-}
-
 /// Does something for each child, several at a time; all of it is tried, the first failure counts.
 fn side_by_side(children: &[Child], work: &(dyn Fn(&Child) -> Result<()> + Sync)) -> Result<()> {
     let lane = |part: &[Child]| {
@@ -400,32 +431,4 @@ fn side_by_side(children: &[Child], work: &(dyn Fn(&Child) -> Result<()> + Sync)
         let outcomes: Vec<Result<()>> = outcomes.collect();
         outcomes.into_iter().collect()
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_disk_of_every_child_is_asked_for_and_can_be_undone() {
-        let children = vec!["a".to_owned(), "b".to_owned()];
-        let request = ForkVm { children, paused: false, net: None };
-        let frozen = [Frozen { i: 0, disk: "root".into() }, Frozen { i: 2, disk: "data".into() }];
-
-        let body = fork_request(&request, &frozen, &[]);
-
-        let names = |d: &ForkDisk| (d.disk.clone(), d.children.join(" "));
-        let asked: Vec<_> = body.disks.iter().map(names).collect();
-        assert_eq!(
-            asked,
-            [
-                ("root".to_owned(), "a-disk0 b-disk0".to_owned()),
-                ("data".to_owned(), "a-disk2 b-disk2".to_owned()),
-            ]
-        );
-        let made = MadeChild { name: "b-disk2".into(), disk: Uuid::from_u128(7) };
-        let is = Which::Identity(made.disk);
-        assert_eq!(to_undo(&made), UndoDisk { name: "b-disk2".into(), is });
-        assert!(fork_request(&request, &[], &[]).disks.is_empty());
-    }
 }

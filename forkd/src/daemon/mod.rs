@@ -12,12 +12,13 @@
 //!   or given up.
 //! - Functions may block; the server calls them on threads of their own.
 //!
-//! Lock order: a machine's change, the table, a machine's state, the pool, what is to be undone,
-//! processes, events. None but the first is held over a question to somebody else.
+//! Lock order: a machine's change, the table, a machine's state, the pool, what stands by, what is
+//! to be undone, processes, events. None but the first is held over a question to somebody else.
 
 mod blockd;
 mod direct;
 mod fork;
+mod fork_disks;
 mod life;
 mod metrics;
 mod net;
@@ -26,6 +27,7 @@ mod recover;
 mod restore;
 mod run;
 mod snapshot;
+mod standby;
 mod state;
 mod table;
 mod undo;
@@ -46,6 +48,7 @@ pub use state::StateDir;
 
 use fork::Forks;
 use pool::Pool;
+use standby::Standby;
 use table::Table;
 use undo::Janitor;
 
@@ -61,6 +64,8 @@ pub struct Options {
     pub blockd: PathBuf,
     /// Shells that are to be ready of each kind.
     pub pool_size: usize,
+    /// Whether children stand by for a machine that was forked.
+    pub standby: bool,
     /// Whether VM processes confine themselves.
     pub sandbox: bool,
 }
@@ -71,6 +76,9 @@ pub struct Daemon {
     blockd: Blockd,
     table: Table,
     pool: Arc<Pool>,
+    /// Whether there is to be a set in `standby`.
+    stands_by: bool,
+    standby: Standby,
     janitor: Janitor,
     events: Arc<Events<Event>>,
     forks: Forks,
@@ -95,6 +103,8 @@ impl Daemon {
                 options.sandbox,
                 Arc::clone(&events),
             )),
+            stands_by: options.standby,
+            standby: Standby::default(),
             blockd: Blockd::at(options.blockd.clone()),
             table: Table::default(),
             janitor: Janitor::open(&state)?,
@@ -110,6 +120,7 @@ impl Daemon {
         daemon.recover()?;
         daemon.start_janitor()?;
         daemon.pool.start()?;
+        daemon.start_standby()?;
         Ok(daemon)
     }
 
@@ -145,6 +156,7 @@ impl Daemon {
             vms: living.count() as u64,
             pool: self.pool.classes(),
             pool_size: self.pool.size() as u64,
+            standby: self.standby.parent(),
             unfinished: self.janitor.pending(),
             sandbox: self.confined_by.clone(),
         }
@@ -167,6 +179,7 @@ impl Daemon {
     /// Ends what does not outlive the daemon.
     pub fn end_service(&self) {
         self.jobs.suspend_all();
+        self.end_standby();
         self.pool.close();
     }
 }

@@ -150,6 +150,28 @@ impl Pool {
         Ok((taken, missing))
     }
 
+    /// Takes shells that are ready, if there are as many and it is quiet, for who is in no hurry.
+    pub fn take_idle(&self, class: &SizeClass, count: usize) -> Option<Vec<Arc<Process>>> {
+        let mut shelves = self.shelves.lock();
+        let quiet = shelves.taken.is_none_or(|at| at.elapsed() >= QUIET);
+        if shelves.closed || shelves.forks > 0 || !quiet {
+            return None;
+        }
+        let ready = shelves.ready.get_mut(&key(class))?;
+        let left = ready.len().checked_sub(count)?;
+        let taken = ready.split_off(left);
+        drop(shelves);
+        self.changed.notify_all();
+        Some(taken)
+    }
+
+    /// Notes that shells are used which were taken before.
+    pub fn used(&self, count: usize) {
+        let mut shelves = self.shelves.lock();
+        shelves.taken = Some(Instant::now());
+        shelves.hits += count as u64;
+    }
+
     fn take_ready(&self, class: &SizeClass, count: usize) -> Vec<Arc<Process>> {
         let mut shelves = self.shelves.lock();
         let mut dead = shelves.use_class(key(class));

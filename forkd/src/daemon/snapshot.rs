@@ -26,7 +26,8 @@ use format::{Context as _, Error, Kind, Result};
 use uuid::Uuid;
 
 use super::Daemon;
-use super::fork::{Frozen, frozen_of, us};
+use super::fork::us;
+use super::fork_disks::{Frozen, frozen_of};
 use super::table::{Machine, object};
 use super::undo::{Undo, UndoDisk, Which};
 use crate::api::types::{
@@ -183,19 +184,19 @@ impl Daemon {
         undo: &mut Undo,
     ) -> Result<(WasCut, Vec<OwnedFd>, Vec<Disk>)> {
         if disks.disks.is_empty() {
-            let (was_cut, files) = self.cut(machine, None, &mut undo.disks)?;
+            let (was_cut, files) = self.cut(machine, None, &[], &mut undo.disks)?;
             return Ok((was_cut, files, Vec::new()));
         }
         let token = self.blockd.fork_ready(disks).inspect_err(|_| undo.disks.clear())?.token;
         let mut cut = || {
-            let (was_cut, files) = self.cut(machine, Some(token), &mut undo.disks)?;
+            let (was_cut, files) = self.cut(machine, Some(token), &[], &mut undo.disks)?;
             if let Some((status, body)) = &was_cut.disks {
                 let body = body.clone().into_bytes();
                 http::Reply { status: *status, body }.refused()?;
             }
             Ok((was_cut, files, self.blockd.forked(token)?.children))
         };
-        cut().inspect_err(|_| self.blockd.end_fork(token))
+        cut().inspect_err(|_| _ = self.blockd.end_fork(token))
     }
 
     /// Removes a snapshot, and the disks that were made for it.

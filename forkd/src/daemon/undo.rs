@@ -4,17 +4,18 @@
 //! that the last step was done. While it is there, the work counts as not done: a daemon that finds
 //! it removes what it names, whether the work was given up, failed or was killed.
 //!
-//! The order of removing, and why: first the processes, so that nobody uses a disk; then blockd's
+//! The order of removing, and why: first the processes, so that nobody uses a disk; then a fork
+//! that is under way is ended or waited for, so that there are no disks to come; then blockd's
 //! sockets, so that disks are free; then the disks; then the folders; last the record, so that a
 //! removal that is cut short is taken up again. Every step may find that it was done before.
 //!
-//! A disk is never removed by its name alone, which may be another's by now: it has the identity
-//! that was noted, or stands on the very segment that it was made over. The record of a fork has
-//! identities: blockd tells them when it is ready, and makes nothing of a fork that nobody cuts.
-//! Elsewhere identities are noted as soon as they are known, before anybody uses the disks: one in
-//! service may be flattened, and then stands on nothing that it was made over. That note is a file
-//! of its own, and not durable: after a kill it is there, after a power cut it may be missing, and
-//! the first one counts.
+//! A disk is never removed by its name alone, which may be another's by now, nor is it missed
+//! because it has another name: it has the identity that was noted, or stands on the very segment
+//! that it was made over. The record of a fork has identities: blockd tells them when it is ready,
+//! and makes nothing of a fork that nobody cuts. Elsewhere identities are noted as soon as they are
+//! known, before anybody uses the disks: one in service may be flattened, and then stands on
+//! nothing that it was made over. That note is a file of its own, and not durable: after a kill it
+//! is there, after a power cut it may be missing, and the first one counts.
 //!
 //! Of a snapshot, the folder that it is made in says whether it is done: it takes another name as
 //! the last step. While it has the first one, it and the disks go; when it has not, the snapshot is
@@ -59,6 +60,9 @@ pub struct Undo {
     pub attached: bool,
     /// Disks.
     pub disks: Vec<UndoDisk>,
+    /// The fork that makes them.
+    #[serde(default)]
+    pub fork: Option<Uuid>,
     /// The folder of a snapshot that is not done; without it there, the disks stay.
     #[serde(default)]
     pub partial: Option<PathBuf>,
@@ -94,7 +98,8 @@ impl Undo {
     /// A record of machines, and whether they use disks.
     #[must_use]
     pub fn of(machines: Vec<Uuid>, attached: bool, disks: Vec<UndoDisk>) -> Undo {
-        Undo { layout: LAYOUT, id: Uuid::new_v4(), machines, attached, disks, partial: None }
+        let id = Uuid::new_v4();
+        Undo { layout: LAYOUT, id, machines, attached, disks, fork: None, partial: None }
     }
 
     /// A record of a snapshot's disks, and the folder in which it is while it is not done.
@@ -223,7 +228,7 @@ impl Janitor {
     }
 
     /// Has it removed from now on.
-    fn hand_over(&self, undo: Undo) {
+    pub(super) fn hand_over(&self, undo: Undo) {
         self.work.lock().undo.insert(undo.id, undo);
         self.changed.notify_all();
     }
@@ -276,6 +281,8 @@ impl Daemon {
         for machine in &undo.machines {
             self.end_process(*machine)?;
         }
+        // Before its disks are looked for, which are not there before it has ended.
+        undo.fork.map_or(Ok(()), |token| self.blockd.end_fork(token))?;
         if undo.attached {
             undo.machines.iter().try_for_each(|machine| self.let_go_of_disks(*machine))?;
         }
@@ -339,24 +346,36 @@ impl Daemon {
     }
 
     fn remove_disk(&self, disk: &UndoDisk) -> Result<()> {
-        let found = match self.blockd.show(&disk.name) {
-            // blockd itself may be what is not found.
-            Err(e) if e.kind() == Kind::NotFound => match self.blockd.connect() {
-                Ok(_) => return Ok(()),
-                Err(e) => return Err(e),
-            },
-            found => found?,
-        };
-        let meant = match disk.is {
-            Which::Identity(id) => found.disk.disk == id,
-            Which::Over(segment) => found.segments.iter().any(|s| s.segment == segment && !s.own),
-        };
-        if !meant {
-            return Ok(());
-        }
-        match self.blockd.remove(&disk.name) {
+        let Some(name) = self.find_disk(disk)? else { return Ok(()) };
+        match self.blockd.remove(&name) {
             Err(e) if e.kind() == Kind::NotFound => self.blockd.connect().map(drop),
             removed => removed,
+        }
+    }
+
+    /// The name that a disk has by now; `None` when it is not there.
+    fn find_disk(&self, disk: &UndoDisk) -> Result<Option<String>> {
+        match self.blockd.show(&disk.name) {
+            Ok(found) => {
+                let meant = match disk.is {
+                    Which::Identity(id) => found.disk.disk == id,
+                    Which::Over(at) => found.segments.iter().any(|s| s.segment == at && !s.own),
+                };
+                if meant {
+                    return Ok(Some(found.disk.name));
+                }
+            }
+            // blockd itself may be what is not found.
+            Err(e) if e.kind() == Kind::NotFound => self.blockd.connect().map(drop)?,
+            Err(e) => return Err(e),
+        }
+        match disk.is {
+            // It may have got another name.
+            Which::Identity(id) => {
+                let named = self.blockd.disks()?.into_iter().find(|found| found.disk == id);
+                Ok(named.map(|found| found.name))
+            }
+            Which::Over(_) => Ok(None),
         }
     }
 }

@@ -96,6 +96,8 @@ pub fn serve(options: &Options, tether: UnixStream) -> Result<()> {
             std::process::exit(0);
         }
     })?;
+    let at_end = Arc::clone(&vm);
+    std::thread::Builder::new().name("end".into()).spawn(move || at_end.wait_for_end())?;
     loop {
         match listener.accept() {
             Ok((socket, _)) => {
@@ -216,14 +218,11 @@ impl Vm {
         work(&mut machine)?;
         self.machine.set(machine).map_err(|_| no_shell())?;
         self.now_is(Phase::Paused);
-        let vm = Arc::clone(self);
-        std::thread::Builder::new().name("end".into()).spawn(move || vm.wait_for_end())?;
         Ok(())
     }
 
     fn wait_for_end(&self) {
-        let Some(machine) = self.machine.get() else { return };
-        let Exit { reason, detail } = machine.wait();
+        let Exit { reason, detail } = self.machine.wait().wait();
         self.leave_word(&Ended { reason: reason.name().into(), detail, at: clock::now() });
         std::process::exit(0);
     }

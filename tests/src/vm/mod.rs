@@ -55,13 +55,14 @@ pub struct Traces {
 }
 
 impl Lab {
-    /// A lab, or none where there is no KVM: then the test is counted as skipped.
+    /// A lab, or none where there is no KVM: then the test is counted as skipped. No children stand
+    /// by in it: what there is of machines can be counted.
     ///
     /// # Panics
     /// When the daemons do not start.
     #[must_use]
     pub fn new(test: &str) -> Option<Lab> {
-        Self::with(test, &["--pool-size", "2"])
+        Self::with(test, &["--pool-size", "2", "--standby", "off"])
     }
 
     /// As [`Lab::new`], with options of forkd.

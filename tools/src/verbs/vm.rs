@@ -265,6 +265,7 @@ fn status(s: &Session) -> Outcome {
             ("started", utc(health.started)),
             ("machines", health.vms.to_string()),
             ("shells", list(&health.pool.iter().map(class).collect::<Vec<_>>())),
+            ("stand by", health.standby.as_ref().map_or("-".into(), |vm| format!("for {vm}"))),
             ("unfinished", health.unfinished.to_string()),
             ("confined by", list(&health.sandbox)),
         ];
