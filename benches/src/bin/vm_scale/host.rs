@@ -19,7 +19,9 @@ pub const PAGE: u64 = 4096;
 pub const HEAP: u64 = 0x80_0000;
 /// Space that the guest's own memory and its stack need, in MiB.
 const OWN_MIB: u64 = 16;
-/// How long to wait for shells.
+/// Shells of a pool of usual size.
+pub const POOL: u64 = 4;
+/// How long to wait for what is to be ready.
 const WAIT_MAX: Duration = Duration::from_secs(60);
 /// How long to wait for huge pages.
 const HUGE_MAX: Duration = Duration::from_secs(20);
@@ -35,6 +37,15 @@ pub fn stores() -> TempDir {
     folder
 }
 
+/// What is ready for the next fork.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ready {
+    /// So many shells.
+    Shells(u64),
+    /// As many children as the last fork had, and shells.
+    Children,
+}
+
 /// A blockd, a forkd, and a parent that waits for what is typed.
 ///
 /// The store is where temporary files are. forkd's folder is in memory, as its usual one below
@@ -45,7 +56,7 @@ pub struct Host {
     pub console: Console,
     /// Pages of the parent that are all written, from [`HEAP`] on.
     pub pages: u64,
-    pool: u64,
+    ready: Ready,
 }
 
 /// Tells whoever waits how far it is.
@@ -55,17 +66,22 @@ pub fn progress(what: &str) {
 
 impl Host {
     /// A parent with that much memory, all of it written and in huge pages if the host has them,
-    /// as in one that has run for some seconds; and a pool of that size, which is full.
-    pub fn start(memory_mib: u64, pool: u64) -> Host {
+    /// as in one that has run for some seconds; and a pool that is full.
+    pub fn start(memory_mib: u64, ready: Ready) -> Host {
         let store = STORES.get().expect("a folder for stores").join(Uuid::new_v4().to_string());
         let store = TestStore::made(memory_dir(), store);
-        let lab = Lab::over(store, &["--pool-size", &pool.to_string()]);
+        let (pool, standby) = match ready {
+            Ready::Shells(pool) => (pool, "off"),
+            Ready::Children => (POOL, "on"),
+        };
+        let pool = pool.to_string();
+        let lab = Lab::over(store, &["--pool-size", &pool, "--standby", standby]);
         lab.disk("root");
         let mut console = lab.run_with(&format!("{memory_mib}M"), "p", &["root"]);
         let pages = (memory_mib - OWN_MIB) * MIB / PAGE;
         console.number(&format!("f {HEAP} {pages} 1"));
-        let host = Host { lab, console, pages, pool };
-        host.await_shells();
+        let host = Host { lab, console, pages, ready };
+        host.await_pool();
         host.await_huge_pages();
         host
     }
@@ -79,16 +95,33 @@ impl Host {
     }
 
     /// Waits until the pool is full.
-    pub fn await_shells(&self) {
+    fn await_pool(&self) {
+        let pool = match self.ready {
+            Ready::Shells(pool) => pool,
+            Ready::Children => POOL,
+        };
+        self.await_health(&format!("{pool} shells"), |health| {
+            let classes = health["pool"].as_array().expect("a list");
+            classes.iter().any(|class| class["ready"].as_u64().is_some_and(|n| n >= pool))
+        });
+    }
+
+    /// Waits until there is what is to be ready for the next fork of a parent that was forked.
+    pub fn await_ready(&self) {
+        self.await_pool();
+        if self.ready == Ready::Children {
+            self.await_health("children that stand by", |health| health["standby"] == "p");
+        }
+    }
+
+    fn await_health(&self, what: &str, there: impl Fn(&Value) -> bool) {
         let until = Instant::now() + WAIT_MAX;
         loop {
             let health = self.api("GET", "/v1/health", &Value::Null);
-            let pool = health["pool"].as_array().expect("a list");
-            let ready = |class: &Value| class["ready"].as_u64().is_some_and(|n| n >= self.pool);
-            if pool.iter().any(ready) {
+            if there(&health) {
                 return;
             }
-            assert!(Instant::now() < until, "no {} shells: {health}", self.pool);
+            assert!(Instant::now() < until, "no {what}: {health}");
             std::thread::sleep(Duration::from_millis(20));
         }
     }

@@ -22,6 +22,7 @@ mod singles;
 mod slowdown;
 
 use clock::Clock;
+use host::{POOL, Ready};
 use peer::Peer;
 use singles::Singles;
 
@@ -70,14 +71,18 @@ fn one_child(memory_mib: u64, rounds: u64, slow_rounds: u64, clock: &Clock) -> S
     println!(
         "\nOne child. The parent writes a block to its disk each millisecond and sleeps in \
          between, and so does the child. All but the pause is from the request on; \
-         \"first cut\" is one fork of each of several parents.\n"
+         \"first cut\" is one fork of each of several parents. *It stood by*: the child was \
+         connected to its disk before the request, as forkd does for a machine that was forked \
+         before when there is time between two forks. *Warm pool*: nothing but a shell was ready; \
+         *cold pool*: not even that.\n"
     );
     println!("| what, in ms | N | p50 | p90 | p99 |");
     println!("|---|---|---|---|---|");
     singles::first_cuts(memory_mib, slow_rounds);
-    let warm = singles::later_cuts(memory_mib, rounds, 4, clock);
-    singles::later_cuts(memory_mib, slow_rounds, 0, clock);
-    warm
+    let stood_by = singles::later_cuts(memory_mib, rounds, Ready::Children, clock);
+    singles::later_cuts(memory_mib, rounds, Ready::Shells(POOL), clock);
+    singles::later_cuts(memory_mib, slow_rounds, Ready::Shells(0), clock);
+    stood_by
 }
 
 fn beside_qemu(memory_mib: u64, rounds: u64, ours: Option<&Singles>) {

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::host::{HEAP, Host, MIB, PAGE, ms, names, progress};
+use crate::host::{HEAP, Host, MIB, PAGE, Ready, ms, names, progress};
 
 /// Time for children to come to rest.
 const REST: Duration = Duration::from_secs(1);
@@ -31,7 +31,7 @@ fn available() -> f64 {
 
 fn memory(host: &Host, before: f64) -> Memory {
     // With as many shells as there were before.
-    host.await_shells();
+    host.await_ready();
     std::thread::sleep(REST);
     let after = available();
     let stats = host.api("GET", "/v1/stats", &Value::Null);
@@ -68,7 +68,7 @@ fn work(host: &Host, children: &[String]) -> Duration {
 /// Forks a parent that sleeps into so many children, and prints a row.
 pub fn row(memory_mib: u64, count: u64) {
     progress(&format!("one fork into {count}: the parent and {count} shells"));
-    let host = Host::start(memory_mib, count);
+    let host = Host::start(memory_mib, Ready::Shells(count));
     progress(&format!("one fork into {count}: the fork"));
     std::thread::sleep(REST);
     let before = available();

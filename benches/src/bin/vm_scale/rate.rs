@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::host::{Host, progress};
+use crate::host::{Host, Ready, progress};
 
 /// How long forks are made.
 pub const SPAN: Duration = Duration::from_secs(10);
@@ -15,7 +15,7 @@ const REMOVED: usize = 50;
 /// after the other.
 pub fn row(memory_mib: u64, at_once: u64) {
     progress(&format!("forks in a row, {at_once} at once"));
-    let host = Host::start(memory_mib, at_once * 2);
+    let host = Host::start(memory_mib, Ready::Shells(at_once * 2));
     let began = Instant::now();
     let mut made: Vec<String> = Vec::new();
     while began.elapsed() < SPAN && (made.len() as u64) < CHILDREN_MAX {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use offshoot_benches::figures::Figures;
 
 use crate::clock::{self, Clock, GuestClock};
-use crate::host::{Host, ms, names, progress};
+use crate::host::{Host, Ready, ms, names, progress};
 
 /// Microseconds between two writes of the parent to its disk.
 const PACE_US: u64 = 1000;
@@ -25,7 +25,7 @@ pub fn first_cuts(memory_mib: u64, parents: u64) {
     let [mut pause, mut runs] = [Figures::default(), Figures::default()];
     for n in 1..=parents {
         progress(&format!("first cut {n} of {parents}"));
-        let mut host = Host::start(memory_mib, 1);
+        let mut host = Host::start(memory_mib, Ready::Shells(1));
         assert_eq!(host.console.ask(&format!("e {PACE_US}")), "writing");
         let answer = host.fork(&names(1), false);
         pause.add(ms(&answer, "pause_us"));
@@ -35,20 +35,27 @@ pub fn first_cuts(memory_mib: u64, parents: u64) {
     runs.row("child runs, first cut");
 }
 
-/// Later cuts of one parent, with a pool of that size.
-pub fn later_cuts(memory_mib: u64, rounds: u64, pool: u64, clock: &Clock) -> Singles {
-    let what = if pool == 0 { "cold pool" } else { "warm pool" };
+/// Later cuts of one parent, each when that is ready.
+pub fn later_cuts(memory_mib: u64, rounds: u64, ready: Ready, clock: &Clock) -> Singles {
+    let what = match ready {
+        Ready::Shells(0) => "cold pool",
+        Ready::Shells(_) => "warm pool",
+        Ready::Children => "it stood by",
+    };
     progress(&format!("{rounds} single forks, {what}"));
-    let mut host = Host::start(memory_mib, pool);
+    let mut host = Host::start(memory_mib, ready);
     let [mut pause, mut disks, mut runs, mut durable]: [Figures; 4] = Default::default();
     let [mut woke, mut wrote] = [Figures::default(), Figures::default()];
     assert_eq!(host.console.ask(&format!("e {PACE_US}")), "writing");
     let child = names(1);
     for round in 0..=rounds {
-        host.await_shells();
+        if round > 0 {
+            host.await_ready();
+        }
         std::thread::sleep(QUIET);
         let asked = clock::now();
         let answer = host.fork(&child, false);
+        assert_eq!(answer["stood_by"], round > 0 && ready == Ready::Children);
         std::thread::sleep(WRITE_MAX);
         let guest = GuestClock::ask(&mut host.console_of("c0"));
         host.remove("c0");

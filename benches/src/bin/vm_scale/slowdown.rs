@@ -5,7 +5,7 @@ use std::time::Duration;
 use offshoot_benches::figures::Figures;
 
 use crate::clock::{self, Clock, GuestClock};
-use crate::host::{HEAP, Host, names, progress};
+use crate::host::{HEAP, Host, Ready, names, progress};
 
 /// Time between two notes of the guest.
 const NOTE: Duration = Duration::from_millis(5);
@@ -21,11 +21,11 @@ const SETTLE: Duration = Duration::from_millis(2500);
 pub fn row(memory_mib: u64, rounds: u64, percent: u64, paused: bool, clock: &Clock) {
     let child = if paused { "child paused" } else { "child at work" };
     progress(&format!("slowdown, {percent} % of the memory, {child}: {rounds} rounds"));
-    let mut host = Host::start(memory_mib, 1);
+    let mut host = Host::start(memory_mib, Ready::Shells(1));
     let pages = host.pages * percent / 100;
     let (mut rate, mut ratio) = (Figures::default(), Figures::default());
     for round in 0..=rounds {
-        host.await_shells();
+        host.await_ready();
         let command = format!("m {HEAP} {pages} {}", clock.ticks(NOTE));
         assert_eq!(host.console.ask(&command), "writing");
         std::thread::sleep(SETTLE);
