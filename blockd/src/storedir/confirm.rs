@@ -69,8 +69,8 @@ impl StoreDir {
         Ok(fork)
     }
 
-    /// Children of a fork that was begun have other names. Its note keeps those of before: a process
-    /// that is killed before the fork is confirmed leaves children with these.
+    /// Children of a fork that was begun have other names. Its note keeps those of before: a
+    /// process that is killed before the fork is confirmed leaves children with these.
     pub(crate) fn foresee_renamed(&self, fork: &ForkRow) {
         self.catalogue.foresee(fork);
     }

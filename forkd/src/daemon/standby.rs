@@ -249,6 +249,7 @@ impl Daemon {
             if e.kind() != Kind::Failed || !self.standby.has(token) {
                 return;
             }
+            std::thread::sleep(LOOK);
         }
     }
 
