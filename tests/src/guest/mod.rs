@@ -358,14 +358,14 @@ impl Guest {
 
     /// Begins to copy the running guest to `through`, where one that [`Guest::incoming`] started
     /// listens, and waits until all its memory was copied once. Until [`Guest::finish_migration`]
-    /// it runs on here, and what changes is copied again and again; for that the guest must change
-    /// more than a megabyte a second.
+    /// it runs on here, and what changes is copied again and again.
     ///
     /// # Panics
     /// When that fails or takes longer than `within`.
     pub fn start_migration(&mut self, through: &Path, within: Duration) {
-        // What is left is never little enough for so short a pause: copying does not end by itself.
-        let slow = json!({"downtime-limit": 10, "max-bandwidth": 32 << 20});
+        // What is left is hardly ever little enough for so short a pause, even of an emulated guest
+        // on a host that has much to do: copying does not end by itself.
+        let slow = json!({"downtime-limit": 1, "max-bandwidth": 32 << 20});
         self.qmp("migrate-set-parameters", slow);
         self.qmp("migrate", json!({"uri": format!("unix:{}", through.display())}));
         self.wait_for_migration(within, |state| {
