@@ -78,6 +78,15 @@ fn of(children: &[&str], serve: &[Value]) -> Value {
     json!({ "disks": [disk], "return": "ready" })
 }
 
+/// Waits until the daemon has seen that no driver is connected to a disk any more.
+fn await_disconnected(daemon: &Daemon, disk: &str) {
+    until("its driver is gone", || {
+        let exports = daemon.json("GET", "/v1/exports", &Value::Null);
+        let mut of_disk = exports.as_array().unwrap().iter().filter(|e| e["disk"] == disk);
+        of_disk.all(|e| e["connected"] == 0)
+    });
+}
+
 /// A fork that stands by, of one child that is served.
 fn standby(child: &str, socket: &Path) -> Value {
     let mut asked = of(&[child], &[serve(child, socket)]);
@@ -151,6 +160,7 @@ fn a_child_is_served_from_the_instant_on() {
     assert_eq!(served, ["a", "b", "vm"]);
     drop(children);
     bench.done(&["disk", "fork", "a", "of-a"]);
+    await_disconnected(&daemon, "a");
     bench.done(&["disk", "detach", "a"]);
     assert!(!sockets[0].exists());
     drop(parent);
@@ -230,6 +240,7 @@ fn a_fork_that_does_not_come_leaves_no_socket() {
     parent.flush();
     bench.done(&["disk", "fork", "vm", "a"]);
     drop(parent);
+    await_disconnected(&daemon, "vm");
     bench.done(&["disk", "detach", "vm"]);
     let asked = of(&["c"], &[serve("c", &socket)]);
     let answer = daemon.ask("POST", "/v1/forks", asked.to_string().as_bytes());
