@@ -96,22 +96,13 @@ impl Blockd {
         Ok(exports)
     }
 
-    /// Has it get ready for a fork, which is to be cut within ten seconds.
+    /// Has it get ready for a fork, which is to be cut within ten seconds (`answer` is `Ready`), or
+    /// stands by and gives way to others (`Standby`).
     ///
     /// # Errors
     /// What it says; nothing is made then.
-    pub fn fork_ready(&self, request: &ForkDisks) -> Result<CutForks> {
-        let asked = ForkDisks { answer: ForkAnswer::Ready, ..request.clone() };
-        self.ask("POST", "/v1/forks", &asked)
-    }
-
-    /// Has it get ready for a fork, which stands by and gives way to others.
-    ///
-    /// # Errors
-    /// What it says; nothing is made then.
-    pub fn fork_stands_by(&self, request: &ForkDisks) -> Result<CutForks> {
-        let asked = ForkDisks { answer: ForkAnswer::Standby, ..request.clone() };
-        self.ask("POST", "/v1/forks", &asked)
+    pub fn fork_ready(&self, request: ForkDisks, answer: ForkAnswer) -> Result<CutForks> {
+        self.ask("POST", "/v1/forks", &ForkDisks { answer, ..request })
     }
 
     /// The request that cuts a fork that is ready, and gives its children these names if there are

@@ -29,7 +29,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blockd::api::types::{CutForks, MadeChild};
+use blockd::api::types::{CutForks, ForkAnswer, MadeChild};
 use blockd::clock;
 use format::{Error, Result};
 use parking_lot::Mutex;
@@ -243,7 +243,7 @@ impl Daemon {
             return Ok(Ready { shells, token: None, disks: Vec::new(), stood_by: false });
         }
         let asked = fork_request(&request.children, &frozen, &shells);
-        let ready = self.blockd.fork_ready(&asked)?;
+        let ready = self.blockd.fork_ready(asked, ForkAnswer::Ready)?;
         Ok(Ready { shells, token: Some(ready.token), disks: ready.children, stood_by: false })
     }
 

@@ -19,7 +19,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ::blockd::api::types::{Disk, FlattenWhen, ForkDisk, ForkDisks, ForkMode};
+use ::blockd::api::types::{Disk, FlattenWhen, ForkAnswer, ForkDisk, ForkDisks, ForkMode};
 use ::blockd::clock;
 use ::blockd::pump::Watch;
 use format::{Context as _, Error, Kind, Result};
@@ -187,7 +187,8 @@ impl Daemon {
             let (was_cut, files) = self.cut(machine, None, &[], &mut undo.disks)?;
             return Ok((was_cut, files, Vec::new()));
         }
-        let token = self.blockd.fork_ready(disks).inspect_err(|_| undo.disks.clear())?.token;
+        let token = self.blockd.fork_ready(disks.clone(), ForkAnswer::Ready);
+        let token = token.inspect_err(|_| undo.disks.clear())?.token;
         let mut cut = || {
             let (was_cut, files) = self.cut(machine, Some(token), &[], &mut undo.disks)?;
             if let Some((status, body)) = &was_cut.disks {

@@ -23,7 +23,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blockd::api::types::MadeChild;
+use blockd::api::types::{ForkAnswer, MadeChild};
 use format::{Kind, Result};
 use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
@@ -214,7 +214,7 @@ impl Daemon {
         let request = fork_request(&names, &frozen, &shells);
         let ids = shells.iter().map(|shell| shell.id).collect();
         let mut undo = Undo::of(ids, true, Vec::new());
-        let ready = self.blockd.fork_stands_by(&request).inspect_err(|_| {
+        let ready = self.blockd.fork_ready(request, ForkAnswer::Standby).inspect_err(|_| {
             // What is left of them is removed later.
             self.janitor.hand_over(undo.clone());
         })?;
