@@ -103,12 +103,15 @@ impl WriteLog for DirtyLog {
     /// end that set a wrong log address for a ring gets there (see [`DirtyLog::check_covers`]).
     fn mark(&self, addr: u64, len: u64) {
         let Some(last) = len.checked_sub(1).and_then(|l| addr.checked_add(l)) else { return };
-        for page in addr / LOG_PAGE..=last / LOG_PAGE {
-            let Some(byte) = self.map.range(page / 8, 1) else { return };
+        let (first, last) = (addr / LOG_PAGE, last / LOG_PAGE);
+        for at in first / 8..=last / 8 {
+            let Some(byte) = self.map.range(at, 1) else { return };
+            let from = u8::MAX << (first.max(at * 8) % 8);
+            let up_to = u8::MAX >> (7 - last.min(at * 8 + 7) % 8);
             // SAFETY: the byte lies inside the mapping; both sides access it only atomically.
             let byte = unsafe { AtomicU8::from_ptr(byte) };
-            // SeqCst pairs with the exchange by which the migration side clears the bit.
-            byte.fetch_or(1 << (page % 8), Ordering::SeqCst);
+            // SeqCst pairs with the exchange by which the migration side clears the bits.
+            byte.fetch_or(from & up_to, Ordering::SeqCst);
         }
     }
 
@@ -138,6 +141,15 @@ mod tests {
         assert!(log.is_marked(10) && !log.is_marked(11));
         assert_eq!(log.take(), [0, 1, 10, 20, 21]);
         assert_eq!(log.take(), [0u64; 0]);
+    }
+
+    #[test]
+    fn ranges_of_many_bytes_are_marked_from_end_to_end() {
+        for (first, pages) in [(0, 24), (3, 1), (3, 5), (3, 6), (7, 2), (5, 19), (8, 8)] {
+            let log = log(4);
+            log.mark(first * 4096 + 9, pages * 4096 - 18);
+            assert_eq!(log.take(), (first..first + pages).collect::<Vec<_>>());
+        }
     }
 
     #[test]

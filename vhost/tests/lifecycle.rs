@@ -245,6 +245,28 @@ fn log_survives_a_reconnect() {
     assert!(log.is_marked((GUEST_BASE + q.data().0) / 4096));
 }
 
+/// A guest that QEMU migrated while the daemon was killed ran on at its destination without what
+/// the dead daemon had read into its memory: QEMU throws the log of a broken connection away
+/// unread. So whoever comes back in the middle of a migration is told that all memory was written.
+#[test]
+fn who_comes_back_while_it_logs_copies_all_memory_again() {
+    let daemon = Daemon::new(capabilities(1));
+    let (mut client, mut queues) = Client::connect(daemon.path(), Options::default()).unwrap();
+    let log = client.start_log().unwrap();
+    assert!(log.take().len() <= 1, "nobody died: at most the ring itself was written");
+    let at = sector(&queues[0]);
+    queues[0].run(Op::Read, 0, &[at], 10_000).unwrap();
+    let _ = log.take(); // with the connection, the front end loses what was logged
+    client.reconnect(daemon.path()).unwrap();
+    let (pages, ends) = (log.take(), log.size() as u64 * 8);
+    let all = (GUEST_BASE / 4096..).take(pages.len());
+    assert!(all.eq(pages.iter().copied()) && ends - pages[pages.len() - 1] <= 8, "{pages:?}");
+    // And once only: a ring that starts anew is nobody's successor.
+    client.stop_log().unwrap();
+    client.start_log().unwrap();
+    assert!(log.take().len() <= 1);
+}
+
 #[test]
 fn reset_brings_the_device_back_to_its_first_state() {
     for by_status in [false, true] {

@@ -153,6 +153,8 @@ pub struct Session {
     log: Option<Arc<DirtyLog>>,
     inflight: Option<Arc<InflightArea>>,
     rings: Vec<Ring>,
+    /// Whether a ring ever ran in this session.
+    ran: bool,
     transfer: Option<Transfer>,
 }
 
@@ -185,6 +187,7 @@ impl Session {
             log: None,
             inflight: None,
             rings: (0..queues).map(|_| Ring::default()).collect(),
+            ran: false,
             transfer: None,
         };
         Ok((session, handle))

@@ -10,7 +10,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::{Device, PROTOCOL_FEATURES, STATUS_NEEDS_RESET, Session};
 use crate::blk::{F_CONFIG_WCE, read_config, write_cache_byte};
-use crate::dirty_log::DirtyLog;
+use crate::dirty_log::{DirtyLog, WriteLog};
 use crate::inflight::{InflightArea, InflightSpec};
 use crate::memory::{GuestAddr, Memory, REGIONS_MAX, Region, RegionSpec, UserAddr};
 use crate::proto::{self, F_PROTOCOL_FEATURES, request};
@@ -88,6 +88,7 @@ impl Session {
         }
         self.features = features;
         self.apply_write_cache(device)?;
+        self.mark_what_a_predecessor_wrote();
         self.publish_log()
     }
 
@@ -183,9 +184,28 @@ impl Session {
         let log = DirtyLog::map(fd, raw.offset, raw.size)?;
         log.check_covers(self.memory.end())?;
         self.log = Some(Arc::new(log));
+        self.mark_what_a_predecessor_wrote();
         self.publish_log()?;
         // Some front ends want their own payload back, the others do not look at it.
         Ok(Answer::Bytes(message.payload))
+    }
+
+    /// Marks all of guest memory in the log of a connection that logs from its first ring on: its
+    /// front end migrates the guest, and came back after another back end had died.
+    ///
+    /// The crash: QEMU (10.0, `vhost_user_async_close`) calls its device stopped as soon as the
+    /// connection breaks, and then reads no bit of the log that it drops. What the dead back end
+    /// wrote since the last pass over the log would never be copied, and the guest would go on at
+    /// its destination without it. Nobody knows any more what that was; all can be copied again.
+    fn mark_what_a_predecessor_wrote(&self) {
+        match &self.log {
+            Some(log) if self.features & F_LOG_ALL != 0 && !self.ran => {
+                for spec in self.memory.regions().iter().map(|r| r.spec()) {
+                    log.mark(spec.guest.0, spec.size);
+                }
+            }
+            _ => {}
+        }
     }
 
     fn set_backend_channel(&mut self, mut message: Message) -> Result<()> {

@@ -92,6 +92,7 @@ impl Session {
         }
         device.start_queue(queue)?;
         ring.worker = Some(mailbox);
+        self.ran = true;
         Ok(())
     }
 
