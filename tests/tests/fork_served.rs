@@ -276,6 +276,8 @@ fn children_that_stood_by_have_the_names_that_came_with_the_word() {
         (&forked["children"][0]["name"], &forked["children"][0]["disk"]),
         (&is["name"], &is["disk"])
     );
+    // Who lost the answer gets the same one again.
+    assert_eq!(daemon.json("POST", &path_of(&ready, "/cut"), &json!({})), cut);
     let _ = bench.refused(&["disk", "show", "later"], 3);
     bench.done(&["disk", "fork", "web", "of-web"]);
     daemon.kill();

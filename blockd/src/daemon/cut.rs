@@ -94,7 +94,7 @@ impl Children for () {
 
 /// Who follows a fork of disks in service.
 pub(super) trait Steps {
-    /// It is known what will be made.
+    /// It is known what will be made; said again when children have got other names.
     fn begun(&self, _fork: &ForkRow) {}
 
     /// All is ready for the instant, which is when this returns; with names for the children, if
@@ -134,7 +134,11 @@ pub(super) fn cut(
         freeze_others(dir, fork, volumes)?;
         match if live.is_empty() { Vec::new() } else { steps.ready()? } {
             names if names.is_empty() => Ok(fork.clone()),
-            names => children.rename(fork, names, &ahead),
+            names => {
+                let renamed = children.rename(fork, names, &ahead)?;
+                steps.begun(&renamed);
+                Ok(renamed)
+            }
         }
     };
     let cut = ready().and_then(|fork| Ok((fork, at_one_instant(&live, then)?)));

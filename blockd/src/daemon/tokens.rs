@@ -11,7 +11,7 @@
 //! Test: `fork_under_load` (`a_token_…`).
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use format::{Error, Kind, Result};
@@ -80,7 +80,7 @@ pub(super) struct Going {
     changed: Notify,
     /// For the fork itself, which waits for the word.
     said: Condvar,
-    children: OnceLock<Vec<MadeChild>>,
+    children: Mutex<Vec<MadeChild>>,
     waits: Waits,
 }
 
@@ -101,7 +101,7 @@ impl Going {
             stage: Mutex::new(Stage::Begun),
             changed: Notify::new(),
             said: Condvar::new(),
-            children: OnceLock::new(),
+            children: Mutex::default(),
             waits,
         })
     }
@@ -126,8 +126,7 @@ impl Going {
     /// How it is: ready, or past its instant.
     pub(super) fn describe(&self, token: Uuid, pause: Option<Duration>) -> CutForks {
         let pause_us = pause.and_then(|pause| u64::try_from(pause.as_micros()).ok());
-        let children = self.children.get().cloned().unwrap_or_default();
-        CutForks { token, pause_us, children }
+        CutForks { token, pause_us, children: self.children.lock().clone() }
     }
 
     fn set(&self, stage: Stage) {
@@ -206,8 +205,7 @@ fn made(fork: &ForkRow) -> Vec<MadeChild> {
 
 impl Steps for Arc<Going> {
     fn begun(&self, fork: &ForkRow) {
-        // Told once.
-        let _ = self.children.set(made(fork));
+        *self.children.lock() = made(fork);
     }
 
     fn ready(&self) -> Result<Vec<String>> {
@@ -288,7 +286,6 @@ impl Daemon {
     /// has given way; as [`Daemon::fork`]; `Exists` or `Invalid` for a name.
     pub async fn cut_now(&self, token: Uuid, request: CutFork) -> Result<CutForks> {
         let going = self.going(token, "cut")?;
-        let named = (!request.children.is_empty()).then(|| request.children.clone());
         {
             let mut stage = going.stage.lock();
             match &*stage {
@@ -299,11 +296,7 @@ impl Daemon {
         }
         going.said.notify_all();
         let pause = going.wait_cut().await?;
-        let mut cut = going.describe(token, Some(pause));
-        for (child, name) in cut.children.iter_mut().zip(named.into_iter().flatten()) {
-            child.name = name;
-        }
-        Ok(cut)
+        Ok(going.describe(token, Some(pause)))
     }
 
     /// Gives up a fork that is ready: its instant has not come.
