@@ -54,8 +54,11 @@ impl Served for Daemon {
         Daemon::stop(self);
     }
 
-    fn ended(&self, client: Client) {
-        self.end_sessions_of(client.0);
+    fn ended(self: &Arc<Self>, client: Client) {
+        if self.has_sessions_of(client.0) {
+            let daemon = Arc::clone(self);
+            tokio::task::spawn_blocking(move || daemon.end_sessions_of(client.0));
+        }
     }
 
     fn left_its_socket(&self) -> bool {

@@ -11,9 +11,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use axum::{Extension, Router};
+use axum::Router;
 use format::{Context as _, Result};
+use hyper::Request;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{UnixListener, UnixStream};
@@ -44,8 +47,8 @@ pub trait Served: Send + Sync + 'static {
     /// Asks it to end.
     fn stop(&self);
 
-    /// Called on a thread that may block when a connection has ended.
-    fn ended(&self, client: Client) {
+    /// Called when a connection has ended. Must not wait.
+    fn ended(self: &Arc<Self>, client: Client) {
         let _ = client;
     }
 
@@ -111,15 +114,19 @@ struct Ends<D: Served> {
 
 impl<D: Served> Drop for Ends<D> {
     fn drop(&mut self) {
-        let (daemon, client) = (Arc::clone(&self.daemon), self.client);
-        tokio::task::spawn_blocking(move || daemon.ended(client));
+        self.daemon.ended(self.client);
     }
 }
 
 async fn converse<D: Served>(daemon: Arc<D>, app: Router, stream: UnixStream, client: Client) {
     let mut stopping = daemon.stopping();
     let _ends = Ends { daemon, client };
-    let service = TowerToHyperService::new(app.layer(Extension(client)));
+    let app = TowerToHyperService::new(app);
+    // Not as a layer: that would be put around every route anew for every connection.
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(client);
+        app.call(request)
+    });
     // Without a time limit on silence: a connection that holds a session may be silent for long.
     let connection = http1::Builder::new().serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);

@@ -296,6 +296,11 @@ impl Daemon {
         Ok(())
     }
 
+    /// Whether a connection has any.
+    pub fn has_sessions_of(&self, owner: u64) -> bool {
+        self.sessions.table.lock().values().any(|content| content.owner == owner)
+    }
+
     /// Ends the sessions of a connection that is gone.
     pub fn end_sessions_of(&self, owner: u64) {
         self.end_sessions(|content| content.owner == owner);
