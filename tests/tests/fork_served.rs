@@ -2,6 +2,7 @@
 //! does not wait until the fork is durable (D-h, F-b).
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use offshoot_tests::daemon::Daemon;
@@ -292,6 +293,40 @@ fn children_that_stood_by_have_the_names_that_came_with_the_word() {
         bench.done(&["disk", "check", disk]);
         assert_eq!(bench.read(disk)[4096], 7);
     }
+}
+
+/// The word may come while requests are in work, which the instant waits for: a child has all of a
+/// write, or nothing.
+#[test]
+fn the_word_may_come_in_the_midst_of_requests() {
+    const LEN: u64 = 1 << 20;
+    let (bench, daemon, mut parent) = bench();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            let span = Span { offset: parent.data(), len: LEN.try_into().unwrap() };
+            for byte in (1..=u8::MAX).cycle() {
+                parent.queue.arena().write(span.offset, &vec![byte; LEN.try_into().unwrap()]);
+                let done = parent.queue.run(Op::Write, 0, &[span], PATIENCE_MS).unwrap();
+                assert_eq!(done.status, 0);
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
+            }
+        });
+        for n in 0..12 {
+            let (name, socket) = (format!("c{n}"), bench.path(&format!("{n}.sock")));
+            let ready = daemon.json("POST", "/v1/forks", &of(&[&name], &[serve(&name, &socket)]));
+            let mut child = Driver::to(&socket);
+            let cut = daemon.json("POST", &path_of(&ready, "/cut"), &Value::Null);
+            assert!(cut["pause_us"].is_u64(), "{cut}");
+            let (first, last) = (child.read(0), child.read(LEN / 4096 - 1));
+            assert_eq!(first, last, "child {n} has a part of a write");
+            let forked = daemon.json("GET", &path_of(&ready, ""), &Value::Null);
+            assert_eq!(forked["children"][0]["name"], name.as_str());
+        }
+        stop.store(true, Ordering::Relaxed); // orders nothing
+    });
 }
 
 /// Names that cannot be had end the fork before its instant.

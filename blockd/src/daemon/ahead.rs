@@ -15,12 +15,12 @@
 //!
 //! Test: `fork_under_load` (`a_child_is_served_from_the_instant_on`), `crash_points::cut`.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use format::superblock::check_name;
 use format::{Context as _, Error, Kind, Result};
+use parking_lot::Mutex;
 
 use super::Daemon;
 use super::attachments::Attachment;
@@ -73,19 +73,19 @@ impl Ahead {
 }
 
 /// Children that a fork is asked to serve.
-pub(super) struct AskedFor<'a> {
-    pub(super) daemon: &'a Daemon,
-    pub(super) dir: &'a Arc<StoreDir>,
-    pub(super) request: &'a ForkDisks,
-    pub(super) fork: &'a ForkRow,
-    pub(super) volumes: &'a Volumes,
+pub(super) struct AskedFor {
+    pub(super) daemon: Arc<Daemon>,
+    pub(super) dir: Arc<StoreDir>,
+    pub(super) request: ForkDisks,
+    pub(super) fork: ForkRow,
+    pub(super) volumes: Volumes,
     /// Of their names.
-    pub(super) holds: RefCell<BTreeMap<String, Hold>>,
+    pub(super) holds: Mutex<BTreeMap<String, Hold>>,
 }
 
-impl Children for AskedFor<'_> {
+impl Children for AskedFor {
     fn open(&self) -> Result<Vec<Ahead>> {
-        self.daemon.open_ahead(self.dir, self.request, self.fork, self.volumes)
+        self.daemon.open_ahead(&self.dir, &self.request, &self.fork, &self.volumes)
     }
 
     /// A machine may stand until this is done: what is not free at once is refused.
@@ -109,7 +109,7 @@ impl Children for AskedFor<'_> {
             child.name = name;
         }
         self.dir.foresee_renamed(&renamed);
-        self.holds.replace(holds);
+        *self.holds.lock() = holds;
         Ok(renamed)
     }
 }

@@ -11,6 +11,9 @@
 //! 4. the fork is confirmed, the old disks are frozen and the fork is settled; flushes of guests
 //!    wait for that.
 //!
+//! Steps 2 and 3 are an [`Upcoming`], which whoever says the word brings about itself: a machine
+//! stands until it is told that they are done, and would wait for a thread to be woken besides.
+//!
 //! A guest waits from 2 to 3, and sees a slow request; there is no I/O of ours in between. Nothing
 //! is synced before the instant, but for disks that nobody serves: these are frozen before, because
 //! what is wrong with them must be known while nobody has gone on.
@@ -45,22 +48,15 @@ const NO_SPACE_WAIT: Duration = Duration::from_millis(200);
 pub(super) type Volumes = BTreeMap<String, Arc<Volume>>;
 
 /// How disks in service go on after their fork.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Then {
     /// At once.
     GoOn,
-    /// When somebody says so.
-    Hold,
-}
-
-/// The instant, when disks have gone on: how long they let nobody in, and those that still do not.
-pub(super) struct Cut {
-    pub(super) pause: Duration,
-    pub(super) held: Vec<HeldDisk>,
+    /// When whoever gets them lets them.
+    Hold(Box<dyn FnOnce(Vec<HeldDisk>) + Send>),
 }
 
 /// Children that are served from the instant on.
-pub(super) trait Children {
+pub(super) trait Children: Send + Sync {
     /// Opens them.
     ///
     /// # Errors
@@ -75,10 +71,81 @@ pub(super) trait Children {
 }
 
 /// A disk in service that is being forked.
-struct Live<'a> {
-    volume: &'a Volume,
+struct Live {
+    volume: Arc<Volume>,
     old: Arc<Disk>,
     crossing: Crossing,
+}
+
+/// The instant of a fork that is ready for it.
+pub(super) struct Upcoming {
+    fork: ForkRow,
+    live: Vec<Live>,
+    ahead: Vec<Ahead>,
+    children: Arc<dyn Children>,
+    then: Then,
+}
+
+impl Upcoming {
+    /// What will be made.
+    pub(super) fn fork(&self) -> &ForkRow {
+        &self.fork
+    }
+
+    /// Gives the children other names.
+    ///
+    /// # Errors
+    /// As [`Children::rename`].
+    pub(super) fn rename(&mut self, names: Vec<String>) -> Result<()> {
+        self.fork = self.children.rename(&self.fork, names, &self.ahead)?;
+        Ok(())
+    }
+
+    /// Brings the instant about: steps 2 and 3. Returns how long disks let nobody in.
+    ///
+    /// # Errors
+    /// `Busy` when requests in work take longer than `drain_max`; the disks go on, and it may be
+    /// tried again.
+    pub(super) fn come(&mut self, drain_max: Duration) -> Result<Duration> {
+        let (live, began) = (&self.live, Instant::now());
+        live.iter().for_each(|disk| disk.old.shut());
+        let gates: Result<Vec<Closed<'_>>> =
+            live.iter().map(|disk| disk.old.pause(drain_max)).collect();
+        let gates = gates.inspect_err(|_| live.iter().for_each(|disk| disk.old.let_in()))?;
+        live.iter().for_each(|disk| disk.crossing.cross());
+        let then = std::mem::replace(&mut self.then, Then::GoOn);
+        let held: Vec<HeldDisk> = match then {
+            Then::GoOn => Vec::new(),
+            // Held before anybody can get at them.
+            Then::Hold(_) => live.iter().map(|disk| HeldDisk::of(disk.crossing.next())).collect(),
+        };
+        live.iter().for_each(|disk| disk.volume.go_on(disk.crossing.next()));
+        gates.into_iter().for_each(Closed::leave);
+        let pause = began.elapsed();
+        if let Then::Hold(keep) = then {
+            keep(held);
+        }
+        self.ahead.iter_mut().for_each(Ahead::begin);
+        Ok(pause)
+    }
+
+    /// One of no disks.
+    #[cfg(test)]
+    pub(super) fn of_nothing() -> Self {
+        let (live, ahead, children) = (Vec::new(), Vec::new(), Arc::new(()));
+        let fork = ForkRow { fork: uuid::Uuid::nil(), created: 0, disks: Vec::new() };
+        Upcoming { fork, live, ahead, children, then: Then::GoOn }
+    }
+}
+
+/// A fork that is done.
+pub(super) struct Done {
+    /// As it became.
+    pub(super) fork: ForkRow,
+    /// Its children that are served.
+    pub(super) ahead: Vec<Ahead>,
+    /// How long disks in service let nobody in, if there were any.
+    pub(super) pause: Option<Duration>,
 }
 
 /// There are none.
@@ -94,81 +161,60 @@ impl Children for () {
 
 /// Who follows a fork of disks in service.
 pub(super) trait Steps {
-    /// It is known what will be made; said again when children have got other names.
+    /// It is known what will be made.
     fn begun(&self, _fork: &ForkRow) {}
 
-    /// All is ready for the instant, which is when this returns; with names for the children, if
-    /// they are to have others.
-    ///
-    /// # Errors
-    /// When there is to be none.
-    fn ready(&self) -> Result<Vec<String>> {
-        Ok(Vec::new())
+    /// All is ready for the instant. Sees to it that it comes, and gives it back with how long
+    /// disks let nobody in; what is to be durable waits for this to return. An error when there is
+    /// to be none, or it could not be.
+    fn instant(&self, mut ready: Upcoming) -> (Upcoming, Result<Duration>) {
+        let came = ready.come(DRAIN_MAX);
+        (ready, came)
     }
-
-    /// The instant is past: so long disks let nobody in. What is to be durable waits for this to
-    /// return.
-    fn at_cut(&self, _pause: Duration) {}
 }
 
 /// Nobody follows it.
 impl Steps for () {}
 
 /// Forks disks that [`StoreDir::begin_fork`] has begun to fork: they are all frozen and have their
-/// children afterwards, or none has. `children` are those that are served from the instant on,
-/// which are given back with the fork as it became; `at_cut` is called at the instant if any disk
-/// is in service.
+/// children afterwards, or none has. `children` are those that are served from the instant on.
 pub(super) fn cut(
     (dir, fork): (&StoreDir, &ForkRow),
     volumes: &Volumes,
     then: Then,
     steps: &dyn Steps,
-    children: &dyn Children,
-    at_cut: &mut dyn FnMut(Cut),
-) -> Result<(ForkRow, Vec<Ahead>)> {
-    let (live, mut ahead) = match open(dir, fork, volumes, children) {
+    children: Arc<dyn Children>,
+) -> Result<Done> {
+    let (live, ahead) = match open(dir, fork, volumes, &*children) {
         Ok(open) => open,
         Err(e) => return give_up(dir, fork, e),
     };
-    let ready = || -> Result<ForkRow> {
-        freeze_others(dir, fork, volumes)?;
-        match if live.is_empty() { Vec::new() } else { steps.ready()? } {
-            names if names.is_empty() => Ok(fork.clone()),
-            names => {
-                let renamed = children.rename(fork, names, &ahead)?;
-                steps.begun(&renamed);
-                Ok(renamed)
-            }
+    let ready = Upcoming { fork: fork.clone(), live, ahead, children, then };
+    let (Upcoming { fork, live, ahead, .. }, came) = match freeze_others(dir, fork, volumes) {
+        Ok(()) if ready.live.is_empty() => (ready, Ok(None)),
+        Ok(()) => {
+            let (past, came) = steps.instant(ready);
+            (past, came.map(Some))
         }
+        Err(e) => (ready, Err(e)),
     };
-    let cut = ready().and_then(|fork| Ok((fork, at_one_instant(&live, then)?)));
-    let fork = match cut {
-        Ok((fork, cut)) if !live.is_empty() => {
-            let pause = cut.pause;
-            at_cut(cut);
-            ahead.iter_mut().for_each(Ahead::begin);
-            steps.at_cut(pause);
-            fork
+    match came {
+        Ok(pause) => {
+            let ahead = go_on(dir, &fork, live, ahead)?;
+            Ok(Done { fork, ahead, pause })
         }
-        Ok((fork, _)) => fork,
         Err(e) => {
             ahead.into_iter().for_each(|child| child.give_up(&e));
-            return give_up(dir, fork, e);
+            give_up(dir, &fork, e)
         }
-    };
-    go_on(dir, fork, live, ahead)
+    }
 }
 
 /// Step 4, and what becomes of disks that have gone on when it fails.
-fn go_on(
-    dir: &StoreDir,
-    fork: ForkRow,
-    live: Vec<Live<'_>>,
-    ahead: Vec<Ahead>,
-) -> Result<(ForkRow, Vec<Ahead>)> {
+fn go_on(dir: &StoreDir, fork: &ForkRow, live: Vec<Live>, ahead: Vec<Ahead>) -> Result<Vec<Ahead>> {
     let crossings: Vec<Crossing> = live.into_iter().map(|disk| disk.crossing).collect();
-    match settle(dir, &fork, &crossings, &ahead) {
-        Ok(true) => Ok((fork, ahead)),
+    match settle(dir, fork, &crossings, &ahead) {
+        Ok(true) => Ok(ahead),
         Ok(false) => {
             let e = not_all_frozen();
             ahead.into_iter().for_each(|child| child.give_up(&e));
@@ -189,12 +235,12 @@ fn give_up<T>(dir: &StoreDir, fork: &ForkRow, error: Error) -> Result<T> {
 }
 
 /// Step 1: both kinds of drafts at the same time, which somebody waits for.
-fn open<'a>(
+fn open(
     dir: &StoreDir,
     fork: &ForkRow,
-    volumes: &'a Volumes,
+    volumes: &Volumes,
     children: &dyn Children,
-) -> Result<(Vec<Live<'a>>, Vec<Ahead>)> {
+) -> Result<(Vec<Live>, Vec<Ahead>)> {
     let mut live = Ok(Vec::new());
     // What takes longer is done here: the end of a thread takes its time, too.
     let ahead = std::thread::scope(|s| {
@@ -212,13 +258,13 @@ fn open<'a>(
 }
 
 /// Opens the successors.
-fn begin<'a>(dir: &StoreDir, fork: &ForkRow, volumes: &'a Volumes) -> Result<Vec<Live<'a>>> {
+fn begin(dir: &StoreDir, fork: &ForkRow, volumes: &Volumes) -> Result<Vec<Live>> {
     let begin = |forked: &Forked| {
         let Some(volume) = volumes.get(&forked.name) else { return Ok(None) };
         let old = volume.disk();
         old.prepare_freeze()?;
         let crossing = volume.begin_crossing(dir, forked)?;
-        Ok(Some(Live { volume, old, crossing }))
+        Ok(Some(Live { volume: Arc::clone(volume), old, crossing }))
     };
     let live: Result<Vec<_>> =
         side_by_side(fork.disks.iter().collect(), begin).into_iter().collect();
@@ -235,24 +281,6 @@ fn freeze_others(dir: &StoreDir, fork: &ForkRow, volumes: &Volumes) -> Result<()
     dir.confirm_fork(fork)?;
     let freeze = |forked: &Forked| dir.freeze(forked, &dir.disk_options());
     side_by_side(others, freeze).into_iter().collect()
-}
-
-/// Steps 2 and 3.
-fn at_one_instant(live: &[Live<'_>], then: Then) -> Result<Cut> {
-    let began = Instant::now();
-    live.iter().for_each(|disk| disk.old.shut());
-    let gates: Result<Vec<Closed<'_>>> =
-        live.iter().map(|disk| disk.old.pause(DRAIN_MAX)).collect();
-    let gates = gates.inspect_err(|_| live.iter().for_each(|disk| disk.old.let_in()))?;
-    live.iter().for_each(|disk| disk.crossing.cross());
-    let held = match then {
-        Then::GoOn => Vec::new(),
-        // Held before anybody can get at them.
-        Then::Hold => live.iter().map(|disk| HeldDisk::of(disk.crossing.next())).collect(),
-    };
-    live.iter().for_each(|disk| disk.volume.go_on(disk.crossing.next()));
-    gates.into_iter().for_each(Closed::leave);
-    Ok(Cut { pause: began.elapsed(), held })
 }
 
 /// Step 4. Returns whether there are children.

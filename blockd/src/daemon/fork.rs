@@ -9,19 +9,20 @@
 //!
 //! Tests: `fork_under_load`.
 
-use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Instant;
 
 use format::{Context as _, Error, Kind, Result};
+use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::Daemon;
 use super::ahead::AskedFor;
-use super::cut::{Cut, Steps, Then, Volumes, cut};
+use super::cut::{Done, Steps, Then, Volumes, cut};
+use super::going::{Going, Waits};
 use super::holds::Hold;
 use super::served::in_service;
-use super::tokens::{Going, Waits, lasting};
+use super::tokens::lasting;
 use crate::api::types::{
     CutForks, EventKind, ForkAnswer, ForkDisk, ForkDisks, ForkedDisks, JobKind,
 };
@@ -88,24 +89,29 @@ impl Daemon {
         let (of_ahead, names): (Vec<Hold>, Vec<Hold>) = names.into_iter().partition(is_ahead);
         let any_ahead = !of_ahead.is_empty();
         let of_ahead = of_ahead.into_iter().map(|hold| (hold.name().to_owned(), hold)).collect();
-        let holds = RefCell::new(of_ahead);
-        let children =
-            AskedFor { daemon: self, dir: &dir, request, fork: &row, volumes: &volumes, holds };
-        let (names, mut pause) = (Arc::new(names), None);
-        let mut told = |Cut { pause: lasted, held }| {
-            pause = Some(lasted);
-            if let (Some(token), Some(lasts)) = (token, hold) {
-                self.keep_held(token, held, Arc::clone(&names), lasts);
+        let children = Arc::new(AskedFor {
+            daemon: Arc::clone(self),
+            dir: Arc::clone(&dir),
+            request: request.clone(),
+            fork: row.clone(),
+            volumes: volumes.clone(),
+            holds: Mutex::new(of_ahead),
+        });
+        let names = Arc::new(names);
+        let then = match (token, hold) {
+            (Some(token), Some(lasts)) => {
+                let (daemon, names) = (Arc::clone(self), Arc::clone(&names));
+                Then::Hold(Box::new(move |held| daemon.keep_held(token, held, names, lasts)))
             }
+            _ => Then::GoOn,
         };
-        let then = if hold.is_some() { Then::Hold } else { Then::GoOn };
-        let cut = cut((&dir, &row), &volumes, then, steps, &children, &mut told);
-        let (row, ahead) = cut.inspect_err(|_| {
+        let cut = cut((&dir, &row), &volumes, then, steps, Arc::clone(&children) as _);
+        let Done { fork: row, ahead, pause } = cut.inspect_err(|_| {
             if any_ahead {
                 self.remember();
             }
         })?;
-        self.serve_children(ahead, children.holds.take());
+        self.serve_children(ahead, std::mem::take(&mut *children.holds.lock()));
         let forked = verbs::forked(&dir, &dir.children(&row)?, (began.elapsed(), pause))?;
         Ok(ForkedDisks { token, ..forked })
     }

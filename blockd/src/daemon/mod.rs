@@ -22,6 +22,7 @@ mod doors;
 mod events;
 mod flatten;
 mod fork;
+mod going;
 mod handover;
 mod holds;
 mod inherit;
@@ -47,7 +48,8 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
 use flatten::Underway;
-use tokens::{Outcomes, Tokens};
+use going::Outcomes;
+use tokens::Tokens;
 
 use crate::api::types::{Event, EventKind, ExportState, Health, Version};
 use crate::clock;

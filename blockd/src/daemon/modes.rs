@@ -61,7 +61,7 @@ impl Daemon {
             verbs::take_tail(&dir, name, accept_lost_tail)?;
         }
         if let Some(fork) = dir.begin_keep(name, keep)? {
-            cut((&dir, &fork), &volumes, Then::GoOn, &(), &(), &mut |_| ())?;
+            cut((&dir, &fork), &volumes, Then::GoOn, &(), Arc::new(()))?;
             self.sum_frozen();
         }
         dir.disk(name)

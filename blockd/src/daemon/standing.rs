@@ -16,7 +16,7 @@ use std::sync::Arc;
 use format::{Error, Kind, Result};
 use parking_lot::{Mutex, MutexGuard};
 
-use super::tokens::Going;
+use super::going::Going;
 
 /// Who stands by, and who waits.
 #[derive(Default)]
@@ -109,8 +109,8 @@ impl Changing {
 mod tests {
     use std::time::Duration;
 
-    use super::super::cut::Steps as _;
-    use super::super::tokens::{Going, Waits};
+    use super::super::cut::{Steps as _, Upcoming};
+    use super::super::going::{Going, Waits};
     use super::*;
 
     #[test]
@@ -122,7 +122,7 @@ mod tests {
             let (changing, going) = (Arc::clone(&changing), Arc::clone(&going));
             move || {
                 let _alone = changing.lock();
-                going.ready().map_err(|e| e.kind())
+                going.instant(Upcoming::of_nothing()).1.map_err(|e| e.kind())
             }
         });
         while standing.state.lock().fork.is_none() {
@@ -141,7 +141,8 @@ mod tests {
         let standing = Arc::new(Standing::default());
         let going = Going::new(Waits::StandsBy(Arc::clone(&standing)));
         let waiting = standing.wait();
-        assert_eq!(going.ready().map_err(|e| e.kind()), Err(Kind::Cancelled));
+        let (_, came) = going.instant(Upcoming::of_nothing());
+        assert_eq!(came.map_err(|e| e.kind()), Err(Kind::Cancelled));
         drop(waiting);
         assert!(standing.stand_by(&going).is_ok());
     }

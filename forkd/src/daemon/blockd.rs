@@ -7,9 +7,11 @@ use std::time::Duration;
 
 use blockd::api::types::{
     AttachDisk, CreateDisk, CutFork, CutForks, DetachDisk, Disk, DiskDetails, Export, ExportKind,
-    ExportSpec, ForkAnswer, ForkDisks, ForkedDisks, LostTail, RemovedDisk, SocketName,
+    ExportSpec, ForkAnswer, ForkDisks, ForkedDisks, LostTail, MadeChild, RemovedDisk, SocketName,
 };
 use format::{Context as _, Result};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
@@ -18,6 +20,26 @@ use crate::http;
 
 /// How long it may take for an answer. A machine that is forked waits for one.
 const PATIENCE: Duration = Duration::from_secs(15);
+
+/// A fork that is ready for its instant.
+#[derive(Debug)]
+pub struct ReadyFork {
+    /// Its name.
+    pub token: Uuid,
+    /// The disks that it is going to make.
+    pub children: Vec<MadeChild>,
+    connection: UnixStream,
+}
+
+/// The word to cut, ready to be said: a machine stands from then on until it is answered, so blockd
+/// has read all of the request by then but for its end.
+#[derive(Debug)]
+pub struct Word {
+    /// Where it is to be said.
+    pub connection: UnixStream,
+    /// What is to be sent.
+    pub end: String,
+}
 
 /// Where it listens.
 #[derive(Debug)]
@@ -101,18 +123,35 @@ impl Blockd {
     ///
     /// # Errors
     /// What it says; nothing is made then.
-    pub fn fork_ready(&self, request: ForkDisks, answer: ForkAnswer) -> Result<CutForks> {
-        self.ask("POST", "/v1/forks", &ForkDisks { answer, ..request })
+    pub fn fork_ready(&self, request: ForkDisks, answer: ForkAnswer) -> Result<ReadyFork> {
+        let connection = self.connect()?;
+        let request = ForkDisks { answer, ..request };
+        let CutForks { token, children, .. } = self.ask("POST", "/v1/forks", &request)?;
+        Ok(ReadyFork { token, children, connection })
     }
 
-    /// The request that cuts a fork that is ready, and gives its children these names if there are
-    /// any.
+    /// Announces the word to cut a fork that is ready, which gives its children these names if
+    /// there are any. Nothing is cut before the word is said.
     ///
     /// # Errors
-    /// None that is met here.
-    pub fn cut_request(token: Uuid, names: &[String]) -> Result<Vec<u8>> {
+    /// As [`Blockd::connect`]; `Failed` when it went away.
+    pub fn announce(&self, fork: &ReadyFork, names: &[String]) -> Result<Word> {
         let cut = CutFork { children: names.to_vec() };
-        http::request("POST", &format!("/v1/forks/{token}/cut"), &cut)
+        let request = http::request("POST", &format!("/v1/forks/{}/cut", fork.token), &cut)?;
+        let connection = self.connection_of(fork)?;
+        let (most, end) = request.split_at(request.len() - 1);
+        http::send(&connection, most).context("ask", || self.object())?;
+        Ok(Word { connection, end: String::from_utf8_lossy(end).into_owned() })
+    }
+
+    /// That of the fork, unless the daemon is another by now.
+    fn connection_of(&self, fork: &ReadyFork) -> Result<UnixStream> {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        // It says nothing by itself.
+        match recv(&fork.connection, &mut [0], flags) {
+            Err(Errno::AGAIN) => Ok(fork.connection.try_clone()?),
+            _ => self.connect(),
+        }
     }
 
     /// Waits until a fork is durable.

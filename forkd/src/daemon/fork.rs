@@ -36,7 +36,7 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::Daemon;
-use super::blockd::Blockd;
+use super::blockd::ReadyFork;
 use super::fork_disks::{Frozen, check_count, disks_of, fork_request, frozen_of, rename, to_undo};
 use super::net::{Card, cards};
 use super::pool::Busy;
@@ -98,8 +98,7 @@ type Made = (Vec<Arc<Machine>>, WasCut, Instant);
 /// Shells for children, and a fork of the disks that is ready, if there are any.
 struct Ready {
     shells: Vec<Arc<Process>>,
-    token: Option<Uuid>,
-    disks: Vec<MadeChild>,
+    fork: Option<ReadyFork>,
     /// The shells are connected to these disks, which have other names yet, and it is noted what is
     /// to be undone.
     stood_by: bool,
@@ -168,8 +167,8 @@ impl Daemon {
         let Some(set) = self.standby.take(parent, count) else { return Ok(None) };
         let busy = self.pool.leave_alone();
         self.pool.used(count);
-        let (mut undo, token) = (set.undo, Some(set.token));
-        let ready = Ready { shells: set.shells, token, disks: set.disks, stood_by: true };
+        let mut undo = set.undo;
+        let ready = Ready { shells: set.shells, fork: Some(set.fork), stood_by: true };
         let cards = (0..count).map(|_| None).collect();
         match self.make_children(parent, request, (ready, cards, busy), &mut undo) {
             Ok(made) => Ok(Some(self.forked(made, (began, 0, true)))),
@@ -197,7 +196,7 @@ impl Daemon {
         let ids = shells.iter().map(|shell| shell.id).collect();
         let mut undo = Undo::of(ids, !parent.is.disks.is_empty(), Vec::new());
         let made = self.get_ready(parent, request, shells).and_then(|ready| {
-            undo.fork = ready.token;
+            undo.fork = ready.fork.as_ref().map(|fork| fork.token);
             self.make_children(parent, request, (ready, cards, busy), &mut undo)
         });
         match made {
@@ -240,11 +239,11 @@ impl Daemon {
         }
         let frozen = frozen_of(parent);
         if frozen.is_empty() {
-            return Ok(Ready { shells, token: None, disks: Vec::new(), stood_by: false });
+            return Ok(Ready { shells, fork: None, stood_by: false });
         }
         let asked = fork_request(&request.children, &frozen, &shells);
-        let ready = self.blockd.fork_ready(asked, ForkAnswer::Ready)?;
-        Ok(Ready { shells, token: Some(ready.token), disks: ready.children, stood_by: false })
+        let fork = Some(self.blockd.fork_ready(asked, ForkAnswer::Ready)?);
+        Ok(Ready { shells, fork, stood_by: false })
     }
 
     fn make_children(
@@ -254,7 +253,8 @@ impl Daemon {
         (ready, cards, busy): (Ready, Vec<Option<Card>>, Busy<'_>),
         undo: &mut Undo,
     ) -> Result<Made> {
-        let Ready { shells, token, mut disks, stood_by } = ready;
+        let Ready { shells, fork, stood_by } = ready;
+        let mut disks = fork.as_ref().map(|fork| fork.children.clone()).unwrap_or_default();
         let fresh = |(name, shell): (&String, &Arc<Process>)| identity::fresh(name, shell.id);
         let identities = request.children.iter().zip(&shells).map(fresh);
         let identities = identities.collect::<Result<Vec<_>>>()?;
@@ -267,7 +267,7 @@ impl Daemon {
         if !stood_by {
             self.note_and_equip(&children, undo)?;
         }
-        let (was_cut, files) = self.cut(parent, token, &names, &mut undo.disks)?;
+        let (was_cut, files) = self.cut(parent, fork.as_ref(), &names, &mut undo.disks)?;
         if let Some((status, body)) = &was_cut.disks {
             let body = body.clone().into_bytes();
             http::Reply { status: *status, body }.read::<CutForks>()?;
@@ -278,6 +278,7 @@ impl Daemon {
         drop(busy);
         let described = self.describe_children(parent, &children, &was_cut)?;
         let state = if request.paused { VmState::Paused } else { VmState::Running };
+        let token = fork.map(|fork| fork.token);
         let kept = self.keep(described, children, (token, state), undo)?;
         Ok((kept, was_cut, ready))
     }
@@ -302,21 +303,19 @@ impl Daemon {
         equipped.map(drop).map_err(|e| e.within("make", object(&child.identity.name)))
     }
 
-    /// Has a machine cut, and its disks if there is a token for them; their children get these
-    /// names if there are any.
+    /// Has a machine cut, and its disks if a fork of them is ready; their children get these names
+    /// if there are any.
     pub(super) fn cut(
         &self,
         parent: &Machine,
-        token: Option<Uuid>,
+        fork: Option<&ReadyFork>,
         names: &[String],
         undo: &mut Vec<UndoDisk>,
     ) -> Result<(WasCut, Vec<OwnedFd>)> {
-        let connection = token.map(|_| self.blockd.connect()).transpose();
-        let connection = connection.inspect_err(|_| undo.clear())?;
-        let lent: Vec<BorrowedFd> = connection.iter().map(|c| c.as_fd()).collect();
-        let text = |bytes| String::from_utf8(bytes).map_err(|_| Error::invalid("it is no text"));
-        let request = token.map(|token| Blockd::cut_request(token, names).and_then(text));
-        let request = request.transpose()?;
+        let word = fork.map(|fork| self.blockd.announce(fork, names)).transpose();
+        let word = word.inspect_err(|_| undo.clear())?;
+        let lent: Vec<BorrowedFd> = word.iter().map(|word| word.connection.as_fd()).collect();
+        let request = word.as_ref().map(|word| word.end.clone());
         let ask = Ask::Cut(CutVm { request });
         match parent.living_process()?.ask_with::<Cutting>(&ask, &lent)? {
             (Cutting::Cut(was_cut), files) => Ok((was_cut, files)),

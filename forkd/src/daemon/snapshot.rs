@@ -187,17 +187,17 @@ impl Daemon {
             let (was_cut, files) = self.cut(machine, None, &[], &mut undo.disks)?;
             return Ok((was_cut, files, Vec::new()));
         }
-        let token = self.blockd.fork_ready(disks.clone(), ForkAnswer::Ready);
-        let token = token.inspect_err(|_| undo.disks.clear())?.token;
+        let fork = self.blockd.fork_ready(disks.clone(), ForkAnswer::Ready);
+        let fork = fork.inspect_err(|_| undo.disks.clear())?;
         let mut cut = || {
-            let (was_cut, files) = self.cut(machine, Some(token), &[], &mut undo.disks)?;
+            let (was_cut, files) = self.cut(machine, Some(&fork), &[], &mut undo.disks)?;
             if let Some((status, body)) = &was_cut.disks {
                 let body = body.clone().into_bytes();
                 http::Reply { status: *status, body }.refused()?;
             }
-            Ok((was_cut, files, self.blockd.forked(token)?.children))
+            Ok((was_cut, files, self.blockd.forked(fork.token)?.children))
         };
-        cut().inspect_err(|_| _ = self.blockd.end_fork(token))
+        cut().inspect_err(|_| _ = self.blockd.end_fork(fork.token))
     }
 
     /// Removes a snapshot, and the disks that were made for it.

@@ -23,12 +23,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blockd::api::types::{ForkAnswer, MadeChild};
+use blockd::api::types::ForkAnswer;
 use format::{Kind, Result};
 use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
 
 use super::Daemon;
+use super::blockd::ReadyFork;
 use super::fork_disks::{check_count, disks_of, fork_request, frozen_of, to_undo};
 use super::run::hardware;
 use super::table::Machine;
@@ -50,10 +51,8 @@ pub(super) struct StandbySet {
     /// The machine that they are to be children of.
     parent: Arc<Machine>,
     pub(super) shells: Vec<Arc<Process>>,
-    /// The fork of their disks.
-    pub(super) token: Uuid,
-    /// Their disks, which are to get other names.
-    pub(super) disks: Vec<MadeChild>,
+    /// The fork of their disks, which are to get other names.
+    pub(super) fork: ReadyFork,
     pub(super) undo: Undo,
 }
 
@@ -128,11 +127,11 @@ impl Standby {
 
     /// Takes the set with this fork, if nobody has.
     fn take_of(&self, token: Uuid) -> Option<StandbySet> {
-        self.slot.lock().set.take_if(|set| set.token == token)
+        self.slot.lock().set.take_if(|set| set.fork.token == token)
     }
 
     fn has(&self, token: Uuid) -> bool {
-        self.slot.lock().set.as_ref().is_some_and(|set| set.token == token)
+        self.slot.lock().set.as_ref().is_some_and(|set| set.fork.token == token)
     }
 
     /// The name of the machine for which children stand by.
@@ -184,7 +183,7 @@ impl Daemon {
             Ok(set) => set,
             Err(error) => return tracing::debug!(%error, "no children stand by"),
         };
-        let token = set.token;
+        let token = set.fork.token;
         if let Some(set) = self.standby.put(set) {
             return self.end_set(set);
         }
@@ -214,25 +213,23 @@ impl Daemon {
         let request = fork_request(&names, &frozen, &shells);
         let ids = shells.iter().map(|shell| shell.id).collect();
         let mut undo = Undo::of(ids, true, Vec::new());
-        let ready = self.blockd.fork_ready(request, ForkAnswer::Standby).inspect_err(|_| {
+        let fork = self.blockd.fork_ready(request, ForkAnswer::Standby).inspect_err(|_| {
             // What is left of them is removed later.
             self.janitor.hand_over(undo.clone());
         })?;
-        let token = ready.token;
         let mut equip = || -> Result<()> {
-            check_count(&ready.children, &frozen, &shells)?;
-            undo.disks = ready.children.iter().map(to_undo).collect();
-            undo.fork = Some(token);
+            check_count(&fork.children, &frozen, &shells)?;
+            undo.disks = fork.children.iter().map(to_undo).collect();
+            undo.fork = Some(fork.token);
             self.janitor.begin(&undo)?;
             for (n, shell) in shells.iter().enumerate() {
-                let disks = disks_of(parent, (&frozen, &ready.children), (n, shells.len()));
+                let disks = disks_of(parent, (&frozen, &fork.children), (n, shells.len()));
                 shell.ask::<()>(&Ask::Equip(hardware(shell, &disks)))?;
             }
             Ok(())
         };
         let equipped = equip();
-        let (parent, disks) = (Arc::clone(parent), ready.children);
-        let set = StandbySet { parent, shells, token, disks, undo };
+        let set = StandbySet { parent: Arc::clone(parent), shells, fork, undo };
         match equipped {
             Ok(()) => Ok(set),
             Err(e) => {

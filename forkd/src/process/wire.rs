@@ -119,7 +119,8 @@ pub struct Begin {
 /// A machine to cut.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct CutVm {
-    /// The request to blockd that cuts the disks, as bytes of HTTP.
+    /// The end of the request to blockd that cuts the disks, as bytes of HTTP: the rest was sent
+    /// on the connection that comes with this.
     pub request: Option<String>,
 }
 
