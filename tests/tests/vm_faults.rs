@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use offshoot_tests::rng::{Rng, seed};
 use offshoot_tests::trace::{Step, Tracer, steps_of};
-use offshoot_tests::vm::{Console, Lab, kill, processes_in, word};
+use offshoot_tests::vm::{Console, Lab, kill, processes_in};
 use rustix::process::Signal;
 
 /// Rounds of each kind of kill.
@@ -29,14 +29,6 @@ fn told_seed() -> u64 {
     let seed = seed(1);
     println!("OFFSHOOT_SEED={seed}");
     seed
-}
-
-/// Stops the parent's loop, and compares its disk with its memory.
-fn is_unharmed(parent: &mut Console) {
-    parent.say("");
-    let line = parent.hear("= wrote");
-    let [wrong, ram, disk] = ["wrong", "ram", "disk"].map(|key| word(&line, key));
-    assert!(wrong == "0" && ram == disk, "{line}");
 }
 
 /// Children are all there or none is, with all that belongs to them and nothing else.
@@ -91,7 +83,7 @@ fn a_fork_survives_the_death_of_the_daemon_whole_or_not_at_all() {
         assert_eq!(lab.pid("p"), pid);
     }
     println!("{made} of {ROUNDS} forks were done before the kill");
-    is_unharmed(&mut parent);
+    parent.ends_whole();
 }
 
 /// blockd is killed at a random moment of a fork: it fails or is done, and the parent goes on when
@@ -107,7 +99,7 @@ fn a_fork_survives_the_death_of_blockd_whole_or_not_at_all() {
         lab.start_blockd();
         all_or_none(&lab, &names);
     }
-    is_unharmed(&mut parent);
+    parent.ends_whole();
 }
 
 /// The process of a child, or of a shell that is to be one, is killed at a random moment of a fork.
@@ -136,7 +128,7 @@ fn a_fork_survives_the_death_of_a_child_whole_or_not_at_all() {
         lab.settle();
         assert_eq!(lab.traces().disks.len(), 1, "{:?}", lab.traces());
     }
-    is_unharmed(&mut parent);
+    parent.ends_whole();
 }
 
 /// The process of the parent is killed at a random moment of a fork: children are all there or not
@@ -243,7 +235,7 @@ fn dies_at_each_step(test: &str, victim: Victim, own: &[&str]) {
     }
     if victim != Victim::Parent {
         // One that has just begun finds the log of the one before it on the disk.
-        is_unharmed(&mut parent);
+        parent.ends_whole();
     }
     // What other threads do may not come again; nearly all of it does.
     println!("killed at {killed} of {} steps", steps.len());

@@ -36,14 +36,6 @@ fn await_standby(lab: &Lab) {
     until("children stand by", || lab.json(&["vm", "status"])["standby"] == "p");
 }
 
-/// Stops the loop of a machine, and compares its disk with its memory.
-fn is_whole(console: &mut Console) {
-    console.say("");
-    let line = console.hear("= wrote");
-    let [wrong, ram, disk] = ["wrong", "ram", "disk"].map(|key| word(&line, key));
-    assert!(wrong == "0" && ram == disk, "{line}");
-}
-
 /// Removes all machines, and checks that nothing of them is left.
 fn leaves_nothing(lab: &Lab) {
     let machines = lab.json(&["vm", "ls"]);
@@ -76,7 +68,7 @@ fn children_that_stood_by_are_as_any_other() {
     for name in ["a", "b", "c", "d", "e"] {
         let mut console = lab.console(name);
         assert!(console.hear("= forked").contains("wrong 0"), "{name}");
-        is_whole(&mut console);
+        console.ends_whole();
         let identity = console.ask("i");
         assert_eq!(word(&identity, "name"), name);
         generations.push(word(&identity, "generation").to_owned());
@@ -88,7 +80,7 @@ fn children_that_stood_by_are_as_any_other() {
     generations.sort();
     generations.dedup();
     assert_eq!(generations.len(), 5, "{generations:?}");
-    is_whole(&mut parent);
+    parent.ends_whole();
     leaves_nothing(&lab);
 }
 
@@ -97,12 +89,20 @@ fn children_that_stood_by_are_as_any_other() {
 fn a_fork_goes_on_without_those_that_were_ended() {
     let Some(mut lab) = lab("a_fork_goes_on_without_those_that_were_ended") else { return };
     let mut parent = parent_with_standby(&lab, &["a"]);
-    // Somebody wants the disk.
-    lab.done(&["disk", "show", "root"]);
-    assert!(!fork(&lab, &["b"]));
+    // Somebody wants the disk. Others may stand by before the next fork is there, but not always.
+    let met_none = (0..9).any(|n| {
+        await_standby(&lab);
+        lab.done(&["disk", "show", "root"]);
+        let child = format!("b{n}");
+        let stood_by = fork(&lab, &[&child]);
+        assert!(lab.console(&child).hear("= forked").contains("wrong 0"));
+        lab.done(&["vm", "rm", &child, "--force"]);
+        !stood_by
+    });
+    assert!(met_none);
     // They are killed.
     await_standby(&lab);
-    let machines = ["p", "a", "b"].map(|name| lab.pid(name));
+    let machines = ["p", "a"].map(|name| lab.pid(name));
     for pid in offshoot_tests::vm::processes_in(&lab.state()) {
         if !machines.contains(&pid) {
             kill(pid, Signal::KILL);
@@ -115,7 +115,7 @@ fn a_fork_goes_on_without_those_that_were_ended() {
     await_standby(&lab);
     lab.kill_blockd();
     lab.start_blockd();
-    assert!(!fork(&lab, &["e"]));
+    fork(&lab, &["e"]);
     assert!(lab.console("e").hear("= forked").contains("wrong 0"));
     // They are made again, but not for ever.
     await_standby(&lab);
@@ -126,7 +126,7 @@ fn a_fork_goes_on_without_those_that_were_ended() {
     }
     assert_eq!(lab.json(&["vm", "status"])["standby"], Value::Null);
     assert!(!fork(&lab, &["f"]));
-    is_whole(&mut parent);
+    parent.ends_whole();
     leaves_nothing(&lab);
 }
 
@@ -154,7 +154,7 @@ fn none_outlives_the_daemon() {
         assert!(lab.console(name).hear("= forked").contains("wrong 0"));
         await_standby(&lab);
     }
-    is_whole(&mut parent);
+    parent.ends_whole();
     leaves_nothing(&lab);
 }
 
@@ -200,6 +200,6 @@ fn a_fork_of_those_that_stood_by_is_whole_or_not_at_all() {
         assert_eq!(disks, ["root"], "round {round}: disks are left");
     }
     println!("{made} of {ROUNDS} forks were done");
-    is_whole(&mut parent);
+    parent.ends_whole();
     leaves_nothing(&lab);
 }

@@ -189,15 +189,13 @@ impl Daemon {
         }
         let fork = self.blockd.fork_ready(disks.clone(), ForkAnswer::Ready);
         let fork = fork.inspect_err(|_| undo.disks.clear())?;
-        let mut cut = || {
-            let (was_cut, files) = self.cut(machine, Some(&fork), &[], &mut undo.disks)?;
-            if let Some((status, body)) = &was_cut.disks {
-                let body = body.clone().into_bytes();
-                http::Reply { status: *status, body }.refused()?;
-            }
-            Ok((was_cut, files, self.blockd.forked(fork.token)?.children))
-        };
-        cut().inspect_err(|_| _ = self.blockd.end_fork(fork.token))
+        undo.fork = Some(fork.token);
+        let (was_cut, files) = self.cut(machine, Some(&fork), &[], &mut undo.disks)?;
+        if let Some((status, body)) = &was_cut.disks {
+            let body = body.clone().into_bytes();
+            http::Reply { status: *status, body }.refused()?;
+        }
+        Ok((was_cut, files, self.blockd.forked(fork.token)?.children))
     }
 
     /// Removes a snapshot, and the disks that were made for it.

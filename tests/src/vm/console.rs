@@ -81,6 +81,17 @@ impl Console {
         self.socket.get_ref().set_read_timeout(Some(LINE_MAX)).expect("a time limit");
         silent
     }
+
+    /// Ends the loop of a payload guest that writes to its disk and its memory, and compares them.
+    ///
+    /// # Panics
+    /// When they differ, or the guest does not answer.
+    pub fn ends_whole(&mut self) {
+        self.say("");
+        let line = self.hear("= wrote");
+        let [wrong, ram, disk] = ["wrong", "ram", "disk"].map(|key| word(&line, key));
+        assert!(wrong == "0" && ram == disk, "{line}");
+    }
 }
 
 /// The word after `key` in a line.
