@@ -40,6 +40,9 @@ impl Machines {
         if !self.lab.is_running() {
             return Some("the emulator has ended".to_owned());
         }
+        if self.lab.try_run("[ -S /run/forkd.sock ]").0 != 0 {
+            return Some("the kernel of the lab has crashed, and booted again".to_owned());
+        }
         let vms = self.verb("vm ls").as_array().expect("machines").clone();
         let faulted = vms.iter().find(|vm| vm["end"]["reason"] == "triple-fault")?;
         Some(format!("{} triple-faulted in the lab", faulted["name"]))
