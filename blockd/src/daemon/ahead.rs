@@ -77,15 +77,13 @@ pub(super) struct AskedFor {
     pub(super) daemon: Arc<Daemon>,
     pub(super) dir: Arc<StoreDir>,
     pub(super) request: ForkDisks,
-    pub(super) fork: ForkRow,
-    pub(super) volumes: Volumes,
     /// Of their names.
     pub(super) holds: Mutex<BTreeMap<String, Hold>>,
 }
 
 impl Children for AskedFor {
-    fn open(&self) -> Result<Vec<Ahead>> {
-        self.daemon.open_ahead(&self.dir, &self.request, &self.fork, &self.volumes)
+    fn open(&self, fork: &ForkRow, volumes: &Volumes) -> Result<Vec<Ahead>> {
+        self.daemon.open_ahead(&self.dir, &self.request, fork, volumes)
     }
 
     /// A machine may stand until this is done: what is not free at once is refused.

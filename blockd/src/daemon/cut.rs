@@ -61,7 +61,7 @@ pub(super) trait Children: Send + Sync {
     ///
     /// # Errors
     /// When one cannot be opened; none is then.
-    fn open(&self) -> Result<Vec<Ahead>>;
+    fn open(&self, fork: &ForkRow, volumes: &Volumes) -> Result<Vec<Ahead>>;
 
     /// Gives all children of a fork other names, in its order.
     ///
@@ -150,7 +150,7 @@ pub(super) struct Done {
 
 /// There are none.
 impl Children for () {
-    fn open(&self) -> Result<Vec<Ahead>> {
+    fn open(&self, _: &ForkRow, _: &Volumes) -> Result<Vec<Ahead>> {
         Ok(Vec::new())
     }
 
@@ -245,7 +245,7 @@ fn open(
     // What takes longer is done here: the end of a thread takes its time, too.
     let ahead = std::thread::scope(|s| {
         s.spawn(|| live = begin(dir, fork, volumes));
-        children.open()
+        children.open(fork, volumes)
     });
     match (live, ahead) {
         (Ok(live), Ok(ahead)) => Ok((live, ahead)),

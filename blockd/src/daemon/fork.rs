@@ -93,8 +93,6 @@ impl Daemon {
             daemon: Arc::clone(self),
             dir: Arc::clone(&dir),
             request: request.clone(),
-            fork: row.clone(),
-            volumes: volumes.clone(),
             holds: Mutex::new(of_ahead),
         });
         let names = Arc::new(names);

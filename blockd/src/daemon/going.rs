@@ -200,7 +200,7 @@ fn made(fork: &ForkRow) -> Vec<MadeChild> {
 
 impl Steps for Arc<Going> {
     fn begun(&self, fork: &ForkRow) {
-        Going::begun(self, fork);
+        *self.children.lock() = made(fork);
     }
 
     fn instant(&self, mut ready: Upcoming) -> (Upcoming, Result<Duration>) {
@@ -217,7 +217,7 @@ impl Steps for Arc<Going> {
         }
         let word = self.wait_for_word(lasts);
         drop(stands);
-        ready = self.upcoming.lock().take().expect("who says the word puts it back");
+        ready = self.upcoming.lock().take().expect("nobody else takes it away");
         match word {
             Ok(None) => self.bring_about(ready),
             Ok(Some(pause)) => (ready, Ok(pause)),
@@ -289,7 +289,7 @@ impl Going {
         });
     }
 
-    fn bring_about_at_once(&self, names: Vec<String>) -> Result<Stage> {
+    fn bring_about_at_once(self: &Arc<Self>, names: Vec<String>) -> Result<Stage> {
         let mut upcoming = self.upcoming.lock();
         let ready = upcoming.as_mut().expect("it is there while a fork is ready");
         if !names.is_empty() {
@@ -302,10 +302,6 @@ impl Going {
             Err(e) if e.kind() == Kind::Busy => Ok(Stage::Back(None)),
             Err(e) => Err(e),
         }
-    }
-
-    fn begun(&self, fork: &ForkRow) {
-        *self.children.lock() = made(fork);
     }
 }
 
