@@ -11,7 +11,9 @@ for program in qemu-storage-daemon qemu-img; do
         exit 1
     fi
 done
-(cd "$top" && cargo build --release --quiet --package offshoot-benches --bin vhost_user)
+cd "$top"
+# The daemon that is measured, built like the benchmark itself.
+cargo build --release --quiet --workspace --bin blockd --bin vhost_user
 cat <<END
 ## Reads by depth
 
@@ -20,6 +22,7 @@ ${ROUNDS:-5} rounds of ${SECONDS_EACH:-1.5} s, ratios of neighbouring measuremen
 the highest in brackets. The peer is $(qemu-storage-daemon --version | head -1) with
 every layer given explicitly.
 END
-TMPDIR=${BENCH_DIR:-/var/tmp} "${CARGO_TARGET_DIR:-$top/target}/release/vhost_user" \
+TMPDIR=${BENCH_DIR:-/var/tmp} OFFSHOOT_PROGRAMS_BUILT=1 \
+    "${CARGO_TARGET_DIR:-$top/target}/release/vhost_user" \
     --rounds "${ROUNDS:-5}" --seconds "${SECONDS_EACH:-1.5}" --only "by depth" \
     --graphs "$top/benches/results"

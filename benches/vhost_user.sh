@@ -11,7 +11,9 @@ for program in qemu-storage-daemon qemu-img qemu-io; do
         exit 1
     fi
 done
-(cd "$top" && cargo build --release --quiet --package offshoot-benches --bin vhost_user)
+cd "$top"
+# The daemon that is measured, built like the benchmark itself.
+cargo build --release --quiet --workspace --bin blockd --bin vhost_user
 cat <<END
 ## Disks behind vhost-user sockets, next to qemu-storage-daemon
 
@@ -21,11 +23,19 @@ ${SECONDS_EACH:-1.5} s, or of first writes until every place was written. A rati
 neighbouring measurements, with the lowest and the highest in brackets (above 1.00: ours does more).
 CPU is user and system time of the server process, its threads in the kernel included, for each
 request; what the kernel writes back later on its own is in no figure. Nothing is pinned unless a row
-says so; both servers poll for 32 µs at most; $(qemu-storage-daemon --version | head -1), one iothread,
-\`aio=io_uring\`, the same cache mode on both sides, every layer given explicitly. The client runs on
-the same processors, so at full load it is measured, too.
+says so; both servers poll for 32 µs at most. The client runs on the same processors, so at full load
+it is measured, too.
+
+- Ours, sandbox included, as anybody runs it: \`blockd --store DIR --api SOCK --cache buffered\` (or
+  \`direct\`), then \`offshoot disk attach disk --socket PATH --queues 2\`.
+- The peer, $(qemu-storage-daemon --version | head -1), the same cache
+  mode, every layer given explicitly: \`qemu-storage-daemon --object iothread,id=io0 --blockdev
+  '{"driver":"raw","node-name":"n","discard":"unmap","file":{"driver":"file","filename":"raw.img",
+  "cache":{"direct":false},"aio":"io_uring","discard":"unmap"}}' --export
+  type=vhost-user-blk,id=e0,node-name=n,addr.type=unix,addr.path=PATH,writable=on,num-queues=2,iothread=io0\`
 END
 mkdir -p "$top/benches/results"
-TMPDIR=${BENCH_DIR:-/var/tmp} "${CARGO_TARGET_DIR:-$top/target}/release/vhost_user" \
+TMPDIR=${BENCH_DIR:-/var/tmp} OFFSHOOT_PROGRAMS_BUILT=1 \
+    "${CARGO_TARGET_DIR:-$top/target}/release/vhost_user" \
     --rounds "${ROUNDS:-5}" --seconds "${SECONDS_EACH:-1.5}" --only "${ONLY:-!by depth}" \
     --graphs "$top/benches/results"

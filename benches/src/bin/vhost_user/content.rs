@@ -76,9 +76,9 @@ fn files(places: &[&Path]) -> Vec<PathBuf> {
 /// [`Advice::Random`] makes of them. What the host reads ahead is there in pieces of up to 2 MiB,
 /// and ext4 takes some ten times as long to write 4 KiB into one of those.
 ///
-/// For a disk whose last server was killed, to be called when the next one has opened it: ours
-/// forgets then what is cached of it, and where it has read a little, the host's mark for more of
-/// it turns a reader's advice into nothing.
+/// To be called when the server has opened the disk: ours forgets what is cached of one whose last
+/// server was killed, and where it has read a little, the host's mark for more of it turns a
+/// reader's advice into nothing.
 pub fn warm(places: &[&Path]) {
     for path in files(places) {
         let file = File::open(path).expect("a file");

@@ -15,15 +15,10 @@ mod report;
 mod server;
 mod svg;
 
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::time::Duration;
 
-use blockd::serve::vhost::{VhostOptions, VhostServer};
-use blockd::serve::{Volume, VolumeOptions};
-use blockd::store::file::CacheMode;
 use content::{BASE, Pair, SPAN};
 use jobs::{DENSE, FIRST, JOB, jobs};
 use load::{Job, Outcome};
@@ -33,20 +28,6 @@ use server::{Disk, Server};
 /// Depths of chains; the peer goes as far as its second number.
 const DEPTHS: [u64; 6] = [0, 1, 8, 32, 64, 256];
 const PEER_DEPTH_MAX: u64 = 64;
-
-/// Serves until killed.
-fn serve(args: &[String]) {
-    let [cache, store, disk, socket] = args else { panic!("serve CACHE STORE DISK SOCKET") };
-    let cache = if cache == "buffered" { CacheMode::Buffered } else { CacheMode::Direct };
-    let store = content::store_at(Path::new(store), cache);
-    let volume = Volume::open(&store, disk, &VolumeOptions::default()).expect("the disk opens");
-    let listener = UnixListener::bind(socket).expect("the socket is free");
-    let options = VhostOptions { queues: 2, ..VhostOptions::default() };
-    let _server = VhostServer::start(Arc::clone(&volume), listener, options).expect("it serves");
-    loop {
-        std::thread::park();
-    }
-}
 
 struct Args {
     rounds: usize,
@@ -85,7 +66,7 @@ impl Args {
     }
 
     fn measure(&self, job: &Job, server: &Server) -> Outcome {
-        load::run(job, &server.socket, server.child.id(), self.time)
+        load::run(job, &server.socket, server.pid, self.time)
     }
 
     /// Takes turns; before each, what is in the page cache is read, so that it stays there.
@@ -273,9 +254,6 @@ fn depths(args: &Args, dir: &Path, report: &mut Report) {
 
 fn main() {
     let list: Vec<String> = std::env::args().skip(1).collect();
-    if list.first().is_some_and(|a| a == "serve") {
-        return serve(&list[1..]);
-    }
     let args = Args::parse(&list);
     if Command::new("qemu-storage-daemon").arg("--version").output().is_err() {
         eprintln!("qemu-storage-daemon is not installed: nothing to compare with");

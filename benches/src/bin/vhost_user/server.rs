@@ -1,15 +1,26 @@
-//! The servers that are compared, each a process of its own.
+//! The servers that are compared, each a process of its own: `blockd` as anybody runs it, sandbox
+//! included, and the peer.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use offshoot_tests::daemon::{Daemon, program};
+use serde_json::json;
+
 /// A server of one disk behind one socket.
 pub struct Server {
     /// The process.
-    pub child: Child,
+    pub pid: u32,
     /// Where it listens.
     pub socket: PathBuf,
+    process: Process,
+}
+
+enum Process {
+    /// A daemon, and the disk that it serves; taken when it is to end.
+    Ours(Option<Daemon>, String),
+    Peer(Child),
 }
 
 /// A disk of a store.
@@ -22,20 +33,42 @@ pub struct Disk<'a> {
 }
 
 /// A command, kept on one processor if one is given (`taskset` becomes the program).
-fn program_on(cpu: Option<usize>, program: &str) -> Command {
+fn program_on(cpu: Option<usize>, program: &Path) -> Command {
     let Some(cpu) = cpu else { return Command::new(program) };
     let mut command = Command::new("taskset");
-    command.args(["--cpu-list", &cpu.to_string(), program]);
+    command.args(["--cpu-list", &cpu.to_string()]).arg(program);
     command
 }
 
 impl Server {
-    fn start(mut command: Command, socket: PathBuf) -> Server {
+    /// `blockd` on the store, with the disk attached, on one processor if one is given.
+    pub fn ours(disk: Disk<'_>, dir: &Path, buffered: bool, cpu: Option<usize>) -> Server {
+        let Disk { store, name } = disk;
+        let socket = dir.join(format!("ours-{name}.sock"));
+        let command = program_on(cpu, &program("blockd"));
+        let cache = ["--cache", if buffered { "buffered" } else { "direct" }];
+        let daemon = Daemon::start_by(command, store, &dir.join("blockd.sock"), &cache);
+        let export = json!({ "kind": "vhost-user", "socket": &socket, "queues": 2 });
+        daemon.json("POST", &format!("/v1/disks/{name}/attach"), &json!({ "export": export }));
+        Server { pid: daemon.pid(), socket, process: Process::Ours(Some(daemon), name.to_owned()) }
+    }
+
+    /// `qemu-storage-daemon` with a chain of block devices, given explicitly as JSON whose top node
+    /// is called `n`, on one processor if one is given.
+    pub fn qsd(name: &str, blockdev: &str, dir: &Path, cpu: Option<usize>) -> Server {
+        let socket = dir.join(format!("qsd-{name}.sock"));
+        let mut command = program_on(cpu, Path::new("qemu-storage-daemon"));
+        command.args(["--object", "iothread,id=io0", "--blockdev", blockdev, "--export"]);
+        command.arg(format!(
+            "type=vhost-user-blk,id=e0,node-name=n,addr.type=unix,addr.path={},writable=on,\
+             num-queues=2,iothread=io0",
+            socket.display()
+        ));
         let _ = std::fs::remove_file(&socket);
         let log = std::fs::File::create(socket.with_extension("log")).expect("a log file");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         let child = command.spawn().expect("the server starts");
-        let server = Server { child, socket };
+        let server = Server { pid: child.id(), socket, process: Process::Peer(child) };
         let end = Instant::now() + Duration::from_secs(20);
         while !server.socket.exists() {
             assert!(Instant::now() < end, "the server listens on {}", server.socket.display());
@@ -43,38 +76,23 @@ impl Server {
         }
         server
     }
-
-    /// Ours: this program again, as a server, on one processor if one is given.
-    pub fn ours(disk: Disk<'_>, dir: &Path, buffered: bool, cpu: Option<usize>) -> Server {
-        let Disk { store, name: disk } = disk;
-        let socket = dir.join(format!("ours-{disk}.sock"));
-        let program = std::env::current_exe().expect("this program");
-        let mut command = program_on(cpu, program.to_str().expect("a path in UTF-8"));
-        command.args(["serve", if buffered { "buffered" } else { "direct" }]);
-        command.arg(store).arg(disk).arg(&socket);
-        Server::start(command, socket)
-    }
-
-    /// `qemu-storage-daemon` with a chain of block devices, given explicitly as JSON whose top node
-    /// is called `n`, on one processor if one is given.
-    pub fn qsd(name: &str, blockdev: &str, dir: &Path, cpu: Option<usize>) -> Server {
-        let socket = dir.join(format!("qsd-{name}.sock"));
-        let mut command = program_on(cpu, "qemu-storage-daemon");
-        command.args(["--object", "iothread,id=io0", "--blockdev", blockdev, "--export"]);
-        command.arg(format!(
-            "type=vhost-user-blk,id=e0,node-name=n,addr.type=unix,addr.path={},writable=on,\
-             num-queues=2,iothread=io0",
-            socket.display()
-        ));
-        Server::start(command, socket)
-    }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // The scratch folder goes with everything that it did not write.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        match &mut self.process {
+            Process::Ours(daemon, disk) => {
+                // Else the next daemon on the store serves it again by itself.
+                let daemon = daemon.take().expect("it runs until here");
+                daemon.json("POST", &format!("/v1/disks/{disk}/detach"), &json!({}));
+                assert!(daemon.terminate().success(), "the daemon ends in order");
+            }
+            Process::Peer(child) => {
+                // The scratch folder goes with everything that it did not write.
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+        }
     }
 }
 
