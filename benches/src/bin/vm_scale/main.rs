@@ -13,6 +13,7 @@
 //!
 //! Stores are on a disk; forkd's folder is in memory, as its usual one below `/run` is.
 
+mod aims;
 mod clock;
 mod host;
 mod many;
@@ -21,6 +22,7 @@ mod rate;
 mod singles;
 mod slowdown;
 
+use aims::{Aims, Bound};
 use clock::Clock;
 use host::{POOL, Ready};
 use peer::Peer;
@@ -51,11 +53,12 @@ fn main() {
          written, 1 processor\n"
     );
     let _stores = host::stores();
+    let mut aims = Aims::default();
     if wants("many") {
-        many_children(memory_mib, counts);
+        many_children(memory_mib, counts, &mut aims);
     }
     let clock = Clock::start();
-    let ours = wants("single").then(|| one_child(memory_mib, rounds, slow_rounds, &clock));
+    let ours = wants("single").then(|| one_child(memory_mib, rounds, &clock, &mut aims));
     if wants("peer") {
         beside_qemu(memory_mib, slow_rounds, ours.as_ref());
     }
@@ -63,11 +66,13 @@ fn main() {
         parent_after(memory_mib, slow_rounds, &clock);
     }
     if wants("row") {
-        in_a_row(memory_mib);
+        in_a_row(memory_mib, &mut aims);
     }
+    aims.print();
 }
 
-fn one_child(memory_mib: u64, rounds: u64, slow_rounds: u64, clock: &Clock) -> Singles {
+fn one_child(memory_mib: u64, rounds: u64, clock: &Clock, aims: &mut Aims) -> Singles {
+    let slow_rounds = rounds.min(SLOW_ROUNDS);
     println!(
         "\nOne child. The parent writes a block to its disk each millisecond and sleeps in \
          between, and so does the child. All but the pause is from the request on; \
@@ -78,10 +83,14 @@ fn one_child(memory_mib: u64, rounds: u64, slow_rounds: u64, clock: &Clock) -> S
     );
     println!("| what, in ms | N | p50 | p90 | p99 |");
     println!("|---|---|---|---|---|");
-    singles::first_cuts(memory_mib, slow_rounds);
+    let first = singles::first_cuts(memory_mib, slow_rounds);
+    aims.note("pause in ms, first cut, p50", first.at(50), Bound::Most(0.5));
+    aims.note("pause in ms, first cut, p99", first.at(99), Bound::Most(3.0));
     let stood_by = singles::later_cuts(memory_mib, rounds, Ready::Children, clock);
     singles::later_cuts(memory_mib, rounds, Ready::Shells(POOL), clock);
     singles::later_cuts(memory_mib, slow_rounds, Ready::Shells(0), clock);
+    aims.note("child runs in ms, it stood by, p50", stood_by.runs.at(50), Bound::Most(1.5));
+    aims.note("child runs in ms, it stood by, p90", stood_by.runs.at(90), Bound::Most(5.0));
     stood_by
 }
 
@@ -115,7 +124,7 @@ fn beside_qemu(memory_mib: u64, rounds: u64, ours: Option<&Singles>) {
     }
 }
 
-fn many_children(memory_mib: u64, counts: &[u64]) {
+fn many_children(memory_mib: u64, counts: &[u64], aims: &mut Aims) {
     println!(
         "One fork into many, with as many shells ready. The parent sleeps, and so do the \
          children. Memory in MiB for each child, with the pool full again: *private* to its \
@@ -129,7 +138,11 @@ fn many_children(memory_mib: u64, counts: &[u64]) {
          proportional | host | after work: private | proportional | host | work, s |"
     );
     println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
-    counts.iter().for_each(|count| many::row(memory_mib, *count));
+    for count in counts {
+        let idle_mib = many::row(memory_mib, *count);
+        let what = format!("proportional MiB of an idle child, {count} of them");
+        aims.note(what, idle_mib, Bound::Most(2.0));
+    }
 }
 
 fn parent_after(memory_mib: u64, rounds: u64, clock: &Clock) {
@@ -145,7 +158,7 @@ fn parent_after(memory_mib: u64, rounds: u64, clock: &Clock) {
     slowdown::row(memory_mib, rounds, 100, false, clock);
 }
 
-fn in_a_row(memory_mib: u64) {
+fn in_a_row(memory_mib: u64, aims: &mut Aims) {
     println!(
         "\nForks in a row for {} s, or until there are {} children, of a parent that sleeps. None \
          is removed meanwhile; some are afterwards, one after the other, with the host as full.\n",
@@ -154,5 +167,8 @@ fn in_a_row(memory_mib: u64) {
     );
     println!("| children at once | made | made a second | removed a second, afterwards |");
     println!("|---|---|---|---|");
-    [1, 10].iter().for_each(|at_once| rate::row(memory_mib, *at_once));
+    for at_once in [1, 10] {
+        let rate = rate::row(memory_mib, at_once);
+        aims.note(format!("children a second, {at_once} at once"), rate, Bound::Least(200.0));
+    }
 }

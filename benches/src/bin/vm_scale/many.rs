@@ -65,8 +65,9 @@ fn work(host: &Host, children: &[String]) -> Duration {
     began.elapsed()
 }
 
-/// Forks a parent that sleeps into so many children, and prints a row.
-pub fn row(memory_mib: u64, count: u64) {
+/// Forks a parent that sleeps into so many children, and prints a row. Returns the proportional
+/// memory of an idle child, in MiB.
+pub fn row(memory_mib: u64, count: u64) -> f64 {
     progress(&format!("one fork into {count}: the parent and {count} shells"));
     let host = Host::start(memory_mib, Ready::Shells(count));
     progress(&format!("one fork into {count}: the fork"));
@@ -93,4 +94,5 @@ pub fn row(memory_mib: u64, count: u64) {
         worked.host,
         took.as_secs_f64(),
     );
+    idle.proportional
 }

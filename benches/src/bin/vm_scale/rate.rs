@@ -12,8 +12,8 @@ pub const CHILDREN_MAX: u64 = 1000;
 const REMOVED: usize = 50;
 
 /// Children a second, for a while. All of them are there until its end; then some are removed, one
-/// after the other.
-pub fn row(memory_mib: u64, at_once: u64) {
+/// after the other. Returns the rate.
+pub fn row(memory_mib: u64, at_once: u64) -> f64 {
     progress(&format!("forks in a row, {at_once} at once"));
     let host = Host::start(memory_mib, Ready::Shells(at_once * 2));
     let began = Instant::now();
@@ -30,4 +30,5 @@ pub fn row(memory_mib: u64, at_once: u64) {
     made[..removed].iter().for_each(|name| host.remove(name));
     let removals = removed as f64 / began.elapsed().as_secs_f64();
     println!("| {at_once} | {} | {rate:.1} | {removals:.1} |", made.len());
+    rate
 }

@@ -20,8 +20,8 @@ pub struct Singles {
     pub runs: Figures,
 }
 
-/// First cuts of as many parents, each with a shell ready.
-pub fn first_cuts(memory_mib: u64, parents: u64) {
+/// First cuts of as many parents, each with a shell ready. Returns their pauses.
+pub fn first_cuts(memory_mib: u64, parents: u64) -> Figures {
     let [mut pause, mut runs] = [Figures::default(), Figures::default()];
     for n in 1..=parents {
         progress(&format!("first cut {n} of {parents}"));
@@ -33,6 +33,7 @@ pub fn first_cuts(memory_mib: u64, parents: u64) {
     }
     pause.row("pause, first cut");
     runs.row("child runs, first cut");
+    pause
 }
 
 /// Later cuts of one parent, each when that is ready.
