@@ -25,6 +25,11 @@ use crate::guest::{Guest, GuestOptions, Image, Nested};
 /// How long a command in the lab may take: an inner guest boots in a fraction of it.
 pub const RUN: Duration = Duration::from_secs(120);
 
+/// First process of the guests in the lab.
+const INIT: &[u8] = include_bytes!("../../lab/init");
+/// Of the disk that they boot from, as `mke2fs` takes it.
+const SYSTEM_SIZE: &str = "48M";
+
 /// A lab that runs.
 #[derive(Debug)]
 pub struct Lab {
@@ -42,7 +47,7 @@ impl Lab {
     /// When the lab does not boot, or has no KVM.
     pub fn start(programs: &[&str]) -> Result<Lab, String> {
         let image = Image::get()?;
-        let mut archive = guest_of(image);
+        let mut archive = guest_of(image)?;
         add_programs(&mut archive, programs);
         Lab::boot(image, archive, 2048, Nested::ThreadEach)
     }
@@ -112,18 +117,50 @@ impl Lab {
     }
 }
 
-/// What a Linux guest in the lab boots from.
-fn guest_of(image: &Image) -> Archive {
-    let mut inner = fs::read(&image.initramfs).expect("the guest image was just made");
+/// What a Linux guest in the lab boots from: a kernel, drivers to find its disk with, and a system
+/// for that disk, where its tools and our agent are.
+fn guest_of(image: &Image) -> Result<Archive, String> {
+    let first = fs::read(&image.initramfs).expect("the guest image was just made");
     let mut overlay = Archive::default();
-    overlay.add("init", include_bytes!("../../lab/init"));
-    add_programs(&mut overlay, &["lab_agent"]);
-    inner.extend(overlay.finish());
+    overlay.add("init", INIT);
+    overlay.add("sbin/init", INIT);
+    let mut drivers = first.clone();
+    drivers.extend(overlay.finish());
+
+    let mut agent = Archive::default();
+    agent.add("sbin/init", INIT);
+    add_programs(&mut agent, &["lab_agent"]);
+    let system = file_system_of(&[first, agent.finish()]).map_err(|e| e.to_string())?;
 
     let mut archive = Archive::default();
-    archive.add("lab/initramfs", &inner);
+    archive.add("lab/initramfs", &drivers);
+    archive.add("lab/system", &system);
     archive.add("lab/kernel", &fs::read(&image.kernel).expect("as above"));
-    archive
+    Ok(archive)
+}
+
+/// An ext4 file system with what is in the archives, the later over the earlier.
+fn file_system_of(archives: &[Vec<u8>]) -> std::io::Result<Vec<u8>> {
+    let dir = tempfile::tempdir()?;
+    let (tree, disk) = (dir.path().join("tree"), dir.path().join("disk"));
+    fs::create_dir(&tree)?;
+    for archive in archives {
+        let from = dir.path().join("archive");
+        fs::write(&from, archive)?;
+        let unpack = ["--quiet", "--extract", "--make-directories", "--unconditional"];
+        done(Command::new("cpio").args(unpack).stdin(fs::File::open(from)?).current_dir(&tree))?;
+    }
+    let make = ["-q", "-t", "ext4", "-E", "root_owner=0:0", "-d"];
+    // Not in the path of everybody.
+    let mke2fs = crate::tool("mke2fs").ok_or_else(|| std::io::Error::other("no mke2fs here"))?;
+    done(Command::new(mke2fs).args(make).arg(&tree).arg(&disk).arg(SYSTEM_SIZE))?;
+    fs::read(disk)
+}
+
+fn done(command: &mut Command) -> std::io::Result<()> {
+    let output = command.output()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    if output.status.success() { Ok(()) } else { Err(std::io::Error::other(said)) }
 }
 
 /// Adds programs of this workspace and the libraries that they need.

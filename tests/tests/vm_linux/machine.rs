@@ -22,11 +22,12 @@ pub struct Machines {
 const OFFSHOOT: &str = "offshoot --store /run/store --forkd /run/forkd.sock";
 
 impl Machines {
-    /// Starts the daemons, with two disks.
+    /// Starts the daemons, with two disks: a system, and one to count on.
     fn new(mut lab: Lab) -> Machines {
         let create = format!("{OFFSHOOT} disk create");
         lab.run(&format!(
-            "{OFFSHOOT} init && {create} root --size 64M && {create} count --size 1M && \
+            "{OFFSHOOT} init && {OFFSHOOT} disk import /lab/system root && rm /lab/system && \
+             {create} count --size 1M && \
              (blockd --store /run/store --api /run/blockd.sock >/run/blockd.log 2>&1 & \
               forkd --state /run/forkd --blockd /run/blockd.sock --api /run/forkd.sock \
                 --pool-size 1 >/run/forkd.log 2>&1 &) && \
@@ -58,17 +59,17 @@ impl Machines {
         serde_json::from_str(&said).unwrap_or_else(|e| panic!("{words}: {e}: {said}"))
     }
 
-    /// Boots a machine with both disks.
+    /// Boots a machine from the one disk, with the other.
     pub fn run(&mut self, name: &str) {
         self.run_with(name, "");
     }
 
-    /// Boots a machine with both disks and what else the options say.
+    /// The same with what else the options say.
     pub fn run_with(&mut self, name: &str, options: &str) {
         self.verb(&format!(
             "vm run {name} {options} --kernel /lab/kernel --initrd /lab/initramfs --mem 160M \
              --disk root --disk count \
-             --cmdline \"console=ttyS0 pci=off panic=-1 quiet mitigations=off nokaslr\""
+             --cmdline \"console=ttyS0 root=/dev/vda pci=off panic=-1 quiet mitigations=off nokaslr\""
         ));
     }
 
