@@ -22,7 +22,7 @@ build: ## Build the release binaries
 test: setup ## All tests, a short fuzz run, and a list of what was skipped
 	@tests/run.sh
 
-demo: setup ## Show what works, with a guest whose disks are forked; two or three minutes
+demo: setup ## Show what works: guests on forked disks, a machine forked into 32; some minutes
 	@tools/demo.sh
 
 soak: setup ## The long variants of all tests, and ten minutes of fuzzing per target

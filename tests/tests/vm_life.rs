@@ -6,6 +6,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use offshoot_tests::vm::{Lab, word};
+use serde_json::Value;
 
 /// A machine is what it was asked to be, does what its guest is told, and leaves nothing.
 #[test]
@@ -69,6 +70,15 @@ fn machines_end_for_reasons_with_names() {
     assert!(detail.contains("rip"), "a fault says where: {detail}");
     let listed = lab.done(&["vm", "ls"]);
     assert!(listed.contains("ended: power-off") && listed.contains("ended: killed"), "{listed}");
+    let events = lab.done(&["vm", "events", "--json"]);
+    let events = events.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let of_one: Vec<String> = events
+        .filter(|event| event["object"].as_str().unwrap().contains("triple-fault"))
+        .map(|event| event["kind"].as_str().unwrap().to_owned())
+        .collect();
+    assert_eq!(of_one, ["booted", "ended"]);
+    let text = lab.done(&["vm", "events"]);
+    assert!(text.lines().any(|line| line.contains("ended") && line.contains("killed")), "{text}");
 }
 
 /// Shells are forked from one process that the daemon started. When that is killed, machines go on,

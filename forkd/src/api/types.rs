@@ -92,7 +92,7 @@ impl VmState {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VmEnd {
     /// The stable name of the reason: `power-off`, `reset`, `stopped`, `killed`, `triple-fault`,
-    /// `failed`.
+    /// `internal-error`, `failed`.
     pub reason: String,
     /// What else there is to say.
     pub detail: String,

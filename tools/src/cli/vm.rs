@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use forkd::api::types::{DiskPath, ForkNet, LinkWhen, RunNet, UseDisk};
 
+use super::Events;
 use crate::size;
 
 /// `vm …`
@@ -76,8 +77,9 @@ Examples:
     ///
     /// Each child starts out with the memory, the processors and the disks that the machine has at
     /// one instant; only what is written later is stored twice. A child is another machine from its
-    /// first instruction on: another name, identity, generation, network address and random
-    /// numbers. Its disks are called CHILD-disk0, CHILD-disk1 and so on, and go with it. There are
+    /// first instruction on: another name, identity, generation, network address and seed for
+    /// random numbers, which its guest has to take up (an agent, or a kernel that minds the
+    /// generation). Its disks are called CHILD-disk0, CHILD-disk1 and so on, and go with it. There are
     /// all of the children, or none; the machine goes on in any case.
     ///
     /// No child gets its parent's network: --net names an interface for each. The link of a child
@@ -105,7 +107,7 @@ Examples:
     /// Make a machine of a snapshot
     ///
     /// It goes on where the snapshot was taken, as another machine: with another name, identity,
-    /// generation, network address and random numbers, and with disks of its own, called
+    /// generation, network address and seed for random numbers, and with disks of its own, called
     /// NAME-disk0 and so on, that stand on those of the snapshot. A snapshot can be restored any
     /// number of times. What was altered, is missing, or does not fit this host's processor is
     /// refused. To start many, restore one with --paused, and fork it.
@@ -160,6 +162,16 @@ Examples:
   offshoot vm status
   offshoot vm status --json | jq .pool")]
     Status,
+
+    /// Show what happened to forkd and its machines
+    ///
+    /// One event a line, the last thousand of them, and with --follow those to come. What happens
+    /// to disks is told by `offshoot events`.
+    #[command(after_help = "\
+Examples:
+  offshoot vm events --follow
+  offshoot vm events --json | jq -r 'select(.kind == \"ended\") | .object'")]
+    Events(Events),
 }
 
 /// `vm run`
@@ -260,8 +272,8 @@ pub struct ForkVm {
     /// Do not let the children run yet
     #[arg(long)]
     pub paused: bool,
-    /// The tap interface of each child: `{name}` stands for its name, `{n}` for its place among
-    /// them, from 0. Without it the children's cards are connected to nothing
+    /// The tap interface of each child: {name} stands for its name, and a lone n
+    /// in braces for its place among them, from 0. Without it the children's cards are connected to nothing
     #[arg(long, value_name = "tap=PATTERN[,link=at-once]", value_parser = net)]
     pub net: Option<ForkNet>,
 }

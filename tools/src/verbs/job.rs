@@ -1,14 +1,12 @@
-//! `job ls`, `watch`, `cancel`, and `events`.
+//! `job ls`, `watch` and `cancel`.
 
-use std::io::Write as _;
-
-use blockd::api::types::{Event, Job, JobState};
+use blockd::api::types::{Job, JobState};
 use blockd::pump::Watch as _;
-use format::{Error, Kind};
+use format::Error;
 
 use super::Session;
-use crate::cli::{Events, JobId};
-use crate::output::{Outcome, Stop, Table, Verdict, utc, wrote};
+use crate::cli::JobId;
+use crate::output::{Outcome, Table, Verdict, utc};
 use crate::progress::Progress;
 use crate::size::show;
 
@@ -72,40 +70,4 @@ pub fn cancel(s: &Session, args: &JobId) -> Outcome {
         _ => line(&job),
     })?;
     Ok(Verdict::Done)
-}
-
-/// `events`
-pub fn events(s: &Session, args: &Events) -> Outcome {
-    let client = s.need_daemon()?;
-    let path = format!("/v1/events?since={}&follow={}", args.since, args.follow);
-    let mut rest = Vec::new();
-    client.stream(path, &mut |bytes| {
-        let mut out = std::io::stdout().lock();
-        for byte in bytes {
-            if *byte != b'\n' {
-                rest.push(*byte);
-                continue;
-            }
-            if s.out.json {
-                wrote(out.write_all(&rest).and_then(|()| out.write_all(b"\n")))?;
-            } else {
-                wrote(writeln!(out, "{}", render(&rest)?))?;
-            }
-            rest.clear();
-        }
-        // Whoever follows wants to see them now.
-        wrote(out.flush())
-    })?;
-    Ok(Verdict::Done)
-}
-
-fn render(line: &[u8]) -> Outcome<String> {
-    let event: Event = serde_json::from_slice(line).map_err(|e| {
-        let reason = "it answers something that is not known here";
-        let error = Error::new(Kind::Unsupported, reason).caused_by(e);
-        Stop::from(error.tried("ask").on("the daemon"))
-    })?;
-    let time = utc(event.time_ms / 1000);
-    let text = format!("{time}  {:<13} {}", event.kind.name(), event.object);
-    Ok(if event.detail.is_empty() { text } else { format!("{text}: {}", event.detail) })
 }

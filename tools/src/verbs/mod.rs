@@ -7,6 +7,7 @@ mod compare;
 mod console;
 mod daemon;
 mod diff;
+mod events;
 mod export;
 mod flatten;
 mod import;
@@ -54,7 +55,7 @@ pub fn run(cli: Cli, out: Output) -> Outcome {
         Verb::Job(JobVerb::Ls) => job::ls(s),
         Verb::Job(JobVerb::Watch(args)) => job::watch(s, &args),
         Verb::Job(JobVerb::Cancel(args)) => job::cancel(s, &args),
-        Verb::Events(args) => job::events(s, &args),
+        Verb::Events(args) => events::of_blockd(s, &args),
         Verb::Top(args) => top::top(s, &args),
         Verb::Completions { shell } => completions(s, shell),
         Verb::Disk(verb) => match verb {

@@ -8,7 +8,7 @@ use forkd::api::types::{
 };
 use format::{Error, Result};
 
-use super::{Session, console, snapshots};
+use super::{Session, console, events, snapshots};
 use crate::cli::{self, VmName, VmVerb};
 use crate::client::{Client, FORKD, path_of};
 use crate::output::{Outcome, Table, Verdict, fields, utc};
@@ -46,6 +46,7 @@ pub fn vm(s: &Session, verb: &VmVerb) -> Outcome {
         VmVerb::Rm(args) => rm(s, args),
         VmVerb::Stats => stats(s),
         VmVerb::Status => status(s),
+        VmVerb::Events(args) => events::of_forkd(s, args),
     }
 }
 
