@@ -82,9 +82,10 @@ impl Drop for Server {
     fn drop(&mut self) {
         match &mut self.process {
             Process::Ours(daemon, disk) => {
-                // Else the next daemon on the store serves it again by itself.
+                // Else the next daemon on the store serves it again by itself. By force: that the
+                // client has gone may not be noticed yet.
                 let daemon = daemon.take().expect("it runs until here");
-                daemon.json("POST", &format!("/v1/disks/{disk}/detach"), &json!({}));
+                daemon.json("POST", &format!("/v1/disks/{disk}/detach"), &json!({ "force": true }));
                 assert!(daemon.terminate().success(), "the daemon ends in order");
             }
             Process::Peer(child) => {
