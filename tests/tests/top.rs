@@ -182,6 +182,26 @@ fn q_leaves_and_the_terminal_is_left_as_it_was_found() {
     }
 }
 
+/// Who waits for a flatten sees how far it has come beside what it does to the guest.
+#[test]
+fn top_shows_how_far_a_flatten_has_come() {
+    let disk = ServedDisk::new(TestStore::new());
+    disk.write("vm", 0, &[7; 16 << 20]);
+    disk.done(&["disk", "fork", "vm", "child"]);
+    let _daemon = disk.daemon();
+    disk.attach();
+    let percent = || disk.json(&["top", "--interval", "0.1"])[0]["flatten_percent"].clone();
+    assert!(percent().is_null());
+    let job = disk.json(&["disk", "flatten", "vm", "--to", "nothing", "--rate", "4M"]);
+    offshoot_tests::until("some of it is done", || {
+        percent().as_u64().expect("it is under way") > 0
+    });
+    let shown = String::from_utf8(disk.done(&["top", "--interval", "0.1"])).unwrap();
+    assert!(shown.contains("FLATTEN"), "{shown}");
+    disk.done(&["job", "cancel", &job["id"].to_string()]);
+    offshoot_tests::until("it is not under way", || percent().is_null());
+}
+
 /// Machines have rows of their own: how they are, what memory they have to themselves and share,
 /// and how busy they are.
 #[test]

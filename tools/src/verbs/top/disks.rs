@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use blockd::api::types::DiskStats;
+use blockd::api::types::{DiskStats, Job, JobKind, JobState};
 use blockd::serve::{Histogram, VolumeStats};
 use serde::Serialize;
 
@@ -31,10 +31,17 @@ pub(super) struct Row {
     journal_percent: u64,
     /// Polls that found work, of 100; null when nothing polled.
     poll_hit_percent: Option<u64>,
+    /// How far a flatten of it has come, of 100; null when there is none.
+    flatten_percent: Option<u64>,
 }
 
-/// What disks have done so far, by name.
-pub(super) type Look = HashMap<String, DiskStats>;
+/// What was seen of the disks in service.
+pub(super) struct Look {
+    /// What they have done so far, by name.
+    stats: HashMap<String, DiskStats>,
+    /// How far their flattens have come, of 100, by what jobs call a disk.
+    flattens: HashMap<String, u64>,
+}
 
 /// A look at all disks.
 ///
@@ -42,12 +49,23 @@ pub(super) type Look = HashMap<String, DiskStats>;
 /// What the daemon says.
 pub(super) fn look(client: &Client) -> format::Result<Look> {
     let all: Vec<DiskStats> = client.get("/v1/stats".into())?;
-    Ok(all.into_iter().map(|d| (d.disk.clone(), d)).collect())
+    let jobs: Vec<Job> = client.get("/v1/jobs".into())?;
+    let runs = |job: &Job| job.kind == JobKind::Flatten && job.state == JobState::Running;
+    let percent = |job: &Job| job.total.and_then(|total| (job.done * 100).checked_div(total));
+    let flattens = jobs.into_iter().filter(runs);
+    Ok(Look {
+        stats: all.into_iter().map(|d| (d.disk.clone(), d)).collect(),
+        flattens: flattens.map(|job| (job.object.clone(), percent(&job).unwrap_or(0))).collect(),
+    })
 }
 
 /// What they did between two looks, by name.
 pub(super) fn rows(before: &Look, now: &Look, seconds: f64) -> Vec<Row> {
-    let mut rows: Vec<Row> = now.values().map(|d| row(before.get(&d.disk), d, seconds)).collect();
+    let one = |d: &DiskStats| Row {
+        flatten_percent: now.flattens.get(&format!("disk {}", d.disk)).copied(),
+        ..row(before.stats.get(&d.disk), d, seconds)
+    };
+    let mut rows: Vec<Row> = now.stats.values().map(one).collect();
     rows.sort_by(|a, b| a.disk.cmp(&b.disk));
     rows
 }
@@ -112,6 +130,7 @@ fn row(before: Option<&DiskStats>, now: &DiskStats, seconds: f64) -> Row {
         held: new.held.as_ref().map(|held| held.reason.clone()),
         journal_percent: new.journal_pages.0 * 100 / new.journal_pages.1.max(1),
         poll_hit_percent: (hits * 100).checked_div(polls),
+        flatten_percent: None,
     }
 }
 
@@ -128,10 +147,12 @@ pub(super) fn render(rows: &[Row]) -> String {
         "IN WORK",
         "JOURNAL",
         "POLL HITS",
+        "FLATTEN",
         "HELD",
     ];
-    let mut table = Table::new(&head, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+    let mut table = Table::new(&head, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]);
     let us = |us: Option<f64>| us.map_or("-".into(), |us| format!("{us:.0}"));
+    let percent = |of: Option<u64>| of.map_or("-".into(), |p| format!("{p} %"));
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Rates are positive.
     let bytes = |rate: f64| format!("{}/s", show(rate as u64));
     for r in rows {
@@ -145,8 +166,9 @@ pub(super) fn render(rows: &[Row]) -> String {
             us(r.p50_us),
             us(r.p99_us),
             r.in_flight.to_string(),
-            format!("{} %", r.journal_percent),
-            r.poll_hit_percent.map_or("-".into(), |p| format!("{p} %")),
+            percent(Some(r.journal_percent)),
+            percent(r.poll_hit_percent),
+            percent(r.flatten_percent),
             r.held.clone().unwrap_or_default(),
         ]);
     }
