@@ -92,6 +92,7 @@ impl std::fmt::Debug for Backend {
 fn to_io(e: Error) -> std::io::Error {
     let kind = match e.kind() {
         Kind::NoSpace => std::io::ErrorKind::StorageFull,
+        Kind::NoMemory => std::io::ErrorKind::OutOfMemory,
         Kind::ReadOnly => std::io::ErrorKind::ReadOnlyFilesystem,
         _ => std::io::ErrorKind::Other,
     };

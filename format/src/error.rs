@@ -27,6 +27,10 @@ pub enum Kind {
     InUse,
     /// The host has no space left; nothing was lost, the operation may be repeated.
     NoSpace,
+    /// The host has no memory left; nothing was lost, the operation may be repeated.
+    NoMemory,
+    /// The host does not reach its storage; nothing was lost, the operation may be repeated.
+    Unreachable,
     /// The request itself makes no sense (offset past the end, bad name, bad size).
     Invalid,
     /// The object may not be written.
@@ -45,7 +49,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Kind; 15] = [
+    pub const ALL: [Kind; 17] = [
         Kind::Io,
         Kind::Corrupt,
         Kind::Unsupported,
@@ -54,6 +58,8 @@ impl Kind {
         Kind::Busy,
         Kind::InUse,
         Kind::NoSpace,
+        Kind::NoMemory,
+        Kind::Unreachable,
         Kind::Invalid,
         Kind::ReadOnly,
         Kind::ParentMissing,
@@ -85,8 +91,21 @@ impl Kind {
             Kind::ParentMissing | Kind::ParentChanged => 11,
             Kind::TailLost => 12,
             Kind::Failed => 13,
+            Kind::NoMemory | Kind::Unreachable => 15,
             Kind::Cancelled => 130,
         }
+    }
+
+    /// Whether the host may do the same later: nothing was lost, and nothing has to be mended.
+    #[must_use]
+    pub fn may_pass(self) -> bool {
+        matches!(self, Kind::NoSpace | Kind::NoMemory | Kind::Unreachable)
+    }
+
+    /// Whether it tells of the host only: what is stored may be sound.
+    #[must_use]
+    pub fn is_of_host(self) -> bool {
+        matches!(self, Kind::Io | Kind::NoMemory | Kind::Unreachable)
     }
 
     /// The stable name used in JSON output, logs and documentation.
@@ -101,6 +120,8 @@ impl Kind {
             Kind::Busy => "busy",
             Kind::InUse => "in-use",
             Kind::NoSpace => "no-space",
+            Kind::NoMemory => "no-memory",
+            Kind::Unreachable => "unreachable",
             Kind::Invalid => "invalid",
             Kind::ReadOnly => "read-only",
             Kind::ParentMissing => "parent-missing",
@@ -266,6 +287,10 @@ impl From<std::io::Error> for Error {
         let (kind, reason) = match e.kind() {
             E::StorageFull | E::QuotaExceeded | E::FileTooLarge => {
                 (Kind::NoSpace, "no space left on the host file system")
+            }
+            E::OutOfMemory => (Kind::NoMemory, "the host has no memory left"),
+            E::TimedOut | E::HostUnreachable | E::NetworkUnreachable | E::NetworkDown => {
+                (Kind::Unreachable, "the host does not reach its storage")
             }
             E::NotFound => (Kind::NotFound, "no such file"),
             E::AlreadyExists => (Kind::Exists, "exists already"),

@@ -46,6 +46,7 @@ fn status(kind: Kind) -> StatusCode {
         | Kind::ParentMissing
         | Kind::ParentChanged => StatusCode::CONFLICT,
         Kind::NoSpace => StatusCode::INSUFFICIENT_STORAGE,
+        Kind::NoMemory | Kind::Unreachable => StatusCode::SERVICE_UNAVAILABLE,
         Kind::Unsupported => StatusCode::NOT_IMPLEMENTED,
         Kind::Io | Kind::Corrupt | Kind::Failed => StatusCode::INTERNAL_SERVER_ERROR,
     }

@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet};
 use format::superblock::Seal;
 use format::table::SegmentTable;
 use format::units::SegmentIdx;
-use format::{Error, Kind, Result};
+use format::{Error, Result};
 use uuid::Uuid;
 
 use super::pending;
@@ -36,7 +36,7 @@ pub(super) fn check(
         let sealed = segments.sealed(row.segment)?;
         match check_parent(&sealed, (&object, row.digest.is_some()), problems) {
             Ok(table) => _ = tables.insert(row.segment, table),
-            Err(e) if e.kind() == Kind::Io => return Err(e),
+            Err(e) if e.kind().is_of_host() => return Err(e),
             Err(e) => problems.note(Problem::new(What::ParentChanged, object, &e)),
         }
     }

@@ -183,7 +183,7 @@ fn part(
             let file = Arc::clone(&file.file);
             Ok(Some(Part { segment, file, superblock, runs, sums }))
         }
-        Err(e) if e.kind() == Kind::Io => Err(e),
+        Err(e) if e.kind().is_of_host() => Err(e),
         Err(e) => {
             problems.note(Problem::new(What::Digest, object(), &e));
             Ok(None)

@@ -27,7 +27,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use format::{Error, Kind, Result};
+use format::{Error, Result};
 
 use super::ahead::Ahead;
 use crate::catalogue::{ForkRow, Forked};
@@ -295,9 +295,9 @@ fn settle(dir: &StoreDir, fork: &ForkRow, crossings: &[Crossing], ahead: &[Ahead
     };
     loop {
         match freeze().and_then(|()| dir.settle_fork(fork, &all)) {
-            Err(error) if error.kind() == Kind::NoSpace && Instant::now() < until => {
+            Err(error) if error.kind().may_pass() && Instant::now() < until => {
                 if !std::mem::replace(&mut told, true) {
-                    tracing::warn!(%error, "a fork waits for space on the host");
+                    tracing::warn!(%error, "a fork waits for the host");
                 }
                 std::thread::sleep(NO_SPACE_WAIT);
             }

@@ -83,8 +83,8 @@ impl Disk {
         self.commit_once()?;
         if self.commit.lock().used_pages >= self.journal_pages / 2 {
             match self.run_checkpoint(|_| ()) {
-                // The flush itself is done; without space the checkpoint waits for a later one.
-                Err(e) if e.kind() == Kind::NoSpace => {}
+                // The flush itself is done; without space or memory the checkpoint waits for a later one.
+                Err(e) if e.kind().may_pass() => {}
                 outcome => outcome?,
             }
         }

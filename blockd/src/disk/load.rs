@@ -270,7 +270,7 @@ fn open_rows(
             });
             match checked {
                 Ok(sealed) => Arc::clone(&sealed.file),
-                Err(e) if e.kind() == Kind::Io => return Err(e),
+                Err(e) if e.kind().is_of_host() => return Err(e),
                 Err(e) => {
                     let missing = e.kind() == Kind::ParentMissing;
                     let what = if missing { What::ParentMissing } else { What::ParentChanged };

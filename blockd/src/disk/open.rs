@@ -244,7 +244,7 @@ impl Disk {
         }
         self.flush()?;
         match self.finish(|_| ()) {
-            Err(e) if e.kind() == Kind::NoSpace => {
+            Err(e) if e.kind().may_pass() => {
                 tracing::warn!(disk = %self.object(), error = %e, "closed with its journal");
                 self.leave_journal()?;
             }

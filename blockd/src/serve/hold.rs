@@ -1,5 +1,6 @@
-//! Holding: requests that the host cannot do now for want of space wait instead of failing, because
-//! a guest's file system does not survive the failure and does survive the wait.
+//! Holding: requests that the host cannot do now, for want of space or memory or because it does not
+//! reach its storage, wait instead of failing, because a guest's file system does not survive the
+//! failure and does survive the wait.
 //!
 //! A request is held from its first failure until it succeeds, fails for another reason or is
 //! dropped. Held requests are tried again once a second, and at once when somebody says that there
@@ -8,7 +9,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use format::{Error, Kind};
+use format::Error;
 use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -50,7 +51,7 @@ pub(super) enum Change {
 
 /// Whether a request that failed so is held.
 pub(super) fn is_held(error: &Error) -> bool {
-    error.kind() == Kind::NoSpace
+    error.kind().may_pass()
 }
 
 impl Hold {
@@ -120,13 +121,19 @@ impl Hold {
 
 #[cfg(test)]
 mod tests {
+    use format::Kind;
+
     use super::*;
 
     #[test]
     fn first_and_last_are_told_and_resume_ends_a_wait() {
         let hold = Hold::default();
         let full = Error::new(Kind::NoSpace, "full");
-        assert!(is_held(&full) && !is_held(&Error::corrupt("x")));
+        let of_host = |errno| Error::from(std::io::Error::from_raw_os_error(errno));
+        let held = [libc::ENOSPC, libc::EDQUOT, libc::ENOMEM, libc::ETIMEDOUT, libc::ENETDOWN];
+        assert!(held.into_iter().all(|errno| is_held(&of_host(errno))));
+        // A medium that fails stays so: its guest has to know.
+        assert!(!is_held(&of_host(libc::EIO)) && !is_held(&Error::corrupt("x")));
         assert_eq!((hold.begin(&full), hold.begin(&full)), (Change::First, Change::None));
         assert_eq!(hold.info().unwrap().requests, 2);
         let seen = hold.resumes();

@@ -116,7 +116,7 @@ impl StoreDir {
         let object = || format!("segment {segment}");
         match draft.sync() {
             // What the host could not place once is lost: another sync would not tell.
-            Err(e) if e.kind() == Kind::NoSpace => {
+            Err(e) if e.kind().may_pass() => {
                 Err(Error::new(Kind::Io, e.to_string())).context("sync", object)
             }
             synced => synced.context("sync", object),

@@ -370,7 +370,7 @@ impl StoreDir {
                 self.notes.push(format!("{note}; `offshoot store rebuild` renames it"));
                 Ok(())
             }
-            Err(e) if e.kind() == Kind::Io => Err(e),
+            Err(e) if e.kind().is_of_host() => Err(e),
             Err(e) => {
                 self.notes.push(format!("segment {id} is not in the catalogue: {e}"));
                 Ok(())

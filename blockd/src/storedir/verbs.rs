@@ -304,7 +304,7 @@ impl StoreDir {
         for id in self.strangers()? {
             match self.row_of(id) {
                 Ok(row) if !row.parents.contains(&segment) && row.base != Some(segment) => {}
-                Err(e) if e.kind() == Kind::Io => return Err(e),
+                Err(e) if e.kind().is_of_host() => return Err(e),
                 // Unreadable: it may.
                 _ => return Ok(Some(id)),
             }

@@ -52,7 +52,7 @@ fn summarise(dir: &StoreDir, row: &DiskRow, names: &Names) -> Result<Summary> {
     };
     let state = match file.as_deref().map(read_superblock) {
         None => DiskState::Missing,
-        Some(Err(e)) if e.kind() == Kind::Io => return Err(e),
+        Some(Err(e)) if e.kind().is_of_host() => return Err(e),
         Some(Err(_)) => DiskState::Unreadable,
         Some(Ok(chosen)) => state_of(&chosen.superblock),
     };

@@ -69,7 +69,7 @@ pub fn find(
         });
         match usable {
             Ok(older) => return Ok(Some(older)),
-            Err(e) if e.kind() == Kind::Io => return Err(e),
+            Err(e) if e.kind().is_of_host() => return Err(e),
             // Whatever else ends the loading, a record of an unknown kind among it, ends it for
             // this generation only.
             Err(e) => refused(generation, &e),
