@@ -444,7 +444,7 @@ pub(super) fn take_out_of_service(served: Served) -> Result<()> {
 pub(super) fn close(served: Served) -> (Option<Hold>, Result<()>) {
     let Served { volume, hold, doors, read_only, .. } = served;
     drop(doors);
-    volume.give_up_held();
+    volume.give_up_waiting();
     let closed = volume.close();
     ((!read_only).then_some(hold), closed)
 }

@@ -6,6 +6,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -93,12 +94,20 @@ pub(super) struct Throttle {
     start: Instant,
     requests: Rate,
     bytes: Rate,
+    /// True when no thread may wait any longer: the volume is about to close.
+    closed: Mutex<bool>,
+    changed: Condvar,
 }
 
 impl Throttle {
     pub(super) fn new(limits: Limits) -> Self {
-        let throttle =
-            Throttle { start: Instant::now(), requests: Rate::default(), bytes: Rate::default() };
+        let throttle = Throttle {
+            start: Instant::now(),
+            requests: Rate::default(),
+            bytes: Rate::default(),
+            closed: Mutex::new(false),
+            changed: Condvar::new(),
+        };
         throttle.set(limits);
         throttle
     }
@@ -108,6 +117,28 @@ impl Throttle {
         let burst_ns = u64::from(burst_ms) * 1_000_000;
         self.requests.set(limits.iops, burst_ns);
         self.bytes.set(limits.bytes_per_s, burst_ns);
+        // Taken once: a thread that saw the old limits waits by now, or looks again.
+        drop(self.closed.lock());
+        self.changed.notify_all();
+    }
+
+    /// Ends every wait of a thread, now and later.
+    pub(super) fn close(&self) {
+        *self.closed.lock() = true;
+        self.changed.notify_all();
+    }
+
+    /// Lets a request through on a thread that may wait for it; false when it may not any longer.
+    pub(super) fn wait(&self, bytes: u64) -> bool {
+        if self.take(bytes).is_none() {
+            return true;
+        }
+        let mut closed = self.closed.lock();
+        while !*closed {
+            let Some(wait) = self.take(bytes) else { return true };
+            self.changed.wait_for(&mut closed, wait);
+        }
+        false
     }
 
     /// Whether no limit is set: then nobody need look at the clock.
@@ -178,6 +209,27 @@ mod tests {
         now += SECOND_NS / 1000;
         assert_eq!(rate.take(1, now), 0);
         assert_ne!(rate.take(1, now), 0);
+    }
+
+    /// Story: a thread slept for as long as the limits said when it came. It missed that they were
+    /// lifted, and kept a disk from being taken out of service.
+    #[test]
+    fn a_thread_that_waits_sees_new_limits_and_the_end() {
+        let slow = Limits { bytes_per_s: 1, ..Limits::default() };
+        for ends in [false, true] {
+            let throttle = Throttle::new(slow);
+            assert!(throttle.wait(1 << 20), "nothing is owed yet");
+            std::thread::scope(|s| {
+                let waits = s.spawn(|| throttle.wait(1));
+                std::thread::sleep(Duration::from_millis(20));
+                assert!(!waits.is_finished());
+                match ends {
+                    true => throttle.close(),
+                    false => throttle.set(Limits::default()),
+                }
+                assert_eq!(waits.join().unwrap(), !ends);
+            });
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //!   price of sharing counters.
 
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use format::{Error, Kind, Result};
 use parking_lot::Mutex;
@@ -123,6 +123,9 @@ pub struct Volume {
 /// for the fork waits until this memory is there, and of children there may be hundreds. Opened
 /// again, it gets a tail like any disk.
 const FORKED_TAIL_RECORDS_MAX: u64 = 16_384;
+
+/// How long threads may take to let go of a volume that is closed. Nothing makes them wait then.
+const LET_GO_MAX: Duration = Duration::from_secs(5);
 
 /// How to open a disk for clients that outlive the process.
 fn live_options(dir: &StoreDir, lanes: usize) -> Options {
@@ -266,18 +269,23 @@ impl Volume {
         self.wake_workers();
     }
 
-    /// Ends the waiting of held requests on threads: they fail with what the host said. The first
-    /// step of taking a disk out of service that cannot be written to.
-    pub fn give_up_held(&self) {
+    /// Ends the waiting of requests on threads, for space and for limits: they fail. The first step
+    /// of taking a disk out of service.
+    pub fn give_up_waiting(&self) {
         self.hold.close();
+        self.throttle.close();
         self.wake_workers();
     }
 
     /// Takes the disk out of service and closes it in order. All front doors have been stopped.
     ///
     /// # Errors
-    /// `Busy` when one has not, else as [`Disk::close`].
+    /// `Busy` when a thread of one does not let go, else as [`Disk::close`].
     pub fn close(self: Arc<Self>) -> Result<()> {
+        let until = Instant::now() + LET_GO_MAX;
+        while Arc::strong_count(&self) > 1 && Instant::now() < until {
+            std::thread::sleep(LET_GO_MAX / 1000);
+        }
         let cache_file = self.cache_mode.clone_file();
         self.into_disk()?.close()?;
         cache_file.forget();
@@ -461,11 +469,11 @@ impl Volume {
         let stats = self.lane(lane);
         let start = Instant::now();
         stats.began();
-        while let Some(wait) = self.throttle.take(bytes) {
-            std::thread::sleep(wait);
-        }
         let mut held = false;
         let outcome = loop {
+            if !held && !self.throttle.wait(bytes) {
+                break Err(Error::new(Kind::Busy, "the disk is taken out of service"));
+            }
             let seen = self.hold.resumes();
             match self.disk.with(f) {
                 Err(e) if hold::is_held(&e) => {
