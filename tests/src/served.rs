@@ -1,5 +1,6 @@
 //! One disk that a daemon serves to a guest's driver.
 
+use std::fs;
 use std::ops::Deref;
 use std::path::PathBuf;
 
@@ -66,6 +67,29 @@ impl ServedDisk {
         let features = plain.features | if packed { F_RING_PACKED } else { 0 };
         let options = Options { features, ..plain };
         Client::connect(&self.socket(), options).expect("the daemon lets a driver in")
+    }
+
+    /// True when a daemon writes to the segments that it has open past the page cache.
+    ///
+    /// # Panics
+    /// When it has none open for writing, or some so and some otherwise.
+    #[must_use]
+    pub fn writes_directly(&self, daemon: u64) -> bool {
+        let open = fs::read_dir(format!("/proc/{daemon}/fd")).expect("it runs").flatten();
+        let segments = open.filter(|fd| {
+            let to = fs::read_link(fd.path()).unwrap_or_default();
+            to.starts_with(self.store()) && to.extension().is_some_and(|e| e == "seg")
+        });
+        let flags = segments.map(|fd| {
+            let path = format!("/proc/{daemon}/fdinfo/{}", fd.file_name().display());
+            let info = fs::read_to_string(path).expect("it is open");
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+            i32::from_str_radix(flags.expect("flags").trim(), 8).expect("a number")
+        });
+        let writable = flags.filter(|flags| flags & libc::O_ACCMODE == libc::O_RDWR);
+        let direct: Vec<bool> = writable.map(|flags| flags & libc::O_DIRECT != 0).collect();
+        assert!(!direct.is_empty() && direct.iter().all(|d| *d == direct[0]), "{direct:?}");
+        direct[0]
     }
 
     /// A load for each queue, together on the whole disk.

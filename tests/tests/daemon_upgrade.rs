@@ -59,12 +59,12 @@ fn under_load(bench: &ServedDisk, packed: bool, seed: u64, work: impl FnOnce()) 
     loads
 }
 
-fn upgrades_under_load(packed: bool) {
-    let upgrades = if soak() { 100 } else { 6 };
+fn upgrades_under_load(options: &[&str], packed: bool, upgrades: usize) {
+    let upgrades = if soak() { upgrades * 17 } else { upgrades };
     let seed = seed(91);
     println!("repeat with OFFSHOOT_SEED={seed} cargo test -p offshoot-tests --test daemon_upgrade");
     let bench = bench();
-    let mut first = bench.daemon();
+    let mut first = bench.daemon_with(options);
     bench.attach();
     let mut rng = Rng::new(seed);
     let mut blackouts = Vec::new();
@@ -75,6 +75,7 @@ fn upgrades_under_load(packed: bool) {
             let upgraded = upgrade(&bench);
             assert_ne!(upgraded["pid"], before);
             assert_eq!(upgraded["front_ends"], 1, "{upgraded}: {}", bench.log());
+            assert_eq!(bench.writes_directly(pid(&bench)), !options.is_empty());
             blackouts.push(Duration::from_micros(upgraded["blackout_us"].as_u64().unwrap()));
         }
     });
@@ -90,12 +91,17 @@ fn upgrades_under_load(packed: bool) {
 
 #[test]
 fn a_guest_goes_on_through_upgrades() {
-    upgrades_under_load(false);
+    upgrades_under_load(&[], false, 6);
 }
 
 #[test]
 fn a_guest_goes_on_through_upgrades_with_packed_rings() {
-    upgrades_under_load(true);
+    upgrades_under_load(&[], true, 6);
+}
+
+#[test]
+fn a_guest_goes_on_through_upgrades_past_the_page_cache() {
+    upgrades_under_load(&["--cache", "direct"], false, 2);
 }
 
 /// What a successor does up to the moment at which it is of no use.

@@ -19,10 +19,24 @@ fn reconnect(client: &mut Client, socket: &Path) {
     }
 }
 
-/// Kills the daemon so many times at random moments of a load; returns what must be on the disk.
-fn kill_under_load(bench: &ServedDisk, packed: bool, kills: u64, seed: u64) -> Vec<Load> {
-    let first = bench.daemon();
+/// So many times, or more when there is time.
+fn often(times: u64) -> u64 {
+    if soak() { times * 9 } else { times }
+}
+
+/// How daemons are started, the guest's rings, and how often a daemon is killed.
+struct Setup {
+    options: &'static [&'static str],
+    packed: bool,
+    kills: u64,
+}
+
+/// Kills the daemon at random moments of a load; returns what must be on the disk.
+fn kill_under_load(bench: &ServedDisk, setup: &Setup, seed: u64) -> Vec<Load> {
+    let Setup { options, packed, kills } = *setup;
+    let first = bench.daemon_with(options);
     bench.attach();
+    assert_eq!(bench.writes_directly(first.pid().into()), !options.is_empty());
     let (mut client, queues) = bench.connect(packed);
     let mut rng = Rng::new(seed);
     let (loads, daemon) = load::during(bench.loads(queues, seed), |done| {
@@ -32,7 +46,7 @@ fn kill_under_load(bench: &ServedDisk, packed: bool, kills: u64, seed: u64) -> V
             std::thread::sleep(Duration::from_micros(rng.below(120_000)));
             daemon.kill();
             let dead = Instant::now();
-            daemon = bench.daemon();
+            daemon = bench.daemon_with(options);
             reconnect(&mut client, &bench.socket());
             gaps.push(dead.elapsed());
         }
@@ -49,12 +63,11 @@ fn kill_under_load(bench: &ServedDisk, packed: bool, kills: u64, seed: u64) -> V
     loads
 }
 
-fn no_write_is_lost(packed: bool) {
-    let kills = if soak() { 110 } else { 12 };
+fn no_write_is_lost(setup: &Setup) {
     let seed = seed(77);
     println!("repeat with OFFSHOOT_SEED={seed} cargo test -p offshoot-tests --test served_crashes");
     let bench = ServedDisk::new(TestStore::new());
-    let loads = kill_under_load(&bench, packed, kills, seed);
+    let loads = kill_under_load(&bench, setup, seed);
     bench.compare(&loads);
 }
 
@@ -62,12 +75,19 @@ fn no_write_is_lost(packed: bool) {
 /// their own memory; when they were killed the guest read zeroes where it had written.
 #[test]
 fn a_daemon_killed_under_load_loses_no_completed_write() {
-    no_write_is_lost(false);
+    no_write_is_lost(&Setup { options: &[], packed: false, kills: often(12) });
 }
 
 #[test]
 fn a_daemon_killed_under_load_loses_no_completed_write_on_packed_rings() {
-    no_write_is_lost(true);
+    no_write_is_lost(&Setup { options: &[], packed: true, kills: often(12) });
+}
+
+/// Past the page cache a write is on its way to the device when the daemon dies, not in memory that
+/// the host keeps; and what is no whole block goes through a buffer that dies with the daemon.
+#[test]
+fn a_daemon_killed_past_the_page_cache_loses_no_completed_write() {
+    no_write_is_lost(&Setup { options: &["--cache", "direct"], packed: false, kills: often(4) });
 }
 
 #[test]
