@@ -3,8 +3,11 @@
 #[allow(dead_code)] // Each test file uses a part of it.
 mod support;
 
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+
 use serde_json::{Value, json};
-use support::{Bench, Ran, offshoot, run};
+use support::{Bench, Ran, offshoot, run, until, wait};
 
 /// Has the command line start the daemon of a store.
 fn start(bench: &Bench) -> Ran {
@@ -129,4 +132,72 @@ fn jobs_and_events_are_told() {
     let last = bench.ok(&["events", "--since", &since]);
     assert!(last.text().contains("job-finished  job 2 (seal): cannot seal"), "{last:?}");
     run(&mut offshoot(&["job", "ls", "--api", &bench.arg("nobody")])).fails(3, &["nobody answers"]);
+}
+
+/// A job that one client runs is stopped by another: the verb fails, says that it was stopped, and
+/// nothing of what it was making is left.
+#[test]
+fn a_job_that_runs_is_cancelled() {
+    let bench = &Bench::new();
+    start(bench).ok();
+    fs::write(bench.path("image"), vec![1; 256 << 20]).expect("room");
+    let import = bench.start(&["disk", "import", &bench.arg("image"), "a", "--json"]);
+    let running = || {
+        let jobs = bench.json(&["job", "ls"]).as_array().expect("a list").clone();
+        jobs.into_iter().find(|j| j["state"] == "running" && j["done"].as_u64() > Some(0))
+    };
+    let mut job = None;
+    until("it runs", || {
+        job = running();
+        job.is_some()
+    });
+    let id = job.expect("seen")["id"].to_string();
+
+    let said = bench.ok(&["job", "cancel", &id]);
+
+    assert!(said.text().contains(&format!("job {id} was asked to stop")), "{said:?}");
+    let ran = wait(import).fails(130, &["import", "cancelled"]);
+    assert_eq!(ran.json()["error"]["kind"], "cancelled");
+    let watched = bench.run(&["job", "watch", &id]);
+    assert_eq!(
+        (watched.code, watched.err.contains("it was cancelled")),
+        (130, true),
+        "{watched:?}"
+    );
+    assert_eq!(bench.json(&["job", "ls"])[0]["state"], "cancelled");
+    assert!(bench.disks().is_empty());
+    until("its segment is gone", || bench.files(".new").is_empty());
+    assert!(bench.files(".seg").is_empty());
+}
+
+/// Who follows the events is told of each when it happens, and of the end of the daemon; then the
+/// verb ends well.
+#[test]
+fn events_are_followed() {
+    let bench = &Bench::new();
+    start(bench).ok();
+    let mut follower = bench.start(&["events", "--follow"]);
+    let mut as_json = bench.start(&["events", "--follow", "--json", "--since", "1"]);
+    let mut lines = BufReader::new(follower.stdout.take().expect("a pipe")).lines();
+    let mut next = || lines.next().expect("it goes on").expect("text");
+    assert!(next().contains("started"));
+
+    bench.ok(&["disk", "create", "a", "--size", "8M"]);
+    bench.ok(&["disk", "seal", "a"]);
+
+    // While it follows: nothing else will come that could push them out.
+    for told in ["job-started   job 1 (seal): disk a", "job-finished  job 1 (seal): disk a: done"] {
+        let line = next();
+        assert!(line.contains(told), "{line}");
+    }
+    let mut json = BufReader::new(as_json.stdout.take().expect("a pipe")).lines();
+    let line = json.next().expect("it goes on").expect("text");
+    let event: Value = serde_json::from_str(&line).expect("JSON");
+    assert_eq!((&event["kind"], &event["seq"]), (&json!("job-started"), &json!(2)));
+    bench.ok(&["daemon", "stop"]);
+    assert!(next().contains("stopping"));
+    assert!(lines.next().is_none());
+    assert_eq!(json.count(), 2, "the end of the job, and of the daemon");
+    wait(follower).ok();
+    wait(as_json).ok();
 }

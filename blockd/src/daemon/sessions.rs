@@ -289,7 +289,11 @@ impl Daemon {
         {
             tracing::warn!(disk = content.name, %error, "closing what a client left open");
         }
-        let given_up = Error::new(Kind::Cancelled, "its client gave it up").on(content.object());
+        // A client that was told so gives up as well.
+        let cancelled = content.entry.check().err();
+        let given_up = cancelled
+            .unwrap_or_else(|| Error::new(Kind::Cancelled, "its client gave it up"))
+            .on(content.object());
         if let Some(job) = content.job.lock().take() {
             job.finish(&Err(given_up));
         }
