@@ -259,6 +259,7 @@ fn limits_hold_for_clients() {
     let mut client = writable(&daemon, &bench, "a", 8 * MIB);
     let limits = |args: &[&str]| bench.done(&[&["disk", "limits", "a"], args].concat());
 
+    // What was never written is told from the map, without a read that a limit would count.
     assert_eq!(client.errno((command::WRITE, 0), (0, MIB), &[5; 1 << 20]), 0);
     // Not more than the burst before the rate holds.
     limits(&["--iops", "100"]);
