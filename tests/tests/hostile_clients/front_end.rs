@@ -14,16 +14,23 @@ use vhost_blk::proto::{FLAG_VERSION, request};
 use super::liar::{MEMORY, USER, bell, memfd, message, negotiated, random_message, start_ring};
 use super::{Target, options};
 
+/// An attack that is turned away at the door tries nothing.
+fn most_got_in(got_in: u64, tried: u64) {
+    assert!(got_in * 2 > tried, "{got_in} of {tried} attacks got in");
+}
+
 /// Messages with random content, to sessions in all states.
 pub fn random_messages(target: &mut Target) {
     let shared = memfd(MEMORY);
-    for round in 0..target.rounds * 400 {
+    let (mut got_in, tried) = (0, target.rounds * 400);
+    for round in 0..tried {
         // A session that a while ago has not ended may still have its place.
         let front = match round % 3 {
             0 => FrontEnd::connect(&target.vhost),
             _ => negotiated(&target.vhost, true, shared.as_fd()),
         };
         let Ok(mut front) = front else { continue };
+        got_in += 1;
         if round % 3 == 2 {
             let _ = start_ring(&mut front, USER, bell().as_fd());
         }
@@ -35,6 +42,7 @@ pub fn random_messages(target: &mut Target) {
             }
         }
     }
+    most_got_in(got_in, tried);
 }
 
 /// Messages that end too early, say that they are longer than they are, or never end.
@@ -42,8 +50,10 @@ pub fn torn_messages(target: &mut Target) {
     let shared = memfd(MEMORY);
     let whole = message(request::SET_FEATURES, FLAG_VERSION, &[0; 8]);
     let mut waiting = Vec::new();
-    for round in 0..target.rounds * 300 {
+    let (mut got_in, tried) = (0, target.rounds * 300);
+    for round in 0..tried {
         let Ok(mut front) = negotiated(&target.vhost, true, shared.as_fd()) else { continue };
+        got_in += 1;
         let cut = usize::try_from(target.rng.below(whole.len() as u64)).unwrap();
         let mut bytes = whole[..cut].to_vec();
         if round % 4 == 0 && cut == 12 {
@@ -57,6 +67,7 @@ pub fn torn_messages(target: &mut Target) {
             waiting.clear();
         }
     }
+    most_got_in(got_in, tried);
 }
 
 /// Descriptors that are not what they are sent as.
@@ -81,12 +92,14 @@ pub fn wrong_descriptors(target: &mut Target) {
         bell(),
     ];
     let shared = memfd(MEMORY);
-    for _ in 0..target.rounds * 10 {
+    let (mut got_in, times) = (0, target.rounds * 10);
+    for _ in 0..times {
         for fd in &wrong {
             let fd = fd.as_fd();
             // As memory, as doorbells of a ring that runs, and for everything else.
             drop(negotiated(&target.vhost, true, fd));
             let Ok(mut front) = negotiated(&target.vhost, true, shared.as_fd()) else { continue };
+            got_in += 1;
             let _ = start_ring(&mut front, USER, fd);
             for code in [
                 request::SET_VRING_CALL,
@@ -102,11 +115,13 @@ pub fn wrong_descriptors(target: &mut Target) {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
+    most_got_in(got_in, times * wrong.len() as u64);
 }
 
 /// Memory that is gone while a ring in it runs.
 pub fn cut_memory(target: &mut Target) {
-    for _ in 0..target.rounds * 60 {
+    let (mut got_in, tried) = (0, target.rounds * 60);
+    for _ in 0..tried {
         let shared = memfd(MEMORY);
         let Ok(mut front) = negotiated(&target.vhost, true, shared.as_fd()) else { continue };
         let kick = bell();
@@ -114,11 +129,13 @@ pub fn cut_memory(target: &mut Target) {
         ftruncate(&shared, target.rng.below(3) * 4096).unwrap();
         rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
         if started.is_ok() {
+            got_in += 1;
             let gone = front.ask::<_, u64>(request::GET_QUEUE_NUM, &[0u8; 0], &[]);
             // Told either way: the answer, or the end of the session.
             drop(gone);
         }
     }
+    most_got_in(got_in, tried);
 }
 
 /// More front ends than may be connected, some that stay and say nothing, and many that only look.

@@ -4,40 +4,53 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use vhost_blk::client::{Client, Op, Options, Span};
+use vhost_blk::client::{Client, ClientQueue, Op, Options, Span};
 use vhost_blk::queue::F_RING_PACKED;
 
-use super::hand::{Hand, LIES};
+use super::hand::{Hand, LIES, PACKED_LIES};
 use super::{SIZE, Target, options, until};
+
+/// A format of rings: its feature bit, how a good request is written by hand, where a ring begins.
+type Format = (u64, fn(&Hand), u32);
+
+const SPLIT: Format = (0, Hand::good, 0);
+const PACKED: Format = (F_RING_PACKED, Hand::good_packed, 0x8000_8000);
+
+fn connect(target: &Target, format: Format) -> (Client, Vec<ClientQueue>) {
+    let plain = options(2);
+    let wanted = Options { features: plain.features | format.0, ..plain };
+    let (client, queues) = Client::connect(&target.vhost, wanted).unwrap();
+    assert_eq!(client.features() & F_RING_PACKED, format.0);
+    (client, queues)
+}
 
 /// Loops, addresses outside, chains without end: each breaks the queue, which is reset and broken
 /// again, as a guest can as often as it likes.
 pub fn lies(target: &mut Target) {
-    let (mut client, mut queues) = Client::connect(&target.vhost, options(2)).unwrap();
-    let mut honest = queues.pop().unwrap();
-    let hand = Hand::new(&queues[0]);
-    let sector = Span { offset: honest.data().0, len: 512 };
-    for round in 0..target.rounds * 600 {
-        client.stop_queue(0).unwrap();
-        hand.good();
-        LIES[usize::try_from(round % LIES.len() as u64).unwrap()].2(&hand);
-        client.start_queue(0, 0).unwrap();
-        until("the guest is told that its queue broke", || client.queue_broke(0));
-        if round % 50 == 0 {
-            let read = honest.run(Op::Read, 0, &[sector], 20_000).unwrap();
-            assert_eq!(read.status, 0, "the other queue of the same guest works");
+    for (format, lies) in [(SPLIT, LIES), (PACKED, PACKED_LIES)] {
+        let (mut client, mut queues) = connect(target, format);
+        let mut honest = queues.pop().unwrap();
+        let hand = Hand::new(&queues[0]);
+        let sector = Span { offset: honest.data().0, len: 512 };
+        for (round, (name, _, lie)) in (0..target.rounds * 300).zip(lies.iter().cycle()) {
+            client.stop_queue(0).unwrap();
+            format.1(&hand);
+            lie(&hand);
+            client.start_queue(0, format.2).unwrap();
+            until(&format!("{name}: its queue broke"), || client.queue_broke(0));
+            if round % 50 == 0 {
+                let read = honest.run(Op::Read, 0, &[sector], 20_000).unwrap();
+                assert_eq!(read.status, 0, "the other queue of the same guest works");
+            }
         }
     }
 }
 
 /// Rings, tables and headers change while the device reads them, in rings of both formats.
 pub fn scribbles(target: &mut Target) {
-    let formats: [(_, fn(&Hand), _); 2] =
-        [(0, Hand::good, 0), (F_RING_PACKED, Hand::good_packed, 0x8000_8000)];
-    for (extra, good, start) in formats {
-        let plain = options(2);
-        let wanted = Options { features: plain.features | extra, ..plain };
-        let (mut client, queues) = Client::connect(&target.vhost, wanted).unwrap();
+    for format in [SPLIT, PACKED] {
+        let (mut client, queues) = connect(target, format);
+        let (_, good, start) = format;
         let hand = Hand::new(&queues[0]);
         for _ in 0..target.rounds * 30 {
             client.stop_queue(0).unwrap();
