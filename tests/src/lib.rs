@@ -10,6 +10,7 @@ pub mod crash;
 pub mod daemon;
 pub mod flat;
 pub mod guest;
+pub mod inject;
 pub mod inspect;
 pub mod kill;
 pub mod lab;

@@ -3,10 +3,12 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use blockd::storedir::IDENTITY_FILE;
 use offshoot_tests::daemon::{Daemon, Reply, Talk, program};
+use offshoot_tests::inject::Injected;
 use offshoot_tests::store::TestStore;
 use offshoot_tests::until;
 use serde_json::{Value, json};
@@ -367,6 +369,53 @@ fn the_daemon_confines_itself() {
     let free = bench.daemon_with(&["--sandbox", "off"]);
     assert_eq!(free.json("GET", "/v1/health", &Value::Null)["sandbox"], json!([]));
     assert_eq!(status(&free), "0");
+}
+
+/// The kernel refuses a daemon what it says that it has given up, whatever makes it try.
+#[test]
+fn a_confined_daemon_is_refused_what_it_does_not_need() {
+    const EPERM: i64 = -libc::EPERM as i64;
+    const EACCES: i64 = -libc::EACCES as i64;
+    let bench = TestStore::new();
+    let outside = tempfile::tempdir_in("/var/tmp").unwrap();
+    let [file, own] = [outside.path().join("file"), bench.store().join(IDENTITY_FILE)];
+    fs::write(&file, "x").unwrap();
+    let open = |daemon: &Injected, path: &Path, flags: i32| {
+        let at = daemon.text(path.to_str().unwrap());
+        let flags = u64::from(flags.unsigned_abs());
+        let opened = daemon.call(libc::SYS_openat, [u64::MAX, at, flags, 0]);
+        if let Ok(fd) = u64::try_from(opened) {
+            daemon.call(libc::SYS_close, [fd, 0, 0, 0]);
+        }
+        opened
+    };
+    let daemon = bench.daemon();
+    let sandbox = daemon.json("GET", "/v1/health", &Value::Null)["sandbox"].clone();
+    let confined = Injected::into(daemon.pid());
+    // Of no use with these arguments, should they be let through.
+    for call in [libc::SYS_execve, libc::SYS_execveat, libc::SYS_ptrace, libc::SYS_unshare] {
+        assert_eq!(confined.call(call, [0; 4]), EPERM, "call {call}");
+    }
+    for call in [libc::SYS_mount, libc::SYS_bpf, libc::SYS_setns, libc::SYS_init_module] {
+        assert_eq!(confined.call(call, [0; 4]), EPERM, "call {call}");
+    }
+    assert!(open(&confined, &own, libc::O_RDWR) >= 0, "its own files are its own");
+    if sandbox.as_array().unwrap().contains(&json!("landlock")) {
+        for flags in [libc::O_RDONLY, libc::O_RDWR] {
+            assert_eq!(open(&confined, &file, flags), EACCES);
+        }
+        assert!(open(&confined, Path::new("/etc/passwd"), libc::O_RDONLY) >= 0);
+        assert_eq!(open(&confined, Path::new("/etc/passwd"), libc::O_RDWR), EACCES);
+    }
+    drop(confined);
+    // It goes on as if nothing had been.
+    create(&daemon, "a", MIB);
+    assert!(daemon.terminate().success());
+
+    let daemon = bench.daemon_with(&["--sandbox", "off"]);
+    let free = Injected::into(daemon.pid());
+    assert_eq!(free.call(libc::SYS_execve, [0; 4]), -i64::from(libc::EFAULT));
+    assert!(open(&free, &file, libc::O_RDWR) >= 0);
 }
 
 /// Many clients at once: nothing is lost, nothing is done twice, nobody waits for ever.
