@@ -1,7 +1,7 @@
 //! A vhost-user-blk disk in a file, served to the guests of `real_guest`: what is tested there is
 //! the protocol, the rings and the virtual machine, with nothing of a store behind them.
 //!
-//! `vhost_disk SOCKET FILE QUEUES [read-only] [packed]`: serves until it is killed. A thread per
+//! `vhost_disk SOCKET FILE QUEUES [packed]`: serves until it is killed. A thread per
 //! connection, because a virtual machine that receives another connects while that one still runs;
 //! and a thread per queue, which completes requests in an order that a seed decides.
 //!
@@ -225,21 +225,19 @@ fn main() {
     let mut words = std::env::args().skip(1);
     let (Some(socket), Some(path), Some(queues)) = (words.next(), words.next(), words.next())
     else {
-        eprintln!("usage: vhost_disk SOCKET FILE QUEUES [read-only] [packed]");
+        eprintln!("usage: vhost_disk SOCKET FILE QUEUES [packed]");
         std::process::exit(2);
     };
-    let flags: Vec<String> = words.collect();
-    let flag = |name: &str| flags.iter().any(|f| f == name);
+    let packed = words.any(|word| word == "packed");
     let file = File::options().read(true).write(true).open(path).expect("the file opens");
     let ranges = RangeLimits { sectors_max: 1 << 16, ranges_max: 16, alignment: 8 };
     let capabilities = Capabilities {
         sectors: file.metadata().expect("the file has a size").len() / 512,
         queues: queues.parse().expect("a number of queues"),
-        read_only: flag("read-only"),
         discard: Some(ranges),
         write_zeroes: Some(ranges),
         write_zeroes_unmaps: true,
-        packed: flag("packed"),
+        packed,
         ..Capabilities::default()
     };
     let disk = Arc::new(Disk {

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -71,11 +71,6 @@ impl Backend {
         let queues = self.setup.queues;
         let packed = self.setup.flags.contains(&"packed");
         GuestDisk { queues, packed, ..GuestDisk::new(&self.dir.path().join("socket")) }
-    }
-
-    /// Where the disk's bytes are.
-    pub fn file(&self) -> PathBuf {
-        self.dir.path().join("disk")
     }
 
     /// Gives a command to the process and returns its answer.

@@ -217,20 +217,16 @@ fn system_boots_from_the_disk_and_again_after_a_change() {
 #[test]
 fn read_only_disk_is_read_and_not_written() {
     let Some(image) = image("read_only_disk_is_read_and_not_written") else { return };
-    let setup = Setup { flags: vec!["read-only"], ..Setup::plain(64) };
-    let backend = Backend::with(setup, |file| {
-        let files = tempfile::tempdir().unwrap();
-        fs::write(files.path().join("word"), "what was there").unwrap();
-        let mke2fs = offshoot_tests::tool("mke2fs").expect("the image was made with it");
-        let done = Command::new(mke2fs)
-            .args(["-q", "-t", "ext4", "-d"])
-            .args([files.path(), file])
-            .arg("64M")
-            .output();
-        assert!(done.unwrap().status.success());
-    });
-    let before = fs::read(backend.file()).unwrap();
-    let mut guest = Guest::boot(image, &GuestOptions::with(vec![backend.disk()]));
+    let files = tempfile::tempdir().unwrap();
+    let raw = files.path().join("image");
+    fs::create_dir(files.path().join("root")).unwrap();
+    fs::write(files.path().join("root/word"), "what was there").unwrap();
+    let mke2fs = offshoot_tests::tool("mke2fs").expect("the image was made with it");
+    let mut made = Command::new(mke2fs);
+    made.args(["-q", "-t", "ext4", "-d"]).arg(files.path().join("root")).arg(&raw).arg("64M");
+    assert!(made.output().unwrap().status.success());
+    let served = Served::read_only(&raw);
+    let mut guest = Guest::boot(image, &GuestOptions::with(vec![served.disk()]));
     assert_eq!(guest.run("cat /sys/block/vda/ro").trim(), "1");
     assert_eq!(guest.run("mount -o ro /dev/vda /mnt && cat /mnt/word"), "what was there");
     // The kernel's own refusal, and with that out of the way the device's.
@@ -239,7 +235,8 @@ fn read_only_disk_is_read_and_not_written() {
         assert_ne!(guest.try_run(&write, RUN).code, 0);
     }
     drop(guest);
-    assert!(fs::read(backend.file()).unwrap() == before, "the disk did not change");
+    assert!(served.content() == fs::read(raw).unwrap(), "the disk did not change");
+    served.check();
 }
 
 /// A verifying load of both queues, as one line of shell that takes about `seconds`.
@@ -253,8 +250,8 @@ fn verified_load(seconds: u32) -> String {
 }
 
 #[test]
-fn killed_daemon_loses_nothing_under_a_running_guest() {
-    let test = "killed_daemon_loses_nothing_under_a_running_guest";
+fn killed_and_upgraded_daemons_lose_nothing_under_a_running_guest() {
+    let test = "killed_and_upgraded_daemons_lose_nothing_under_a_running_guest";
     let Some(image) = image(test) else { return };
     if image.initramfs_fio.is_none() {
         return skip(test, "no fio on this machine");
@@ -271,7 +268,14 @@ fn killed_daemon_loses_nothing_under_a_running_guest() {
         served.kill();
         served.revive();
     }
+    // An upgrade in place is less than a death, and the guest's monitor sees nothing of it.
+    for _ in 0..2 {
+        served.wait_for("write", 100 + rng.below(100));
+        served.upgrade();
+    }
     served.wait_for("write", 100);
+    let told = served.events();
+    assert!(!told.iter().any(|e| e.starts_with("disconnected")), "{told:?}");
     let output = guest.collect(Duration::from_secs(u64::from(seconds) + 60));
     assert_eq!(output.code, 0, "{}", output.text);
     assert_eq!(served.mistakes(), 0);

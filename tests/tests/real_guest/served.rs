@@ -1,10 +1,10 @@
 //! A disk of a store that a real `blockd` serves.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use offshoot_tests::daemon::Daemon;
+use offshoot_tests::daemon::{Daemon, program};
 use offshoot_tests::guest::GuestDisk;
 use offshoot_tests::mount::Mount;
 use offshoot_tests::store::TestStore;
@@ -38,6 +38,17 @@ impl Served {
         let socket = served.place("socket");
         let export = json!({"kind": "vhost-user", "socket": socket, "queues": queues});
         served.ask("POST", &served.path("/attach"), &json!({ "export": export }));
+        served
+    }
+
+    /// Serves the content of an image for reading only.
+    pub fn read_only(image: &Path) -> Served {
+        let mut served = Served { daemon: None, queues: 1, store: TestStore::new(), mount: None };
+        served.revive();
+        let socket = served.place("socket");
+        let [image, socket] = [image, &socket].map(|path| path.to_str().unwrap());
+        served.store.done(&["disk", "import", image, NAME]);
+        served.store.done(&["disk", "attach", NAME, "--socket", socket, "--readonly"]);
         served
     }
 
@@ -135,6 +146,20 @@ impl Served {
             assert!(Instant::now() < end, "{kind}: {}, not {count}", self.count(kind));
             std::thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    /// What the disk holds.
+    pub fn content(&self) -> Vec<u8> {
+        self.store.read(NAME)
+    }
+
+    /// Has a successor take over from the daemon; the guest stays connected.
+    pub fn upgrade(&self) {
+        let program = program("blockd");
+        let upgrade = ["daemon", "upgrade", "--program", program.to_str().unwrap()];
+        let upgraded = self.store.json(&upgrade);
+        assert_eq!(upgraded["front_ends"], 1, "{upgraded}");
+        println!("blackout: {} µs", upgraded["blackout_us"]);
     }
 
     /// Kills the daemon with SIGKILL.
