@@ -79,6 +79,22 @@ fn disks_are_attached_limited_and_detached() {
     bench.ok(&["disk", "rm", "a"]);
 }
 
+/// Story: a mode for a disk was taken, and the daemon went on with its own.
+#[test]
+fn a_use_of_the_page_cache_that_is_not_the_daemons_is_refused() {
+    let bench = &Bench::new();
+    bench.ok(&["disk", "create", "a", "--size", "8M"]);
+    start(bench).ok();
+    assert_eq!(bench.json(&["daemon", "status"])["cache"], "buffered");
+    let attach = |mode: &str| {
+        bench.run(&["disk", "attach", "a", "--socket", &bench.arg("a.sock"), "--cache", mode])
+    };
+    attach("direct").fails(2, &["--cache buffered", "start it with --cache direct"]);
+    attach("buffered").ok();
+    bench.run(&["daemon", "stop", "--cache", "auto"]).fails(2, &["--cache buffered"]);
+    bench.ok(&["daemon", "stop"]);
+}
+
 #[test]
 fn a_disk_is_exported_over_tcp_under_tls_only() {
     let bench = &Bench::new();

@@ -209,6 +209,7 @@ impl Daemon {
             failed,
             sandbox: self.sandbox.clone(),
             arguments: self.arguments.clone(),
+            cache: self.cache.name().into(),
         }
     }
 

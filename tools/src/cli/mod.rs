@@ -14,6 +14,7 @@ mod vm;
 
 use std::path::PathBuf;
 
+use blockd::store::file::CacheMode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
@@ -117,10 +118,24 @@ pub struct Global {
     ///
     /// `buffered` goes through the page cache. `direct` bypasses it, and is refused where the file
     /// system cannot. `auto` is `direct` where possible. What is durable is the same in all of
-    /// them. A daemon that has the store was told when it was started.
+    /// them. A daemon that has the store was told when it was started: another mode than that is
+    /// refused then.
+    ///
+    /// Without it, it is buffered, or the daemon's.
     #[arg(long, global = true, value_name = "MODE", help_heading = "General options")]
-    #[arg(default_value = "buffered", hide_possible_values = true)]
-    pub cache: Cache,
+    #[arg(hide_possible_values = true)]
+    pub cache: Option<Cache>,
+}
+
+impl Global {
+    /// The mode that was asked for, if one was.
+    pub fn cache_mode(&self) -> Option<CacheMode> {
+        self.cache.map(|cache| match cache {
+            Cache::Direct => CacheMode::Direct,
+            Cache::Buffered => CacheMode::Buffered,
+            Cache::Auto => CacheMode::Auto,
+        })
+    }
 }
 
 /// Use of the host's page cache.

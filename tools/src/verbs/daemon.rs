@@ -14,8 +14,8 @@ use hyper::Method;
 use serde::Serialize;
 
 use super::Session;
-use super::place::default_socket;
-use crate::cli::{Cache, StartDaemon, UpgradeDaemon};
+use super::place::{USUAL_CACHE, default_socket};
+use crate::cli::{StartDaemon, UpgradeDaemon};
 use crate::client::Client;
 use crate::output::{Outcome, Verdict, fields, utc};
 use crate::signals;
@@ -48,11 +48,7 @@ fn launch(s: &Session, args: &StartDaemon, paths: (&Path, &Path, &Path)) -> Resu
     let program = args.program.clone().unwrap_or_else(beside_this_one);
     let mut command = Command::new(&program);
     command.arg("--store").arg(store).arg("--api").arg(api);
-    command.arg("--cache").arg(match s.global.cache {
-        Cache::Direct => "direct",
-        Cache::Buffered => "buffered",
-        Cache::Auto => "auto",
-    });
+    command.arg("--cache").arg(s.global.cache_mode().unwrap_or(USUAL_CACHE).name());
     command.args(args.socket_dir.iter().map(|dir| format!("--socket-dir={}", dir.display())));
     if let Some(group) = &args.allow_group {
         command.arg("--allow-group").arg(group);

@@ -17,7 +17,6 @@ use blockd::storedir::{OpenOptions, StoreDir, boot_id};
 use format::{Context as _, Error, Kind, Result};
 
 use super::Session;
-use crate::cli::Cache;
 use crate::client::Client;
 use crate::signals;
 use crate::store::{Local, Remote, Store};
@@ -26,6 +25,8 @@ use crate::store::{Local, Remote, Store};
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Where a daemon listens unless it is told otherwise.
 const USUAL_SOCKET: &str = "/run/offshoot/blockd.sock";
+/// Use of the page cache unless something else is said.
+pub(super) const USUAL_CACHE: CacheMode = CacheMode::Buffered;
 /// Names the socket of a daemon.
 const API_VARIABLE: &str = "OFFSHOOT_API";
 
@@ -46,11 +47,7 @@ impl Session {
     }
 
     pub(super) fn options(&self, access: Access) -> OpenOptions {
-        let cache = match self.global.cache {
-            Cache::Direct => CacheMode::Direct,
-            Cache::Buffered => CacheMode::Buffered,
-            Cache::Auto => CacheMode::Auto,
-        };
+        let cache = self.global.cache_mode().unwrap_or(USUAL_CACHE);
         OpenOptions { access, cache, boot: boot_id() }
     }
 
@@ -90,8 +87,17 @@ impl Session {
     ///
     /// # Errors
     /// `NotFound` when nobody answers at the socket that `--api` names, `Invalid` when the one who
-    /// does has another store than the one that was named; `Io`.
+    /// does has another store than the one that was named, or uses the page cache in another way;
+    /// `Io`.
     pub(super) fn daemon(&self) -> Result<Option<Client>> {
+        let found = self.find_daemon()?;
+        if let (Some(client), Some(asked)) = (&found, self.global.cache_mode()) {
+            check_cache(client, asked)?;
+        }
+        Ok(found)
+    }
+
+    fn find_daemon(&self) -> Result<Option<Client>> {
         let store = self.global.store.as_deref();
         if let Some(socket) = &self.global.api {
             let client = Client::open(socket, self.out)?;
@@ -139,6 +145,19 @@ fn check_store(client: &Client, store: &Path) -> Result<()> {
         .tried("open")
         .on(format!("store {}", store.display()))
         .hint("leave one of --store and --api out"))
+}
+
+/// Refuses a daemon that uses the page cache in another way than was asked for.
+fn check_cache(client: &Client, asked: CacheMode) -> Result<()> {
+    let health: Health = client.get("/v1/health".into())?;
+    if health.cache == asked.name() || health.cache.is_empty() {
+        return Ok(());
+    }
+    let reason = format!("it was started with --cache {}, for all of its disks", health.cache);
+    Err(Error::invalid(reason)
+        .tried(format!("use --cache {} with", asked.name()))
+        .on(format!("the daemon of store {}", health.path.display()))
+        .hint(format!("leave it out, or stop it and start it with --cache {}", asked.name())))
 }
 
 /// Tries again for a second while the store is busy: a process that was killed, or whose reader

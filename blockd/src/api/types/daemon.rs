@@ -47,6 +47,9 @@ pub struct Health {
     /// The arguments that it was started with, and a successor would be.
     #[serde(default)]
     pub arguments: Vec<String>,
+    /// Its use of the host's page cache, for all disks: `direct`, `buffered` or `auto`.
+    #[serde(default)]
+    pub cache: String,
 }
 
 /// Hand everything to a successor, a daemon that was started with `--take-over`.

@@ -41,6 +41,18 @@ pub enum CacheMode {
     Auto,
 }
 
+impl CacheMode {
+    /// Its name on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            CacheMode::Direct => "direct",
+            CacheMode::Buffered => "buffered",
+            CacheMode::Auto => "auto",
+        }
+    }
+}
+
 /// How a [`FileStore`] is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct FileStoreOptions {
