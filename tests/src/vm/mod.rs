@@ -245,11 +245,19 @@ impl Lab {
     /// # Panics
     /// When it does not listen.
     pub fn run_with(&self, memory: &str, name: &str, disks: &[&str]) -> Console {
+        self.boot(name, disks, &["--mem", memory])
+    }
+
+    /// As [`Lab::run`], with these options.
+    ///
+    /// # Panics
+    /// When it does not listen.
+    pub fn boot(&self, name: &str, disks: &[&str], options: &[&str]) -> Console {
         let kernel = self.store.path("kernel");
         let kernel = kernel.to_str().expect("a plain path");
-        let mut args = vec!["vm", "run", name, "--kernel", kernel, "--mem", memory];
+        let mut args = vec!["vm", "run", name, "--kernel", kernel];
         args.extend(disks.iter().flat_map(|disk| ["--disk", disk]));
-        self.done(&args);
+        self.done(&[&args, options].concat());
         let mut console = self.console(name);
         assert_eq!(console.hear("= "), "= ready");
         console

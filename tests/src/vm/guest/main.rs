@@ -13,6 +13,7 @@
 
 mod hardware;
 mod net;
+mod processors;
 mod virtio;
 mod work;
 
@@ -44,7 +45,8 @@ global_asm!(
     .quad (i << 21) + 0xe7
     .set i, i + 1
     .endr
-    // Segments, at 0x206000: code and data of ring 0, data and code of ring 3, the task.
+    // Segments, at 0x206000: code and data of ring 0, data and code of ring 3, the task; room for
+    // those of further processors.
     .quad 0, 0
     .quad 0x00af9b000000ffff, 0x00cf93000000ffff
     .quad 0
@@ -88,8 +90,9 @@ _start:
 
     .balign 8
 descriptor:
-    .word 0x4f
+    .word 0xff
     .long 0x206000
+    .globl gates
 gates:
     .word 0xfff
     .quad 0x208000
@@ -351,6 +354,22 @@ fn obey_disk(guest: &mut Guest, line: &[u8]) {
     }
 }
 
+/// What has to do with further processors.
+fn obey_together(guest: &mut Guest, line: &[u8]) {
+    match line[0] {
+        // Processors: starts them; gives back how many there are.
+        b'P' => told(processors::start(number(line, 0))),
+        // Writes the log with all of them, until something is typed.
+        b'W' => {
+            print("= writing\n");
+            guest.write_log_together();
+            guest.tell_log("= wrote");
+        }
+        // How much each has written.
+        _ => processors::tell(),
+    }
+}
+
 fn obey(guest: &mut Guest, line: &[u8]) {
     let [a, b, c] = [0, 1, 2].map(|nth| number(line, nth));
     match line.first() {
@@ -360,6 +379,7 @@ fn obey(guest: &mut Guest, line: &[u8]) {
             guest.write_log();
             guest.tell_log("= wrote");
         }
+        Some(b'N' | b'P' | b'W') => obey_together(guest, line),
         // Compare the log on the disk with memory.
         Some(b'c') => guest.tell_log("= log"),
         // Who am I.
