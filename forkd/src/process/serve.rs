@@ -24,6 +24,7 @@ use blockd::api::types::Failure;
 use blockd::messages;
 use format::{Context as _, Error, Result};
 use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 
@@ -294,6 +295,8 @@ impl Vm {
         let phase = self.state.lock().phase;
         let first = reply(&socket, Ok(()))
             .and_then(|()| messages::send(&socket, &Answer::Done(Told::Is(phase)), &[]));
+        // A daemon that was killed has closed its own, which would stay until the next change.
+        watchers.retain(is_open);
         if bounded.is_ok() && first.is_ok() {
             watchers.push(socket);
         }
@@ -335,6 +338,14 @@ struct Disks<'a> {
     blockd: Option<UnixStream>,
     reply: Option<Reply>,
     are: DisksAre,
+}
+
+/// Whether somebody is at the other end.
+fn is_open(socket: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::empty())];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    // One that cannot be looked at is kept until it cannot be told anything.
+    poll(&mut fds, Some(&now)).is_err() || !fds[0].revents().contains(PollFlags::HUP)
 }
 
 impl DiskCut for Disks<'_> {
