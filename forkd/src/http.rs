@@ -159,8 +159,11 @@ fn head(bytes: &[u8]) -> Result<Option<(usize, u16, usize)>> {
     Ok(Some((end, status, length)))
 }
 
+/// What can be done when blockd has gone away.
+pub const SEE_BLOCKD: &str = "see whether blockd runs, and try again";
+
 fn gone() -> Error {
-    Error::new(Kind::Failed, "it went away before it had answered")
+    Error::new(Kind::Failed, "it went away before it had answered").hint(SEE_BLOCKD)
 }
 
 fn lost(e: std::io::Error) -> Error {

@@ -56,8 +56,9 @@ impl Link {
         ask: &Q,
         files: &[BorrowedFd<'_>],
     ) -> Result<Result<(T, Vec<OwnedFd>)>> {
-        messages::send(&self.0, ask, files)?;
-        let (answer, files) = messages::receive::<Answer<T>>(&self.0)?;
+        let gone = |e: Error| e.hint("`offshoot vm ls` says which machines have ended");
+        messages::send(&self.0, ask, files).map_err(gone)?;
+        let (answer, files) = messages::receive::<Answer<T>>(&self.0).map_err(gone)?;
         Ok(answer.outcome().map(|value| (value, files)))
     }
 

@@ -170,7 +170,9 @@ fn notes(response: &Response<Incoming>) -> Vec<String> {
 }
 
 fn lost(e: hyper::Error) -> Error {
-    Error::new(Kind::Io, "it went away before it had answered").caused_by(e)
+    Error::new(Kind::Io, "it went away before it had answered")
+        .caused_by(e)
+        .hint("see whether it runs, and what there is now")
 }
 
 fn nobody(whom: &Whom, e: std::io::Error) -> Error {

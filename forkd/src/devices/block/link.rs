@@ -17,6 +17,7 @@ use vhost_blk::proto::feature;
 use vhost_blk::queue::F_INDIRECT_DESC;
 
 use super::arena::{CHUNK, CHUNKS};
+use crate::http::SEE_BLOCKD;
 
 /// Requests that blockd can have at once.
 pub(super) const DEPTH: u16 = CHUNKS;
@@ -85,7 +86,8 @@ impl Link {
                 problem: None,
             })
         };
-        connect().context("connect to the disk at", || path.display().to_string())
+        let connected = connect().context("connect to the disk at", || path.display().to_string());
+        connected.map_err(|e| if e.kind() == Kind::Io { e.hint(SEE_BLOCKD) } else { e })
     }
 
     /// Negotiated features: what the disk can do.
