@@ -129,7 +129,13 @@ fn broken_state_is_refused() {
                     out.section(*tag, *number, &content[..content.len() - 1]);
                 }
             }
-            let e = refused(out.finish());
+            let made = Guest::child(&with_state(&image, out.finish()), guest.class(), &identity(1));
+            // States of before there was a frequency in them are none the worse.
+            if cut == 0 && left_out.0 == tag::TSC_KHZ {
+                made.expect("a state of before");
+                continue;
+            }
+            let e = made.expect_err("a part is missing");
             assert_eq!(e.kind(), Kind::Corrupt, "{name}: {e}");
         }
     }
@@ -168,4 +174,45 @@ fn unfit_state_is_refused_by_name() {
         assert!(e.to_string().contains(says), "{e}");
     }
     assert!(guest.word(HEAP) == 0);
+}
+
+/// A guest counts time by the counter of its processor. A state from a host whose counter has
+/// another frequency goes on at its own one, or is refused by name before anything is changed.
+#[test]
+fn a_counter_of_another_frequency_is_scaled_or_refused() {
+    let test = "vm_state::a_counter_of_another_frequency_is_scaled_or_refused";
+    if !available(test) {
+        return;
+    }
+    let guest = Guest::start(8 * MIB, 2);
+    let image = guest.cut();
+    let state = Reader::new(&image.state).unwrap();
+    let here = state.section(tag::TSC_KHZ, 0).expect("this host knows its frequency");
+    let here = u32::from_le_bytes(here.try_into().unwrap());
+    let of = |khz: u32| {
+        altered(&image, |tag, _, content| {
+            if tag == tag::TSC_KHZ {
+                content.copy_from_slice(&khz.to_le_bytes());
+            }
+        })
+    };
+    // As one host measures it at another boot.
+    Guest::child(&of(here + here / 10_000), guest.class(), &identity(1)).expect("as good as same");
+    for khz in [here / 2, here + here / 1000] {
+        match Guest::child(&of(khz), guest.class(), &identity(1)) {
+            Ok(child) => {
+                let kept = child.cut();
+                let kept = Reader::new(&kept.state).unwrap();
+                assert_eq!(kept.section(tag::TSC_KHZ, 0).unwrap(), khz.to_le_bytes());
+            }
+            Err(e) => {
+                assert_eq!(e.kind(), Kind::Unsupported, "{e}");
+                assert!(
+                    e.to_string().contains(&format!("{khz} kHz, and this host's {here}")),
+                    "{e}"
+                );
+            }
+        }
+    }
+    guest.ask(Op::Spin, [10, 0, 0]);
 }

@@ -10,6 +10,7 @@ pub mod blob;
 pub mod cpuid;
 pub mod msr;
 pub mod state;
+mod tsc;
 pub mod vcpu;
 pub mod vm;
 

@@ -32,7 +32,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 use super::blob::{Reader, Writer};
 use super::vcpu::Cpu;
 use super::vm::Vm;
-use super::{Host, cpuid, failed, msr};
+use super::{Host, cpuid, failed, msr, tsc};
 use crate::memory::wide;
 
 /// Tags of the sections.
@@ -41,6 +41,8 @@ pub mod tag {
     pub const SHAPE: [u8; 4] = *b"SHAP";
     /// What processors say about themselves, before the parts that differ per processor.
     pub const CPUID: [u8; 4] = *b"CPID";
+    /// Frequency of the time stamp counter in kHz. States of before there was this lack it.
+    pub const TSC_KHZ: [u8; 4] = *b"TSCK";
     /// MP state of a processor.
     pub const MP: [u8; 4] = *b"MPST";
     /// General registers.
@@ -87,6 +89,9 @@ pub fn save(host: &Host, vm: &Vm, cpus: &[Arc<Cpu>], out: &mut Writer) -> Result
     // What the guest was told, which may be less than this host has.
     let table = vm.told.get().unwrap_or(&host.cpuid);
     out.section(tag::CPUID, 0, table.as_slice().as_bytes());
+    if let Some(khz) = vm.tsc_khz() {
+        out.section(tag::TSC_KHZ, 0, khz.as_bytes());
+    }
     for cpu in cpus {
         save_processor(host, &cpu.fd(), cpu.index().into(), out)?;
     }
@@ -136,9 +141,13 @@ pub fn restore(host: &Host, vm: &Vm, cpus: &[Arc<Cpu>], state: &Reader<'_>) -> R
         // Nobody restores into a machine twice.
         let _ = vm.told.set(cpuid::from_entries(&rows)?);
     }
+    let khz = tsc::to_be_set(vm, state)?;
     let mut done = Restored::default();
     for cpu in cpus {
         let fd = cpu.fd();
+        if let Some(khz) = khz {
+            tsc::set(&fd, khz)?;
+        }
         if differs {
             let count = u8::try_from(cpus.len()).unwrap_or(u8::MAX);
             let table = cpuid::from_entries(&rows)?;
@@ -150,6 +159,9 @@ pub fn restore(host: &Host, vm: &Vm, cpus: &[Arc<Cpu>], state: &Reader<'_>) -> R
     for number in 0..3 {
         let chip: kvm_irqchip = one(state, tag::IRQCHIP, number)?;
         vm.fd.set_irqchip(&chip).map_err(|e| failed("restore an interrupt controller of", e))?;
+    }
+    if let Some(khz) = khz {
+        vm.note_tsc_khz(khz);
     }
     restore_clock(vm, one(state, tag::CLOCK, 0)?)?;
     for cpu in cpus {

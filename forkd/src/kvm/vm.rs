@@ -4,6 +4,7 @@
 //! does: KVM follows the host's page tables.
 
 use std::os::fd::{AsFd, FromRawFd, IntoRawFd};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use format::Result;
@@ -13,7 +14,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VcpuFd, VmFd};
 use vhost_blk::event::EventFd;
 
-use super::{Host, cpuid, failed};
+use super::{Host, cpuid, failed, tsc};
 use crate::memory::dirty::PageSet;
 use crate::memory::ram::Bank;
 use crate::memory::{Gpa, GuestRam, PAGE, index};
@@ -31,6 +32,9 @@ pub struct Vm {
     /// What its processors said about themselves where they were saved, if that is not what this
     /// host says.
     pub(super) told: OnceLock<CpuId>,
+    /// Frequency of its processors' counters in kHz, 0 while nobody knows. Kept, so that it need
+    /// not be asked for while the machine is stopped.
+    tsc_khz: AtomicU32,
 }
 
 impl std::fmt::Debug for Vm {
@@ -46,8 +50,13 @@ impl Vm {
     /// The host's error.
     pub fn new(host: &Host, ram: &Arc<GuestRam>) -> Result<Vm> {
         let fd = host.kvm.create_vm().map_err(|e| failed("create", e))?;
-        let vm =
-            Vm { fd, ram: Arc::clone(ram), banks: ram.banks().collect(), told: OnceLock::new() };
+        let vm = Vm {
+            fd,
+            ram: Arc::clone(ram),
+            banks: ram.banks().collect(),
+            told: OnceLock::new(),
+            tsc_khz: AtomicU32::new(0),
+        };
         vm.set_slots(0)?;
         if vm.fd.check_extension(Cap::SetTssAddr) {
             vm.fd.set_tss_address(TSS_ADDRESS).map_err(|e| failed("place the TSS of", e))?;
@@ -84,7 +93,20 @@ impl Vm {
         let fd = self.fd.create_vcpu(number.into()).map_err(|e| failed("add a processor to", e))?;
         let table = cpuid::for_processor(&host.cpuid, number, count)?;
         fd.set_cpuid2(&table).map_err(|e| failed("set the processor features of", e))?;
+        if number == 0 {
+            self.note_tsc_khz(tsc::of(&fd).unwrap_or(0));
+        }
         Ok(fd)
+    }
+
+    /// The frequency of its processors' counters in kHz, if it is known.
+    pub(super) fn tsc_khz(&self) -> Option<u32> {
+        // Relaxed: a number alone, set by whoever makes the machine.
+        Some(self.tsc_khz.load(Ordering::Relaxed)).filter(|khz| *khz != 0)
+    }
+
+    pub(super) fn note_tsc_khz(&self, khz: u32) {
+        self.tsc_khz.store(khz, Ordering::Relaxed);
     }
 
     /// Interrupt line `gsi`.
