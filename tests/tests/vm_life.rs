@@ -5,7 +5,9 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use offshoot_tests::vm::{Lab, word};
+use offshoot_tests::rng::soak;
+use offshoot_tests::until;
+use offshoot_tests::vm::{Console, Lab, word};
 use serde_json::Value;
 
 /// A machine is what it was asked to be, does what its guest is told, and leaves nothing.
@@ -205,23 +207,83 @@ fn what_cannot_be_a_machine_is_refused_and_leaves_nothing() {
     lab.done(&["disk", "check", "data"]);
 }
 
-/// A guest may print as much as it likes: nothing grows, and who attaches gets what came last.
+/// Lines of 64 bytes of a flood, which is more than is kept, and for somebody who does not read more
+/// than a socket takes besides. An access takes its time: the long variant has megabytes.
+fn flood(reads_slowly: bool) -> u64 {
+    let lines = if reads_slowly { 4_000 } else { 2_000 };
+    if soak() { 20 * lines } else { lines }
+}
+
+/// Reads a flood to its end, which is there without a gap; gives back how many lines came in one.
+fn end_of_flood(console: &mut Console, lines: u64) -> u64 {
+    let (mut run, mut next) = (0, None);
+    loop {
+        let line = console.hear("");
+        if line == format!("= {lines}") {
+            assert_eq!(next, Some(lines), "the last line is there");
+            return run;
+        }
+        let number = line.strip_prefix("~ ").and_then(|rest| rest.get(..16)?.parse::<u64>().ok());
+        match number {
+            Some(number) if Some(number) == next => run += 1,
+            // The first line may be cut, and then some be missing, of which it is told.
+            _ => run = 1,
+        }
+        next = number.map(|number| number + 1);
+    }
+}
+
+/// A guest may print as much as it likes: with nobody there, or somebody who does not read, nothing
+/// grows and the guest goes on; who reads gets what came last.
 #[test]
 fn a_guest_that_floods_its_console_fills_nothing() {
     let Some(lab) = Lab::new("a_guest_that_floods_its_console_fills_nothing") else { return };
-    let mut console = lab.run("loud", &[]);
-    let id = lab.show("loud")["id"].as_str().unwrap().replace('-', "");
-    let folder = lab.state().join("vms").join(id);
-    console.say("x 20000");
-    console.say("g 0");
-    drop(console);
-    let mut late = lab.console("loud");
-    late.hear("");
-    late.say("n");
-    late.hear("= ");
+    lab.disk("data");
+    drop(lab.run("loud", &["data"]));
+    let vm = lab.show("loud");
+    let (id, pid) = (vm["id"].as_str().unwrap().replace('-', ""), lab.pid("loud"));
+    let log = lab.state().join("vms").join(id).join("log");
     let bytes = |path: &std::path::Path| path.metadata().map_or(0, |m| m.len());
-    assert!(bytes(&folder.join("log")) < 4096, "a guest's output is in no log");
+    let daemon_log = lab.store.path("forkd.log");
+    let (memory, logged) = (memory_of(pid), bytes(&daemon_log));
+    for reads_slowly in [false, true] {
+        let mut typing = lab.console("loud");
+        let printed = flood(reads_slowly);
+        typing.say(&format!("x {printed}"));
+        // The flood is over when what was typed after it is done.
+        typing.say("p 9 1");
+        let kept = reads_slowly.then_some(typing);
+        until("the flood is over", || idles(pid));
+        let grown = memory_of(pid).saturating_sub(memory);
+        assert!(grown < 2 << 20, "{grown} bytes more");
+        let mut reader = kept.unwrap_or_else(|| lab.console("loud"));
+        let lines = end_of_flood(&mut reader, printed);
+        assert!(lines > 900, "{lines} of the newest lines");
+        assert_eq!(reader.hear("= "), "= 1");
+        assert_eq!(reader.number("g 9"), 1, "the guest goes on");
+    }
+    assert!(bytes(&log) < 4096, "a guest's output is in no log");
+    assert!(bytes(&daemon_log) < logged + 4096, "nor in that of the daemon");
     lab.done(&["vm", "rm", "loud", "--force"]);
+}
+
+/// Bytes of its own that a process has in memory.
+fn memory_of(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
+/// Whether a process uses no processor for a while.
+fn idles(pid: u32) -> bool {
+    let used = || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        (fields[11].to_owned(), fields[12].to_owned())
+    };
+    let before = used();
+    std::thread::sleep(Duration::from_millis(100));
+    before == used()
 }
 
 /// The daemon is stopped, killed and started again, and machines neither notice nor are lost.
