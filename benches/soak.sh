@@ -48,5 +48,8 @@ soak served_crashes
 echo "| \`served_crashes\` | $(lines 'without a daemon') | $took |"
 soak fork_under_load
 echo "| \`fork_under_load\` | $(lines 'pause of'); $(lines 'forks were done') | $took |"
+soak vm_fork
+echo "| \`vm_fork\` | $(largest 'rounds of the race:') forks of a guest that writes page after page, every" \
+    "page of every child as its parent's at one instant | $took |"
 soak daemon_upgrade
 echo "| \`daemon_upgrade\` | $(lines 'blackout of'); $(lines 'without a completion') | $took |"

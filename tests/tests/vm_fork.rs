@@ -21,6 +21,7 @@ fn child_is_the_parent_at_one_instant() {
     eprintln!("to repeat: OFFSHOOT_SEED={seed} cargo test -p offshoot-tests --test vm_fork");
     let rounds = if soak() { 1000 } else { 24 };
     checks::one_instant(seed, 8 * MIB, rounds);
+    println!("rounds of the race: {rounds}");
 }
 
 /// Whoever writes what after a cut, the other side keeps what was there at the cut.
