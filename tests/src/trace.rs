@@ -24,6 +24,11 @@ const SYSCALL_STOP: i32 = libc::SIGTRAP | 0x80;
 /// How long between two looks at the tracee.
 const LOOK: Duration = Duration::from_micros(20);
 
+/// The steps of a server: it has read from a socket; it is about to write to one.
+pub const HEARD: &str = "heard";
+/// See [`HEARD`].
+pub const ANSWER: &str = "answer";
+
 /// A step: what is done, and the how manieth of its name it is, from 1.
 pub type Step = (String, usize);
 
@@ -40,13 +45,25 @@ impl Tracer {
     /// When the kernel does not let us trace.
     #[must_use]
     pub fn kill_at(pid: u32, step: Option<&Step>) -> Tracer {
+        Self::start(pid, Traced { at: step.cloned(), ..Traced::default() })
+    }
+
+    /// Follows a process, and has calls of it fail.
+    ///
+    /// # Panics
+    /// When the kernel does not let us trace.
+    #[must_use]
+    pub fn refuse(pid: u32, refused: Refused) -> Tracer {
+        Self::start(pid, Traced { refused: Some(refused), ..Traced::default() })
+    }
+
+    fn start(pid: u32, mut traced: Traced) -> Tracer {
         let stop = Arc::new(AtomicBool::new(false));
-        let (asked, at) = (Arc::clone(&stop), step.cloned());
+        let asked = Arc::clone(&stop);
         let (ready, follows) = std::sync::mpsc::channel();
         // A tracer is a thread: only that one may ask about the tracee, and its end lets go of it.
         let thread = std::thread::spawn(move || {
-            let pid = pid_t::try_from(pid).expect("a number of a process");
-            let mut traced = Traced { pid, at, ..Traced::default() };
+            traced.pid = pid_t::try_from(pid).expect("a number of a process");
             traced.seize_all();
             ready.send(()).expect("somebody waits");
             traced.follow(&asked);
@@ -65,6 +82,15 @@ impl Tracer {
         self.end_told().killed
     }
 
+    /// Lets go of the process; gives back how many calls of it were refused.
+    ///
+    /// # Panics
+    /// When the tracer did.
+    #[must_use]
+    pub fn refusals(self) -> usize {
+        self.end_told().refusals
+    }
+
     fn end_told(self) -> Traced {
         // Relaxed: a flag alone.
         self.stop.store(true, Ordering::Relaxed);
@@ -72,11 +98,23 @@ impl Tracer {
     }
 }
 
-/// The steps that a process takes while `work` goes on.
+/// The steps that a process takes while `work` goes on, but for those of a server alone: how files
+/// grow, and who listens and answers at sockets.
 ///
 /// # Panics
 /// When the kernel does not let us trace.
 pub fn steps_of(pid: u32, work: impl FnOnce()) -> Vec<Step> {
+    let servers = [HEARD, ANSWER, "bind", "ftruncate", "fallocate"];
+    let mut steps = server_steps_of(pid, work);
+    steps.retain(|step| !servers.iter().any(|begin| step.0.starts_with(begin)));
+    steps
+}
+
+/// All steps that a process takes while `work` goes on.
+///
+/// # Panics
+/// When the kernel does not let us trace.
+pub fn server_steps_of(pid: u32, work: impl FnOnce()) -> Vec<Step> {
     let tracer = Tracer::kill_at(pid, None);
     work();
     let mut seen = BTreeMap::new();
@@ -97,12 +135,66 @@ struct Traced {
     steps: Vec<String>,
     /// Threads that have asked somebody something and not begun to wait for the answer.
     asking: BTreeSet<pid_t>,
+    /// Threads that read from a socket.
+    hearing: BTreeSet<pid_t>,
+    /// What is refused, and threads in the middle of it.
+    refused: Option<Refused>,
+    refusing: BTreeSet<pid_t>,
+    refusals: usize,
+    /// Calls that it is made to do, the thread that does one and what it was about to do itself,
+    /// and what came of those before.
+    made: Vec<c_long>,
+    making: Option<(pid_t, u64)>,
+    outcomes: Vec<i64>,
+}
+
+/// What comes of system calls that a process is made to do in place of its own, which it does
+/// afterwards; their arguments are those of its own calls. (On x86-64.)
+///
+/// # Panics
+/// When the kernel does not let us trace, or the process does nothing.
+#[must_use]
+pub fn outcomes_of(pid: u32, calls: &[c_long]) -> Vec<i64> {
+    let tracer = Tracer::start(pid, Traced { made: calls.to_vec(), ..Traced::default() });
+    crate::until("the calls are done", || tracer.thread.is_finished());
+    tracer.end_told().outcomes
+}
+
+/// System calls that the kernel is to refuse, by number and arguments, and with what.
+#[derive(Clone, Copy)]
+pub struct Refused {
+    /// Which.
+    pub calls: fn(c_long, &[u64; 6]) -> bool,
+    /// The error.
+    pub errno: i32,
+    /// How many of them go well before.
+    pub after: usize,
 }
 
 fn ptrace(request: libc::c_uint, thread: pid_t, addr: usize, data: usize) -> c_long {
     // SAFETY: the requests used here read and write nothing of this process but what `data` points
     // to, which callers keep alive and large enough.
     unsafe { libc::ptrace(request, thread, addr as *mut c_void, data as *mut c_void) }
+}
+
+/// The system call at which a thread stands.
+fn syscall_of(tid: pid_t) -> Option<libc::ptrace_syscall_info> {
+    // SAFETY: all-zero is a valid value of plain numbers.
+    let mut info: libc::ptrace_syscall_info = unsafe { std::mem::zeroed() };
+    let size = size_of::<libc::ptrace_syscall_info>();
+    let got = ptrace(libc::PTRACE_GET_SYSCALL_INFO, tid, size, &raw mut info as usize);
+    (got > 0).then_some(info)
+}
+
+/// Where registers of a tracee are: the number of a call, its result, and the next instruction.
+const NUMBER: usize = 15 * 8;
+const RESULT: usize = 10 * 8;
+const PLACE: usize = 16 * 8;
+
+fn set_register(tid: pid_t, register: usize, value: u64) {
+    let value = usize::try_from(value).expect("registers are as wide as addresses");
+    // One that was killed meanwhile has none.
+    let _ = ptrace(libc::PTRACE_POKEUSER, tid, register, value);
 }
 
 impl Traced {
@@ -132,7 +224,9 @@ impl Traced {
     }
 
     fn follow(&mut self, asked: &AtomicBool) {
-        while !asked.load(Ordering::Relaxed) && !self.killed {
+        let all = self.made.len();
+        let is_done = |traced: &Self| all > 0 && traced.outcomes.len() == all;
+        while !asked.load(Ordering::Relaxed) && !self.killed && !is_done(self) {
             let mut status = 0;
             // Own tracees only: children of other threads are waited for by those.
             let flags = libc::__WALL | libc::WNOHANG | libc::__WNOTHREAD;
@@ -153,6 +247,8 @@ impl Traced {
         let signal = libc::WSTOPSIG(status);
         let mut pass_on = 0;
         if signal == SYSCALL_STOP {
+            self.refuse_if_asked(tid);
+            self.make_if_asked(tid);
             if let Some(step) = self.step(tid) {
                 self.steps.push(step.clone());
                 let count = self.steps.iter().filter(|other| **other == step).count();
@@ -171,21 +267,72 @@ impl Traced {
         let _ = ptrace(libc::PTRACE_SYSCALL, tid, 0, pass_on);
     }
 
+    /// Has a call fail that is to be refused: another one that does not exist is done instead, and
+    /// its result is the error. (On x86-64.)
+    fn refuse_if_asked(&mut self, tid: pid_t) {
+        let Some(refused) = &mut self.refused else { return };
+        let Some(info) = syscall_of(tid) else { return };
+        if info.op == libc::PTRACE_SYSCALL_INFO_ENTRY {
+            // SAFETY: at an entry this member of the union is the valid one.
+            let entry = unsafe { info.u.entry };
+            let call = c_long::try_from(entry.nr).unwrap_or(-1);
+            if (refused.calls)(call, &entry.args) {
+                if refused.after > 0 {
+                    refused.after -= 1;
+                    return;
+                }
+                set_register(tid, NUMBER, u64::MAX);
+                self.refusing.insert(tid);
+            }
+        } else if self.refusing.remove(&tid) {
+            set_register(tid, RESULT, i64::from(-refused.errno).cast_unsigned());
+            self.refusals += 1;
+        }
+    }
+
+    /// Has a thread do another call than the one that it is about to do, and then that one.
+    fn make_if_asked(&mut self, tid: pid_t) {
+        /// Bytes of the instruction.
+        const SYSCALL: u64 = 2;
+        let Some(call) = self.made.get(self.outcomes.len()) else { return };
+        let Some(info) = syscall_of(tid) else { return };
+        match (info.op, self.making) {
+            (libc::PTRACE_SYSCALL_INFO_ENTRY, None) => {
+                // SAFETY: at an entry this member of the union is the valid one.
+                self.making = Some((tid, unsafe { info.u.entry }.nr));
+                set_register(tid, NUMBER, call.cast_unsigned());
+            }
+            (libc::PTRACE_SYSCALL_INFO_EXIT, Some((made_by, own))) if made_by == tid => {
+                // SAFETY: at an exit this member of the union is the valid one.
+                self.outcomes.push(unsafe { info.u.exit }.sval);
+                set_register(tid, RESULT, own);
+                set_register(tid, PLACE, info.instruction_pointer - SYSCALL);
+                self.making = None;
+            }
+            _ => {}
+        }
+    }
+
     /// The step that a thread is about to take, if it begins with a visible system call. To wait
     /// for an answer is one: whoever was asked is at work then. To look whether somebody asks is
     /// none.
     fn step(&mut self, tid: pid_t) -> Option<String> {
-        // SAFETY: all-zero is a valid value of plain numbers.
-        let mut info: libc::ptrace_syscall_info = unsafe { std::mem::zeroed() };
-        let size = size_of::<libc::ptrace_syscall_info>();
-        let got = ptrace(libc::PTRACE_GET_SYSCALL_INFO, tid, size, &raw mut info as usize);
-        if got <= 0 || info.op != libc::PTRACE_SYSCALL_INFO_ENTRY {
+        let info = syscall_of(tid)?;
+        if info.op == libc::PTRACE_SYSCALL_INFO_EXIT && self.hearing.remove(&tid) {
+            // SAFETY: at an exit this member of the union is the valid one.
+            return (unsafe { info.u.exit }.sval > 0).then(|| HEARD.to_owned());
+        }
+        if info.op != libc::PTRACE_SYSCALL_INFO_ENTRY {
             return None;
         }
         // SAFETY: at an entry this member of the union is the valid one.
         let entry = unsafe { info.u.entry };
         let args = entry.args;
         let call = c_long::try_from(entry.nr).ok()?;
+        let hears = matches!(call, libc::SYS_read | libc::SYS_recvfrom | libc::SYS_recvmsg);
+        if hears && self.file(args[0]).starts_with("socket:") {
+            self.hearing.insert(tid);
+        }
         match call {
             libc::SYS_rename | libc::SYS_unlink | libc::SYS_rmdir | libc::SYS_mkdir => {
                 Some(format!("{} {}", name_of(call), self.text(args[0])))
@@ -193,11 +340,15 @@ impl Traced {
             libc::SYS_unlinkat | libc::SYS_mkdirat | libc::SYS_renameat | libc::SYS_renameat2 => {
                 Some(format!("{} {}", name_of(call), self.text(args[1])))
             }
-            libc::SYS_fsync | libc::SYS_fdatasync => {
+            libc::SYS_fsync | libc::SYS_fdatasync | libc::SYS_ftruncate | libc::SYS_fallocate => {
                 Some(format!("{} {}", name_of(call), self.file(args[0])))
             }
             libc::SYS_memfd_create => Some(format!("memfd_create {}", self.text(args[0]))),
             libc::SYS_connect => Some("connect".to_owned()),
+            libc::SYS_bind => Some("bind".to_owned()),
+            libc::SYS_write | libc::SYS_writev if self.file(args[0]).starts_with("socket:") => {
+                Some(ANSWER.to_owned())
+            }
             libc::SYS_sendmsg | libc::SYS_sendto => {
                 self.asking.insert(tid);
                 Some("send".to_owned())
@@ -232,6 +383,8 @@ fn name_of(call: c_long) -> &'static str {
         libc::SYS_rmdir => "rmdir",
         libc::SYS_mkdir | libc::SYS_mkdirat => "mkdir",
         libc::SYS_fsync => "fsync",
+        libc::SYS_ftruncate => "ftruncate",
+        libc::SYS_fallocate => "fallocate",
         _ => "fdatasync",
     }
 }
@@ -241,7 +394,8 @@ fn short(path: &str) -> String {
     let parts: Vec<&str> = path.rsplit('/').take(2).collect();
     let mut text = String::new();
     for part in parts.iter().rev().filter(|part| !part.is_empty()) {
-        let id = |word: &str| word.len() >= 8 && word.chars().all(|c| c.is_ascii_hexdigit());
+        let of_id = |c: char| c.is_ascii_hexdigit() || c == '-';
+        let id = |word: &str| word.len() >= 8 && word.chars().all(of_id);
         let words: Vec<&str> = part.split('.').map(|w| if id(w) { "ID" } else { w }).collect();
         text += if text.is_empty() { "" } else { "/" };
         text += &words.join(".");

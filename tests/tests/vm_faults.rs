@@ -5,16 +5,20 @@
 //! repeats the times, if not what the host makes of them; and at each step in turn, as `trace`
 //! finds them.
 
-use std::process::Stdio;
+use std::collections::BTreeMap;
+use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
-use offshoot_tests::rng::{Rng, seed};
-use offshoot_tests::trace::{Step, Tracer, steps_of};
-use offshoot_tests::vm::{Console, Lab, kill, processes_in};
+use offshoot_tests::rng::{Rng, seed, soak};
+use offshoot_tests::trace::{ANSWER, HEARD, Step, Tracer, server_steps_of, steps_of};
+use offshoot_tests::vm::{Console, Held, Lab, kill, processes_in};
 use rustix::process::Signal;
+use serde_json::Value;
 
 /// Rounds of each kind of kill.
 const ROUNDS: u64 = 12;
+/// Shells of a lab's pool.
+const POOL: u8 = 2;
 
 /// A parent that writes its log to disk and memory all the time.
 fn writing_parent(lab: &Lab) -> Console {
@@ -31,16 +35,24 @@ fn told_seed() -> u64 {
     seed
 }
 
-/// Children are all there or none is, with all that belongs to them and nothing else.
-fn all_or_none(lab: &Lab, names: &[String]) -> bool {
+/// Children are all there or none is, whole, but for so many whose process was killed afterwards;
+/// they are removed.
+fn all_or_none(lab: &Lab, names: &[String], killed: usize) -> bool {
     lab.settle();
     let there: Vec<&String> =
         names.iter().filter(|name| lab.offshoot(&["vm", "show", name]).status.success()).collect();
     assert!(there.is_empty() || there.len() == names.len(), "only {there:?} of {names:?}");
+    let mut ended = 0;
     for name in &there {
-        assert!(lab.console(name).hear("= forked").contains("wrong 0"));
+        if lab.show(name)["state"] == "ended" {
+            assert_eq!(lab.end_of(name)["reason"], "killed");
+            ended += 1;
+        } else {
+            assert!(lab.console(name).hear("= forked").contains("wrong 0"));
+        }
         lab.done(&["vm", "rm", name, "--force"]);
     }
+    assert!(ended <= killed, "{ended} of {names:?} have ended");
     lab.settle();
     let traces = lab.traces();
     let disks: Vec<&str> = traces.disks.iter().map(String::as_str).collect();
@@ -48,22 +60,56 @@ fn all_or_none(lab: &Lab, names: &[String]) -> bool {
     !there.is_empty()
 }
 
+/// A fork that failed says what was wrong, by kind, and of what.
+fn is_named(forked: &Output) {
+    let said = String::from_utf8_lossy(&forked.stderr);
+    assert!(!said.contains("panicked"), "{said}");
+    if forked.status.success() {
+        return;
+    }
+    let told: Value = serde_json::from_slice(&forked.stdout)
+        .unwrap_or_else(|e| panic!("no object: {e}: {forked:?}"));
+    let (kind, message) = (&told["error"]["kind"], told["error"]["message"].as_str().unwrap());
+    println!("{kind}: {message}");
+    let whose = ["cannot fork vm p: ", "cannot ask forkd at "];
+    assert!(whose.iter().any(|begin| message.starts_with(begin)), "{told}");
+    assert!(told["error"]["next"].is_string(), "nothing that could be done next: {told}");
+}
+
 /// Begins to fork into two children, and does something after a while.
-fn fork_and(
+fn fork_and<T>(
     lab: &mut Lab,
     round: u64,
     after: Duration,
-    then: impl FnOnce(&mut Lab),
-) -> Vec<String> {
+    then: impl FnOnce(&mut Lab) -> T,
+) -> (Vec<String>, T) {
     let names: Vec<String> = ["a", "b"].iter().map(|n| format!("{n}{round}")).collect();
     println!("round {round}: after {after:?}");
-    let mut command = lab.command(&["vm", "fork", "p", &names[0], &names[1]]);
-    let mut fork = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut command = lab.command(&["vm", "fork", "p", &names[0], &names[1], "--json"]);
+    let fork = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     std::thread::sleep(after);
-    then(lab);
+    let done = then(lab);
     // It may fail or not: what counts is what is there.
-    fork.wait().unwrap();
-    names
+    is_named(&fork.wait_with_output().unwrap());
+    (names, done)
+}
+
+/// What is held when another forkd has found the machines: it has no shells before a fork. A fork
+/// that nobody cuts is given up by blockd in its own time, which is not waited for each time.
+fn before_the_pool(before: &Held) -> Held {
+    let mut held = before.but_files_of("blockd").but_files_of("forkd");
+    held.traces.folders -= usize::from(POOL);
+    held.traces.processes -= usize::from(POOL);
+    held
+}
+
+/// After a fork that takes all shells of the pool, and finds those that are dead, all that is held
+/// is what was.
+fn is_as_before(lab: &Lab, before: &Held) {
+    lab.done(&["vm", "fork", "p", "last1", "last2"]);
+    ["last1", "last2"].iter().for_each(|name| drop(lab.done(&["vm", "rm", name, "--force"])));
+    lab.settle();
+    lab.await_held(before);
 }
 
 /// forkd is killed at a random moment of a fork; the next one finds all children or none, and
@@ -74,15 +120,18 @@ fn a_fork_survives_the_death_of_the_daemon_whole_or_not_at_all() {
     let mut parent = writing_parent(&lab);
     let mut rng = Rng::new(told_seed());
     let pid = lab.pid("p");
+    let before = lab.settled();
     let mut made = 0;
     for round in 0..ROUNDS {
         let after = Duration::from_micros(5_000 + rng.below(120_000));
-        let names = fork_and(&mut lab, round, after, Lab::kill_forkd);
+        let (names, ()) = fork_and(&mut lab, round, after, Lab::kill_forkd);
         lab.start_forkd();
-        made += u64::from(all_or_none(&lab, &names));
+        made += u64::from(all_or_none(&lab, &names, 0));
+        lab.await_held(&before_the_pool(&before));
         assert_eq!(lab.pid("p"), pid);
     }
     println!("{made} of {ROUNDS} forks were done before the kill");
+    is_as_before(&lab, &before);
     parent.ends_whole();
 }
 
@@ -93,11 +142,13 @@ fn a_fork_survives_the_death_of_blockd_whole_or_not_at_all() {
     let Some(mut lab) = Lab::new("a_fork_survives_the_death_of_blockd") else { return };
     let mut parent = writing_parent(&lab);
     let mut rng = Rng::new(told_seed());
+    let before = lab.settled();
     for round in 0..ROUNDS {
         let after = Duration::from_micros(5_000 + rng.below(100_000));
-        let names = fork_and(&mut lab, round, after, Lab::kill_blockd);
+        let (names, ()) = fork_and(&mut lab, round, after, Lab::kill_blockd);
         lab.start_blockd();
-        all_or_none(&lab, &names);
+        all_or_none(&lab, &names, 0);
+        lab.await_held(&before);
     }
     parent.ends_whole();
 }
@@ -109,24 +160,28 @@ fn a_fork_survives_the_death_of_a_child_whole_or_not_at_all() {
     let mut parent = writing_parent(&lab);
     let mut rng = Rng::new(told_seed());
     let pid = lab.pid("p");
+    let before = lab.settled();
     for round in 0..ROUNDS {
         lab.settle();
         let after = Duration::from_micros(5_000 + rng.below(100_000));
-        let nth = rng.below(2);
-        let names = fork_and(&mut lab, round, after, |lab| {
+        let nth = usize::try_from(rng.below(2)).unwrap();
+        let (names, killed) = fork_and(&mut lab, round, after, |lab| {
             let others = processes_in(&lab.state()).into_iter().filter(|other| *other != pid);
-            others.skip(usize::try_from(nth).unwrap()).take(1).for_each(|p| kill(p, Signal::KILL));
+            let killed: Vec<u32> = others.skip(nth).take(1).collect();
+            killed.iter().for_each(|p| kill(*p, Signal::KILL));
+            killed
         });
         lab.settle();
         // A child that was killed after the fork was done is a machine that has ended.
-        for name in &names {
+        let was_killed = |name: &&String| {
             let shown = lab.offshoot(&["vm", "show", name, "--json"]);
-            if shown.status.success() {
-                lab.done(&["vm", "rm", name, "--force"]);
-            }
-        }
-        lab.settle();
-        assert_eq!(lab.traces().disks.len(), 1, "{:?}", lab.traces());
+            let shown: Value = serde_json::from_slice(&shown.stdout).unwrap_or_default();
+            killed.iter().any(|pid| shown["pid"] == *pid)
+        };
+        let ended = names.iter().find(was_killed).map(|name| lab.end_of(name));
+        all_or_none(&lab, &names, 1);
+        println!("killed {killed:?}, which was a machine by then: {}", ended.is_some());
+        is_as_before(&lab, &before);
     }
     parent.ends_whole();
 }
@@ -138,16 +193,18 @@ fn a_fork_survives_the_death_of_the_parent_whole_or_not_at_all() {
     let Some(mut lab) = Lab::new("a_fork_survives_the_death_of_the_parent") else { return };
     let mut rng = Rng::new(told_seed());
     lab.disk("root");
+    let mut before = None;
     for round in 0..ROUNDS / 2 {
         assert_eq!(lab.run("p", &["root"]).ask("w"), "writing");
         let pid = lab.pid("p");
         let after = Duration::from_micros(5_000 + rng.below(100_000));
-        let names = fork_and(&mut lab, round, after, |_| kill(pid, Signal::KILL));
+        let (names, ()) = fork_and(&mut lab, round, after, |_| kill(pid, Signal::KILL));
         assert_eq!(lab.end_of("p")["reason"], "killed");
-        all_or_none(&lab, &names);
+        all_or_none(&lab, &names, 0);
         lab.done(&["vm", "rm", "p"]);
+        // There are shells of that size from the first round on.
+        lab.await_held(before.get_or_insert_with(|| lab.settled()));
     }
-    lab.settle();
     assert_eq!(lab.traces().exports, 0);
 }
 
@@ -155,6 +212,7 @@ fn a_fork_survives_the_death_of_the_parent_whole_or_not_at_all() {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Victim {
     Daemon,
+    Blockd,
     Parent,
     Child,
 }
@@ -164,6 +222,7 @@ fn process_of(lab: &Lab, victim: Victim) -> u32 {
     let parent = lab.pid("p");
     match victim {
         Victim::Daemon => lab.forkd_pid(),
+        Victim::Blockd => lab.blockd.as_ref().expect("it runs").pid(),
         Victim::Parent => parent,
         Victim::Child => {
             let mut shells = processes_in(&lab.state()).into_iter().filter(|pid| *pid != parent);
@@ -178,33 +237,49 @@ fn fork_and_kill_at(lab: &mut Lab, victim: Victim, step: &Step) -> bool {
     lab.settle();
     let tracer = Tracer::kill_at(process_of(lab, victim), Some(step));
     let names = ["a1", "a2"].map(str::to_owned);
-    let forked = lab.offshoot(&["vm", "fork", "p", &names[0], &names[1]]);
+    let forked = lab.offshoot(&["vm", "fork", "p", &names[0], &names[1], "--json"]);
     let killed = tracer.end();
     println!("{victim:?} at {} {}: killed {killed}", step.0, step.1);
     assert!(killed || forked.status.success(), "{victim:?} {step:?}: {forked:?}");
-    if killed && victim == Victim::Daemon {
-        lab.kill_forkd();
-        lab.start_forkd();
+    is_named(&forked);
+    match victim {
+        Victim::Daemon if killed => {
+            lab.kill_forkd();
+            lab.start_forkd();
+        }
+        Victim::Blockd if killed => {
+            lab.kill_blockd();
+            lab.start_blockd();
+        }
+        _ => {}
     }
     lab.settle();
-    if victim == Victim::Child {
-        // One that was killed when the fork was done is a machine that has ended.
-        let ended = |name: &String| {
-            let shown = lab.offshoot(&["vm", "show", name]);
-            shown.status.success() && lab.show(name)["state"] == "ended"
-        };
-        // The daemon hears of the end of a machine a little later.
+    let is_to_end = victim == Victim::Child && killed && forked.status.success();
+    if is_to_end {
+        // One that was killed when the fork was done is a machine that has ended, of which the
+        // daemon hears a little later; or it was a shell that was not used.
         let until = Instant::now() + Duration::from_secs(10);
-        let is_to_end = killed && forked.status.success();
-        while is_to_end && !names.iter().any(ended) && Instant::now() < until {
+        while !names.iter().any(|name| lab.show(name)["state"] == "ended") && Instant::now() < until
+        {
             std::thread::sleep(Duration::from_millis(10));
         }
-        if names.iter().any(ended) {
-            names.iter().for_each(|name| drop(lab.done(&["vm", "rm", name, "--force"])));
-        }
     }
-    all_or_none(lab, &names);
+    all_or_none(lab, &names, is_to_end.into());
     killed
+}
+
+/// Steps of each name that are tried, first and in the middle, where they are many.
+const OF_A_NAME: usize = 2;
+
+/// The steps of blockd that are tried, or some of each name, in a short run.
+fn some_of(steps: Vec<Step>) -> Vec<Step> {
+    let mut count: BTreeMap<String, usize> = BTreeMap::new();
+    steps.iter().for_each(|step| *count.entry(step.0.clone()).or_default() += 1);
+    let chosen = |step: &Step| {
+        let all = count[&step.0];
+        soak() || (0..OF_A_NAME).any(|k| step.1 == 1 + k * all / OF_A_NAME)
+    };
+    steps.into_iter().filter(chosen).collect()
 }
 
 /// Kills somebody at each of its steps of a fork, one after the other; `own` are among them, or
@@ -212,26 +287,33 @@ fn fork_and_kill_at(lab: &mut Lab, victim: Victim, step: &Step) -> bool {
 fn dies_at_each_step(test: &str, victim: Victim, own: &[&str]) {
     let Some(mut lab) = Lab::new(test) else { return };
     let mut parent = writing_parent(&lab);
-    lab.settle();
-    let steps = steps_of(process_of(&lab, victim), || {
-        drop(lab.done(&["vm", "fork", "p", "a1", "a2"]));
-    });
-    all_or_none(&lab, &["a1", "a2"].map(str::to_owned));
+    let before = lab.settled();
+    let pid = process_of(&lab, victim);
+    let fork = || drop(lab.done(&["vm", "fork", "p", "a1", "a2"]));
+    let steps = match victim {
+        Victim::Blockd => some_of(server_steps_of(pid, fork)),
+        _ => steps_of(pid, fork),
+    };
+    all_or_none(&lab, &["a1", "a2"].map(str::to_owned), 0);
+    lab.await_held(&before);
     for step in own {
         assert!(steps.iter().any(|s| s.0 == *step), "no {step:?} among {steps:#?}");
     }
     let mut killed = 0;
     for step in &steps {
-        if !fork_and_kill_at(&mut lab, victim, step) {
-            continue;
-        }
-        killed += 1;
-        if victim == Victim::Parent {
+        let was_killed = fork_and_kill_at(&mut lab, victim, step);
+        killed += usize::from(was_killed);
+        if was_killed && victim == Victim::Parent {
             assert_eq!(lab.end_of("p")["reason"], "killed");
             lab.done(&["vm", "rm", "p"]);
             parent = lab.run("p", &["root"]);
             assert_eq!(parent.ask("w"), "writing");
         }
+        let next_daemon = victim == Victim::Daemon && was_killed;
+        lab.await_held(&if next_daemon { before_the_pool(&before) } else { before.clone() });
+    }
+    if victim == Victim::Daemon {
+        is_as_before(&lab, &before);
     }
     if victim != Victim::Parent {
         // One that has just begun finds the log of the one before it on the disk.
@@ -256,6 +338,22 @@ fn the_daemon_may_die_at_any_step_of_a_fork() {
         "wait for an answer",
     ];
     dies_at_each_step("the_daemon_may_die_at_any_step_of_a_fork", Victim::Daemon, &own);
+}
+
+/// blockd is killed at its steps of a fork, the two of the pause among them: it has read the word
+/// that cuts the disks, and it is about to say that they are cut.
+#[test]
+fn blockd_may_die_at_any_step_of_a_fork() {
+    let own = [
+        HEARD,
+        ANSWER,
+        "rename ID.new",
+        "fdatasync store/ID.new",
+        "fdatasync store/catalogue.redb",
+        "rename store/attachments.json.new",
+        "bind",
+    ];
+    dies_at_each_step("blockd_may_die_at_any_step_of_a_fork", Victim::Blockd, &own);
 }
 
 /// The process of the parent is killed at every one of its steps of a fork.

@@ -5,6 +5,7 @@
 //! its folder, also when it goes because the test was killed.
 
 mod console;
+mod held;
 mod saved;
 
 use std::collections::BTreeSet;
@@ -22,6 +23,7 @@ use crate::until;
 use crate::watch::Watch;
 
 pub use console::{Console, word};
+pub use held::Held;
 pub use saved::{memory_of, parts};
 
 /// The guest, as a kernel that boots by PVH.
@@ -118,8 +120,15 @@ impl Lab {
     /// # Panics
     /// When it does not.
     pub fn start_forkd(&mut self) {
+        self.start_forkd_by(Command::new(program("forkd")));
+    }
+
+    /// As [`Lab::start_forkd`], by another program that is given all of it as arguments.
+    ///
+    /// # Panics
+    /// When it does not get ready.
+    pub fn start_forkd_by(&mut self, mut command: Command) {
         let log = fs::File::options().create(true).append(true).open(self.store.path("forkd.log"));
-        let mut command = Command::new(program("forkd"));
         command.env_remove("OFFSHOOT_FORKD").env_remove("OFFSHOOT_FORKD_STATE");
         command.arg("--state").arg(self.state()).arg("--blockd").arg(self.store.api());
         command.arg("--api").arg(self.forkd_api()).args(&self.options);
