@@ -114,6 +114,11 @@ fn a_fork_goes_on_without_those_that_were_ended() {
     fork(&lab, &["d"]);
     await_standby(&lab);
     lab.kill_blockd();
+    // The fork that they stood by for has died with it: before another one can be ready, they are
+    // given up.
+    until("none stands by", || lab.json(&["vm", "status"])["standby"] == Value::Null);
+    let refused = lab.refused(&["vm", "fork", "p", "e"], "not-found");
+    assert!(refused.contains("start blockd"), "{refused}");
     lab.start_blockd();
     fork(&lab, &["e"]);
     assert!(lab.console("e").hear("= forked").contains("wrong 0"));
