@@ -2,11 +2,16 @@
 //! children that are nobody else, independence in both directions.
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
+use offshoot_tests::trace::{Refused, Tracer};
 use offshoot_tests::vm::{Console, Lab, word};
 
 /// An address that the guest itself does not use, and pages from there.
 const AT: (u64, u64) = (0x80_0000, 256);
+
+/// How far a guest's clock may be from the host's.
+const SLACK: Duration = Duration::from_millis(100);
 
 fn sum(console: &mut Console) -> u64 {
     console.number(&format!("s {} {}", AT.0, AT.1))
@@ -58,7 +63,7 @@ fn memory_and_disk_of_a_child_are_of_one_instant() {
 fn children_are_nobody_else() {
     let Some(lab) = Lab::new("children_are_nobody_else") else { return };
     let mut parent = lab.run("p", &[]);
-    let names: Vec<String> = (0..10).map(|i| format!("c{i}")).collect();
+    let names: Vec<String> = (0..100).map(|i| format!("c{i}")).collect();
     let fork = ["vm", "fork", "p"].into_iter().chain(names.iter().map(String::as_str));
     lab.done(&fork.collect::<Vec<_>>());
     let mut seen: [BTreeSet<String>; 6] = Default::default();
@@ -75,7 +80,7 @@ fn children_are_nobody_else() {
     };
     names.iter().for_each(|name| are_its_own(name, &mut lab.console(name)));
     are_its_own("p", &mut parent);
-    assert!(seen.iter().all(|set| set.len() == 11));
+    assert!(seen.iter().all(|set| set.len() == 101));
 }
 
 /// What a machine writes after the fork, to memory or disk, no other one sees: not its parent, not
@@ -223,4 +228,63 @@ fn an_empty_pool_is_slower_and_told_of() {
     let metrics = String::from_utf8(metrics.body).unwrap();
     assert!(metrics.contains("forkd_pool_taken_total{from=\"made\"} 4"), "{metrics}");
     assert!(metrics.contains("forkd_children_total 3"), "{metrics}");
+}
+
+/// Without random numbers of the host there is no new machine, rather than one that shares its
+/// secrets with another: not by a fork, not by a boot. What was begun is undone.
+#[test]
+fn without_new_random_numbers_there_is_no_machine() {
+    let Some(lab) = Lab::new("without_new_random_numbers_there_is_no_machine") else { return };
+    lab.disk("root");
+    lab.disk("other");
+    let mut parent = lab.run("p", &["root"]);
+    lab.done(&["vm", "fork", "p", "a"]);
+    lab.done(&["vm", "rm", "a", "--force"]);
+    let before = lab.settled();
+    let kernel = lab.store.path("kernel").display().to_string();
+    for what in [
+        &["vm", "fork", "p", "a", "b"][..],
+        &["vm", "run", "q", "--kernel", &kernel, "--mem", "32M", "--disk", "other"],
+    ] {
+        // What the language's own library asks for has flags, and a way without.
+        let calls = |call, args: &[u64; 6]| call == libc::SYS_getrandom && args[1] == 53;
+        let refused = Refused { calls, errno: libc::EIO, after: 0 };
+        let tracer = Tracer::refuse(lab.forkd_pid(), refused);
+        let told = lab.refused(what, "io");
+        assert!(tracer.refusals() > 0);
+        assert!(told.contains("cannot make the identity of vm"), "{told}");
+        lab.settle();
+        lab.await_held(&before);
+    }
+    assert_eq!(parent.number("p 9 9"), 9, "the parent goes on");
+    lab.done(&["vm", "fork", "p", "a"]);
+    assert_eq!(lab.console("a").number("g 9"), 9);
+}
+
+/// Time goes on for a guest, in a child from where its parent's was, in a machine that was restored
+/// from where it would be by now: never back, and not faster than the host's.
+#[test]
+fn time_goes_on_in_children_and_restored_machines() {
+    let Some(lab) = Lab::new("time_goes_on_in_children_and_restored_machines") else { return };
+    let mut parent = lab.run("p", &[]);
+    let first = (Instant::now(), parent.number("K"));
+    let snap = lab.store.path("snap").display().to_string();
+    lab.done(&["vm", "snapshot", "p", &snap]);
+    lab.done(&["vm", "fork", "p", "c"]);
+    lab.done(&["vm", "fork", "c", "g"]);
+    std::thread::sleep(Duration::from_millis(300));
+    lab.done(&["vm", "restore", &snap, "r"]);
+    for name in ["p", "c", "g", "r"] {
+        let mut attached = None;
+        let console = match name {
+            "p" => &mut parent,
+            _ => attached.insert(lab.console(name)),
+        };
+        let least = first.0.elapsed();
+        let now = console.number("K");
+        let most = first.0.elapsed() + SLACK;
+        let passed = Duration::from_nanos(now.checked_sub(first.1).expect("time goes on"));
+        assert!(least <= passed + SLACK && passed <= most, "{name}: {least:?} {passed:?} {most:?}");
+        assert!(console.number("K") > now);
+    }
 }
