@@ -5,9 +5,12 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use offshoot_tests::daemon::ask;
 use offshoot_tests::rng::soak;
+use offshoot_tests::trace::outcomes_of;
 use offshoot_tests::until;
-use offshoot_tests::vm::{Console, Lab, word};
+use offshoot_tests::vm::{Console, Lab, kill, word};
+use rustix::process::Signal;
 use serde_json::Value;
 
 /// A machine is what it was asked to be, does what its guest is told, and leaves nothing.
@@ -207,8 +210,8 @@ fn what_cannot_be_a_machine_is_refused_and_leaves_nothing() {
     lab.done(&["disk", "check", "data"]);
 }
 
-/// Lines of 64 bytes of a flood, which is more than is kept, and for somebody who does not read more
-/// than a socket takes besides. An access takes its time: the long variant has megabytes.
+/// Lines of 64 bytes of a flood, which is more than is kept, and for somebody who does not read
+/// more than a socket takes besides. An access takes its time: the long variant has megabytes.
 fn flood(reads_slowly: bool) -> u64 {
     let lines = if reads_slowly { 4_000 } else { 2_000 };
     if soak() { 20 * lines } else { lines }
@@ -391,4 +394,50 @@ fn daemon_and_machines_are_confined() {
         }
     }
     assert_eq!(lab.json(&["vm", "status"])["sandbox"][0], "seccomp");
+    // What is given up fails; another process may, and fails for its arguments at most.
+    let calls = [libc::SYS_bpf, libc::SYS_keyctl, libc::SYS_perf_event_open, libc::SYS_ptrace];
+    let mut other = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+    let may = outcomes_of(other.id(), &calls[..3]);
+    other.kill().unwrap();
+    other.wait().unwrap();
+    let refused = -i64::from(libc::EPERM);
+    assert!(!may.contains(&refused), "{may:?}");
+    for pid in [lab.forkd_pid(), lab.pid("web1"), lab.pid("web2")] {
+        assert_eq!(outcomes_of(pid, &calls), [refused; 4], "{pid}");
+    }
+    // None of them has noticed.
+    lab.done(&["vm", "fork", "web2", "web3"]);
+    assert_eq!(word(&lab.console("web3").ask("i"), "name"), "web3");
+}
+
+/// What happens to machines is told as events: a pool that was too small, and how machines end.
+#[test]
+fn an_empty_pool_and_ends_are_events() {
+    let Some(lab) = Lab::new("an_empty_pool_and_ends_are_events") else { return };
+    let events = || -> Vec<serde_json::Value> {
+        let reply = ask(&lab.forkd_api(), "GET", "/v1/events?since=0", b"").unwrap();
+        let text = String::from_utf8(reply.body).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let has = |kind: &str, object: &str, detail: &str| {
+        let is = |e: &serde_json::Value| {
+            let text = |key: &str| e[key].as_str().unwrap_or_default().to_owned();
+            e["kind"] == kind && text("object").contains(object) && text("detail").contains(detail)
+        };
+        events().iter().any(is)
+    };
+    drop(lab.run("p", &[]));
+    assert!(has("pool-empty", "33554432 bytes, 1 processors", "1 shells are made"));
+    lab.settle();
+    lab.done(&["vm", "fork", "p", "a", "b", "c"]);
+    let told = events().into_iter().filter(|e| e["kind"] == "pool-empty").count();
+    assert_eq!(told, 2, "three children of two shells: {:?}", events());
+    lab.console("a").say("o");
+    lab.done(&["vm", "stop", "b"]);
+    kill(lab.pid("c"), Signal::KILL);
+    for (name, reason) in [("a", "power-off"), ("b", "stopped"), ("c", "killed")] {
+        assert_eq!(lab.end_of(name)["reason"], reason);
+        until("it is told", || has("ended", &format!("vm {name}"), reason));
+    }
+    assert!(!has("ended", "vm p", ""));
 }
