@@ -281,6 +281,12 @@ impl StdError for Error {
     }
 }
 
+/// Numbers of Linux for what has no kind of its own in the standard library.
+const ENOLINK: i32 = 67;
+const ENOBUFS: i32 = 105;
+const ETIMEDOUT: i32 = 110;
+const EHOSTDOWN: i32 = 112;
+
 impl From<std::io::Error> for Error {
     fn from(e: std::io::Error) -> Self {
         use std::io::ErrorKind as E;
@@ -289,7 +295,14 @@ impl From<std::io::Error> for Error {
                 (Kind::NoSpace, "no space left on the host file system")
             }
             E::OutOfMemory => (Kind::NoMemory, "the host has no memory left"),
-            E::TimedOut | E::HostUnreachable | E::NetworkUnreachable | E::NetworkDown => {
+            _ if e.raw_os_error() == Some(ENOBUFS) => {
+                (Kind::NoMemory, "the host has no memory left")
+            }
+            E::HostUnreachable | E::NetworkUnreachable | E::NetworkDown => {
+                (Kind::Unreachable, "the host does not reach its storage")
+            }
+            // By number: programs make errors of the kind `TimedOut` themselves.
+            _ if matches!(e.raw_os_error(), Some(ENOLINK | ETIMEDOUT | EHOSTDOWN)) => {
                 (Kind::Unreachable, "the host does not reach its storage")
             }
             E::NotFound => (Kind::NotFound, "no such file"),
@@ -347,6 +360,20 @@ mod tests {
             assert_eq!(Kind::from_name(kind.name()), Some(kind));
         }
         assert_eq!(Kind::from_name("no such kind"), None);
+    }
+
+    #[test]
+    fn what_may_pass_is_told_from_what_stays() {
+        let kind = |errno| Error::from(std::io::Error::from_raw_os_error(errno)).kind();
+        // ENOMEM, ENOBUFS; ENOSPC, EDQUOT, EFBIG.
+        assert_eq!([12, 105].map(kind), [Kind::NoMemory; 2]);
+        assert_eq!([28, 122, 27].map(kind), [Kind::NoSpace; 3]);
+        // ETIMEDOUT, ENOLINK, EHOSTDOWN, EHOSTUNREACH, ENETUNREACH, ENETDOWN.
+        assert_eq!([110, 67, 112, 113, 101, 100].map(kind), [Kind::Unreachable; 6]);
+        // EIO, ENODATA (a medium), EREMOTEIO (a target), ENODEV, ESTALE.
+        assert_eq!([5, 61, 121, 19, 116].map(kind), [Kind::Io; 5]);
+        let own = std::io::Error::from(std::io::ErrorKind::TimedOut);
+        assert_eq!(Error::from(own).kind(), Kind::Io);
     }
 
     #[test]

@@ -82,7 +82,7 @@ const NUMBERS: [Number; 11] = [
         d.exports.iter().map(|e| e.connected).sum()
     }),
     ("offshoot_disk_in_flight", "gauge", "Requests not answered yet.", |d| d.stats.in_flight),
-    ("offshoot_disk_held", "gauge", "Requests held back until the host has space.", |d| {
+    ("offshoot_disk_held", "gauge", "Requests held back until the host can do them.", |d| {
         d.stats.held.as_ref().map_or(0, |held| held.requests)
     }),
     ("offshoot_disk_journal_pages_used", "gauge", "Journal pages in use.", |d| {

@@ -7,8 +7,8 @@
 //! 3. sync: the records are durable — only then may a flush complete, the tail forget them, and the
 //!    space they let go be used again.
 //!
-//! A failed sync is final. A journal page that could not be written for lack of space is not: the
-//! records are still in the tail, and the next flush writes the same pages again.
+//! A failed sync is final. A journal page that could not be written for lack of space or memory is
+//! not: the records are still in the tail, and the next flush writes the same pages again.
 //!
 //! Test: `crash_points` (orders swapped: `crash_points::swapped_orders_are_caught`).
 
@@ -27,8 +27,8 @@ impl Disk {
     /// Makes every write that completed before the call durable.
     ///
     /// # Errors
-    /// `NoSpace` when the journal could not be written (nothing is lost; try again), `Failed` when
-    /// a sync failed now or before.
+    /// What [may pass](Kind::may_pass) when the journal could not be written (nothing is lost; try
+    /// again), `Failed` when a sync failed now or before.
     pub fn flush(&self) -> Result<()> {
         if !self.writable {
             return Ok(());
@@ -83,7 +83,7 @@ impl Disk {
         self.commit_once()?;
         if self.commit.lock().used_pages >= self.journal_pages / 2 {
             match self.run_checkpoint(|_| ()) {
-                // The flush itself is done; without space or memory the checkpoint waits for a later one.
+                // The flush itself is done; the checkpoint waits for a later one.
                 Err(e) if e.kind().may_pass() => {}
                 outcome => outcome?,
             }

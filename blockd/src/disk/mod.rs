@@ -339,6 +339,11 @@ impl Disk {
     /// the data it covered can be trusted.
     fn fail(&self, error: Error) -> Error {
         let error = error.on(self.object());
+        // Whoever holds requests that may succeed later must not take it for one of those.
+        let error = match error.kind().may_pass() {
+            true => Error::new(Kind::Failed, error.to_string()),
+            false => error,
+        };
         self.failure.lock().get_or_insert_with(|| error.to_string());
         // Records in the tail may name data that the failed sync lost: nobody may replay them.
         self.tail.set_void();

@@ -500,6 +500,16 @@ mod tests {
         });
     }
 
+    /// Story: a sync that failed for want of space was taken for a write that did, and the flush of
+    /// a guest was held for what cannot succeed any more.
+    #[test]
+    fn a_failed_sync_is_final_whatever_it_says() {
+        let disk = disk();
+        let error = disk.sync_failed(Error::new(Kind::NoSpace, "no space left"));
+        assert_eq!(error.kind(), Kind::Failed);
+        assert_eq!(disk.flush().unwrap_err().kind(), Kind::Failed);
+    }
+
     /// Story: whoever asked for the facts of a disk held `core` while it waited for the lock of the
     /// journal. A commit held that and waited for `core`: `disk show` under load stopped the
     /// daemon.

@@ -152,6 +152,7 @@ impl Errno {
     pub fn of(kind: Kind) -> Self {
         match kind {
             Kind::NoSpace => Errno::NoSpc,
+            Kind::NoMemory => Errno::NoMem,
             Kind::ReadOnly => Errno::Perm,
             Kind::Invalid => Errno::Inval,
             Kind::Cancelled => Errno::Shutdown,

@@ -180,6 +180,8 @@ pub enum Errno {
     Perm = 1,
     /// Input/output error.
     Io = 5,
+    /// Cannot allocate memory.
+    NoMem = 12,
     /// Invalid argument.
     Inval = 22,
     /// No space left on device.

@@ -1,10 +1,10 @@
-//! Holding: requests that the host cannot do now, for want of space or memory or because it does not
-//! reach its storage, wait instead of failing, because a guest's file system does not survive the
-//! failure and does survive the wait.
+//! Holding: requests that the host cannot do now, for want of space or memory or because it does
+//! not reach its storage, wait instead of failing, because a guest's file system does not survive
+//! the failure and does survive the wait.
 //!
 //! A request is held from its first failure until it succeeds, fails for another reason or is
-//! dropped. Held requests are tried again once a second, and at once when somebody says that there
-//! is space ([`Hold::resume`]).
+//! dropped. Held requests are tried again once a second, and at once when somebody says that the
+//! host can do them ([`Hold::resume`]).
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};

@@ -390,7 +390,7 @@ impl Volume {
             HeldNews::Began(info, skipped) => {
                 self.tell_skipped(skipped);
                 let (disk, error) = (self.name(), &info.reason);
-                tracing::warn!(%disk, %error, "requests are held until the host has space");
+                tracing::warn!(%disk, %error, "requests are held until the host can do them");
                 self.tell(VolumeEvent::Held(info.reason));
             }
             HeldNews::Ended => {
@@ -425,7 +425,7 @@ impl Volume {
     /// when this returns.
     ///
     /// # Errors
-    /// As [`Disk::write`], but waits while the host has no space.
+    /// As [`Disk::write`], but waits while [`Kind::may_pass`] says so.
     pub fn write(&self, lane: usize, offset: u64, buf: &[u8], durable: bool) -> Result<()> {
         self.serve(lane, OpKind::Write, buf.len() as u64, &mut |disk| {
             disk.write(lane, offset, buf)?;
@@ -436,7 +436,7 @@ impl Volume {
     /// Makes everything durable that completed before.
     ///
     /// # Errors
-    /// As [`Disk::flush`], but waits while the host has no space.
+    /// As [`Disk::flush`], but waits while [`Kind::may_pass`] says so.
     pub fn flush(&self, lane: usize) -> Result<()> {
         self.serve(lane, OpKind::Flush, 0, &mut Disk::flush)
     }
@@ -444,7 +444,7 @@ impl Volume {
     /// Makes a range read as zeroes and gives its space back.
     ///
     /// # Errors
-    /// As [`Disk::discard`], but waits while the host has no space.
+    /// As [`Disk::discard`], but waits while [`Kind::may_pass`] says so.
     pub fn discard(&self, lane: usize, offset: u64, len: u64) -> Result<()> {
         self.serve(lane, OpKind::Discard, len, &mut |disk| disk.discard(lane, offset, len))
     }
@@ -452,7 +452,7 @@ impl Volume {
     /// Writes zeroes; with `unmap` the space may be given back.
     ///
     /// # Errors
-    /// As [`Disk::write_zeroes`], but waits while the host has no space.
+    /// As [`Disk::write_zeroes`], but waits while [`Kind::may_pass`] says so.
     pub fn write_zeroes(&self, lane: usize, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.serve(lane, OpKind::WriteZeroes, len, &mut |disk| {
             disk.write_zeroes(lane, offset, len, unmap)

@@ -69,7 +69,8 @@ impl Machines {
         self.verb(&format!(
             "vm run {name} {options} --kernel /lab/kernel --initrd /lab/initramfs --mem 160M \
              --disk root --disk count \
-             --cmdline \"console=ttyS0 root=/dev/vda pci=off panic=-1 quiet mitigations=off nokaslr\""
+             --cmdline \"console=ttyS0 root=/dev/vda pci=off panic=-1 quiet \
+             mitigations=off nokaslr\""
         ));
     }
 

@@ -11,9 +11,9 @@ use machine::{Machines, in_a_lab};
 
 const PROGRAMS: [&str; 4] = ["blockd", "forkd", "offshoot", "lab_console"];
 
-/// A stock kernel boots from its disk and works on it. While it writes to them it is forked twice over,
-/// and all go on: each with a name, an address and random numbers of its own, with disk and memory
-/// of one instant, and with sound file systems. Then they turn themselves off.
+/// A stock kernel boots from its disk and works on it. While it writes it is forked twice over, and
+/// all go on: each with a name, an address and random numbers of its own, with disk and memory of
+/// one instant, and with sound file systems. Then they turn themselves off.
 #[test]
 fn a_stock_kernel_is_forked_while_it_writes() {
     in_a_lab("a_stock_kernel_is_forked_while_it_writes", |vms| {

@@ -79,8 +79,8 @@ Examples:
     /// one instant; only what is written later is stored twice. A child is another machine from its
     /// first instruction on: another name, identity, generation, network address and seed for
     /// random numbers, which its guest has to take up (an agent, or a kernel that minds the
-    /// generation). Its disks are called CHILD-disk0, CHILD-disk1 and so on, and go with it. There are
-    /// all of the children, or none; the machine goes on in any case.
+    /// generation). Its disks are called CHILD-disk0, CHILD-disk1 and so on, and go with it. There
+    /// are all of the children, or none; the machine goes on in any case.
     ///
     /// No child gets its parent's network: --net names an interface for each. The link of a child
     /// is down until its guest has taken its new identity (or not for longer than its driver needs
@@ -272,8 +272,8 @@ pub struct ForkVm {
     /// Do not let the children run yet
     #[arg(long)]
     pub paused: bool,
-    /// The tap interface of each child: {name} stands for its name, and a lone n
-    /// in braces for its place among them, from 0. Without it the children's cards are connected to nothing
+    /// The tap interface of each child: {name} stands for its name, and a lone n in braces for its
+    /// place among them, from 0. Without it the children's cards are connected to nothing
     #[arg(long, value_name = "tap=PATTERN[,link=at-once]", value_parser = net)]
     pub net: Option<ForkNet>,
 }

@@ -38,7 +38,7 @@ pub struct Health {
     pub served: u64,
     /// Front ends that are connected.
     pub connected: u64,
-    /// Disks whose requests are held back until the host has space.
+    /// Disks whose requests are held back until the host can do them.
     pub held: Vec<String>,
     /// Disks that could not be served again when the daemon started.
     pub failed: Vec<String>,
@@ -213,7 +213,7 @@ pub enum EventKind {
     Connected,
     /// It went.
     Disconnected,
-    /// Requests of a disk are held back until the host has space.
+    /// Requests of a disk are held back until the host can do them.
     Held,
     /// They go on.
     Resumed,

@@ -89,6 +89,8 @@ impl Inline {
                 Ok(bytes) => break Ok(bytes),
                 Err(_) => match std::io::Error::last_os_error() {
                     e if e.kind() == std::io::ErrorKind::Interrupted => {}
+                    // What cannot be done without waiting is for the ring, which may wait.
+                    e if e.kind() == std::io::ErrorKind::WouldBlock => break Ok(0),
                     e => break Err(Error::from(e)),
                 },
             }

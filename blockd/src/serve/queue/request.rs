@@ -71,7 +71,7 @@ impl Worker {
         }
     }
 
-    /// Holds a request that the host has no space for, answers any other failure.
+    /// Holds a request that the host cannot do now, answers any other failure.
     fn failed(&mut self, number: u32, error: &Error) {
         let (slot, volume) = (&mut self.slots[number as usize], &self.volume);
         slot.error = None;
