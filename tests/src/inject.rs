@@ -4,6 +4,7 @@
 use std::ffi::c_void;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
+use std::time::{Duration, Instant};
 
 use libc::{c_long, pid_t, user_regs_struct};
 
@@ -50,13 +51,21 @@ impl Injected {
         let memory = File::options().read(true).write(true).open(format!("/proc/{pid}/mem"));
         let memory = memory.expect("its memory");
         trace(libc::PTRACE_SEIZE, pid, std::ptr::null_mut());
-        trace(libc::PTRACE_INTERRUPT, pid, std::ptr::null_mut());
-        stopped(pid);
-        let saved = registers(pid);
-        let mut code = [0; 2];
-        memory.read_exact_at(&mut code, saved.rip - 2).expect("its code");
-        assert_eq!(code, SYSCALL, "it waits in a system call");
-        Injected { pid, memory, saved }
+        let until = Instant::now() + Duration::from_secs(20);
+        loop {
+            trace(libc::PTRACE_INTERRUPT, pid, std::ptr::null_mut());
+            stopped(pid);
+            let saved = registers(pid);
+            let mut code = [0; 2];
+            memory.read_exact_at(&mut code, saved.rip - 2).expect("its code");
+            if code == SYSCALL {
+                return Injected { pid, memory, saved };
+            }
+            // One that has just begun to answer may still have something to do.
+            assert!(Instant::now() < until, "it does not wait in a system call");
+            trace(libc::PTRACE_CONT, pid, std::ptr::null_mut());
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Puts text where a call can name it; the next text takes its place.

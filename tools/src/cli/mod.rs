@@ -45,6 +45,7 @@ Exit codes (stable; with --json, failures also come as an object {\"error\": …
    12  completed but unflushed writes of a live session are missing (tail-lost)
    13  it failed before and must be opened anew (failed)
    14  a bug of this program
+   15  the host has no memory left (no-memory), or does not reach its storage (unreachable)
   130  a signal stopped it; what was unfinished is gone (cancelled)
 
 Examples:
