@@ -141,23 +141,6 @@ struct Traced {
     refused: Option<Refused>,
     refusing: BTreeSet<pid_t>,
     refusals: usize,
-    /// Calls that it is made to do, the thread that does one and what it was about to do itself,
-    /// and what came of those before.
-    made: Vec<c_long>,
-    making: Option<(pid_t, u64)>,
-    outcomes: Vec<i64>,
-}
-
-/// What comes of system calls that a process is made to do in place of its own, which it does
-/// afterwards; their arguments are those of its own calls. (On x86-64.)
-///
-/// # Panics
-/// When the kernel does not let us trace, or the process does nothing.
-#[must_use]
-pub fn outcomes_of(pid: u32, calls: &[c_long]) -> Vec<i64> {
-    let tracer = Tracer::start(pid, Traced { made: calls.to_vec(), ..Traced::default() });
-    crate::until("the calls are done", || tracer.thread.is_finished());
-    tracer.end_told().outcomes
 }
 
 /// System calls that the kernel is to refuse, by number and arguments, and with what.
@@ -186,10 +169,9 @@ fn syscall_of(tid: pid_t) -> Option<libc::ptrace_syscall_info> {
     (got > 0).then_some(info)
 }
 
-/// Where registers of a tracee are: the number of a call, its result, and the next instruction.
+/// Where registers of a tracee are: the number of a call, and its result.
 const NUMBER: usize = 15 * 8;
 const RESULT: usize = 10 * 8;
-const PLACE: usize = 16 * 8;
 
 fn set_register(tid: pid_t, register: usize, value: u64) {
     let value = usize::try_from(value).expect("registers are as wide as addresses");
@@ -224,9 +206,7 @@ impl Traced {
     }
 
     fn follow(&mut self, asked: &AtomicBool) {
-        let all = self.made.len();
-        let is_done = |traced: &Self| all > 0 && traced.outcomes.len() == all;
-        while !asked.load(Ordering::Relaxed) && !self.killed && !is_done(self) {
+        while !asked.load(Ordering::Relaxed) && !self.killed {
             let mut status = 0;
             // Own tracees only: children of other threads are waited for by those.
             let flags = libc::__WALL | libc::WNOHANG | libc::__WNOTHREAD;
@@ -248,7 +228,6 @@ impl Traced {
         let mut pass_on = 0;
         if signal == SYSCALL_STOP {
             self.refuse_if_asked(tid);
-            self.make_if_asked(tid);
             if let Some(step) = self.step(tid) {
                 self.steps.push(step.clone());
                 let count = self.steps.iter().filter(|other| **other == step).count();
@@ -287,29 +266,6 @@ impl Traced {
         } else if self.refusing.remove(&tid) {
             set_register(tid, RESULT, i64::from(-refused.errno).cast_unsigned());
             self.refusals += 1;
-        }
-    }
-
-    /// Has a thread do another call than the one that it is about to do, and then that one.
-    fn make_if_asked(&mut self, tid: pid_t) {
-        /// Bytes of the instruction.
-        const SYSCALL: u64 = 2;
-        let Some(call) = self.made.get(self.outcomes.len()) else { return };
-        let Some(info) = syscall_of(tid) else { return };
-        match (info.op, self.making) {
-            (libc::PTRACE_SYSCALL_INFO_ENTRY, None) => {
-                // SAFETY: at an entry this member of the union is the valid one.
-                self.making = Some((tid, unsafe { info.u.entry }.nr));
-                set_register(tid, NUMBER, call.cast_unsigned());
-            }
-            (libc::PTRACE_SYSCALL_INFO_EXIT, Some((made_by, own))) if made_by == tid => {
-                // SAFETY: at an exit this member of the union is the valid one.
-                self.outcomes.push(unsafe { info.u.exit }.sval);
-                set_register(tid, RESULT, own);
-                set_register(tid, PLACE, info.instruction_pointer - SYSCALL);
-                self.making = None;
-            }
-            _ => {}
         }
     }
 

@@ -6,8 +6,8 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use offshoot_tests::daemon::ask;
+use offshoot_tests::inject::Injected;
 use offshoot_tests::rng::soak;
-use offshoot_tests::trace::outcomes_of;
 use offshoot_tests::until;
 use offshoot_tests::vm::{Console, Lab, kill, word};
 use rustix::process::Signal;
@@ -397,13 +397,17 @@ fn daemon_and_machines_are_confined() {
     // What is given up fails; another process may, and fails for its arguments at most.
     let calls = [libc::SYS_bpf, libc::SYS_keyctl, libc::SYS_perf_event_open, libc::SYS_ptrace];
     let mut other = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-    let may = outcomes_of(other.id(), &calls[..3]);
+    let outcomes = |pid: u32, calls: &[libc::c_long]| -> Vec<i64> {
+        let process = Injected::into(pid);
+        calls.iter().map(|call| process.call(*call, [0; 4])).collect()
+    };
+    let may = outcomes(other.id(), &calls[..3]);
     other.kill().unwrap();
     other.wait().unwrap();
     let refused = -i64::from(libc::EPERM);
     assert!(!may.contains(&refused), "{may:?}");
     for pid in [lab.forkd_pid(), lab.pid("web1"), lab.pid("web2")] {
-        assert_eq!(outcomes_of(pid, &calls), [refused; 4], "{pid}");
+        assert_eq!(outcomes(pid, &calls), [refused; 4], "{pid}");
     }
     // None of them has noticed.
     lab.done(&["vm", "fork", "web2", "web3"]);
