@@ -1,58 +1,35 @@
 //! What the host cannot do for a while is held and done later, as on a full host; what it will not
 //! do any more is told to the guest.
 
-use std::fs;
-use std::path::Path;
-use std::process::Command;
-
-use offshoot_tests::daemon::{Daemon, program};
+use offshoot_tests::daemon::Daemon;
 use offshoot_tests::served::ServedDisk;
 use offshoot_tests::store::TestStore;
-use offshoot_tests::{skip, until};
+use offshoot_tests::trace::{Refused, Tracer};
+use offshoot_tests::until;
 use serde_json::{Value, json};
 use vhost_blk::client::{ClientQueue, Op, Span};
 
-const REFUSING: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/host_errors/refusing.c");
 /// How long a request may take that nobody holds, in milliseconds.
 const LIMIT_MS: u32 = 20_000;
 
-/// Makes the library that refuses writes; `None` when there is no C compiler.
-fn refusing(dir: &Path) -> Option<std::path::PathBuf> {
-    let library = dir.join("refusing.so");
-    let mut make = Command::new("cc");
-    make.args(["-shared", "-fPIC", "-o"]).arg(&library).arg(REFUSING);
-    make.status().is_ok_and(|status| status.success()).then_some(library)
-}
-
-/// A disk of a daemon whose host refuses writes when it is told to.
+/// A disk in service.
 struct Bench {
     disk: ServedDisk,
     daemon: Daemon,
 }
 
 impl Bench {
-    fn start(test: &str) -> Option<Bench> {
+    fn start() -> Bench {
         let disk = ServedDisk::new(TestStore::new());
-        let Some(library) = refusing(disk.folder()) else {
-            skip(test, "no C compiler");
-            return None;
-        };
-        let mut command = Command::new(program("blockd"));
-        command.env("LD_PRELOAD", library).env("REFUSE_WRITES", disk.path("refused"));
-        let daemon = Daemon::start_by(command, disk.store(), &disk.api(), &[]);
+        let daemon = disk.daemon();
         disk.attach();
-        Some(Bench { disk, daemon })
+        Bench { disk, daemon }
     }
 
-    fn refuse(&self, errno: i32) {
-        // Whole or not there, whenever it is looked at.
-        let new = self.disk.path("refused.new");
-        fs::write(&new, errno.to_string()).unwrap();
-        fs::rename(new, self.disk.path("refused")).unwrap();
-    }
-
-    fn refuse_no_more(&self) {
-        fs::remove_file(self.disk.path("refused")).unwrap();
+    /// Has the host refuse writes through the page cache.
+    fn refuse(&self, errno: i32) -> Tracer {
+        let calls = |call, _: &_| call == libc::SYS_pwritev;
+        Tracer::refuse(self.daemon.pid(), Refused { calls, errno, after: 0 })
     }
 
     fn held(&self) -> Value {
@@ -85,15 +62,13 @@ fn status(queue: &mut ClientQueue) -> u8 {
 /// read-only until somebody repaired it.
 #[test]
 fn what_may_pass_is_held_and_what_may_not_is_told() {
-    let Some(bench) = Bench::start("what_may_pass_is_held_and_what_may_not_is_told") else {
-        return;
-    };
+    let bench = Bench::start();
     let (client, mut queues) = bench.disk.connect(false);
     let queue = &mut queues[0];
     let passing = [(libc::ENOMEM, "no memory"), (libc::ETIMEDOUT, "does not reach")];
     for (n, (errno, why)) in (1..).zip(passing) {
         let offset = u64::from(n) << 20;
-        bench.refuse(errno);
+        let refusing = bench.refuse(errno);
         submit(queue, Op::Write, offset, n);
         until("it is held", || !bench.held().is_null());
         let reason = bench.held()["reason"].as_str().unwrap().to_owned();
@@ -102,7 +77,7 @@ fn what_may_pass_is_held_and_what_may_not_is_told() {
         assert_eq!(health["held"], json!(["vm"]));
         assert!(!queue.wait(1_500), "it is not answered, also when it was tried again");
 
-        bench.refuse_no_more();
+        assert!(refusing.refusals() > 1);
         bench.disk.done(&["disk", "resume", "vm"]);
 
         assert_eq!(status(queue), 0);
@@ -114,11 +89,11 @@ fn what_may_pass_is_held_and_what_may_not_is_told() {
         assert_eq!(bytes, [n; 4096]);
     }
 
-    bench.refuse(libc::EIO);
+    let refusing = bench.refuse(libc::EIO);
     submit(queue, Op::Write, 9 << 20, 9);
     assert_eq!(status(queue), 1, "a medium that fails is for the guest to know");
     assert!(bench.held().is_null());
-    bench.refuse_no_more();
+    assert_eq!(refusing.refusals(), 1);
     // The disk goes on.
     submit(queue, Op::Write, 9 << 20, 8);
     assert_eq!(status(queue), 0);
